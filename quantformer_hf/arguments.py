@@ -1,0 +1,195 @@
+"""Arguments of `run_quantformer.py`: dataclasses, and how a YAML file and flags become them."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .configuration_quantformer import QUANTIZATION_ARGUMENTS, nearest
+from .data import DataArguments
+from .training_args import QuantformerTrainingArguments
+
+
+#: What `--stages` may name, in the order in which they follow each other.
+RUN_STAGES = ("full_precision", "pretrain", "search", "finetune")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, quantized how, through which stages."""
+
+    stages: list[str] = field(
+        default_factory=lambda: ["pretrain", "search", "finetune"],
+        metadata={"help": f"Stages to run, of {', '.join(RUN_STAGES)}. None: only --do_eval."},
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the first stage starts from: a hub id or folder, of full precision or an earlier stage."
+        },
+    )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Full-precision model to learn from. Default: the one that the model was made of."},
+    )
+    backbone_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "Model to train in the stage full_precision without model_name_or_path, as in config.json."},
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start with a new classifier where the data set has other classes."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete what earlier runs left of these stages."}
+    )
+    bit_width: int | None = field(default=None, metadata={"help": "Sets weight_bits and activation_bits."})
+    weight_bits: int | None = field(default=None, metadata={"help": "Weights of the linears of the blocks."})
+    activation_bits: int | None = field(default=None, metadata={"help": "Inputs of the linears of the blocks."})
+    attention_bits: int | None = field(
+        default=8, metadata={"help": "Operands of the attention products; 32 leaves them in floating point."}
+    )
+    embedding_bits: int = field(default=8, metadata={"help": "Patch embedding."})
+    classifier_bits: int = field(default=8, metadata={"help": "Classifier."})
+    layer_bits: dict | str | None = field(
+        default=None, metadata={"help": 'Overrides by layer name or pattern, {"vit.layers.0.*": 8}.'}
+    )
+    num_groups: int = field(default=8, metadata={"help": "Groups of channels that share a scale and an offset."})
+    weight_quantizer: str = field(default="lsq", metadata={"help": "lsq, statsq or minmax."})
+
+    def __post_init__(self):
+        for name in ("backbone_config", "layer_bits"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} is not JSON ({error}): {value}") from error
+        for stage in self.stages:
+            if stage not in RUN_STAGES:
+                raise ValueError(f"unknown stage {stage!r}{nearest(stage, RUN_STAGES)}")
+        if self.stages != sorted(set(self.stages), key=RUN_STAGES.index):
+            raise ValueError(f"stages are {self.stages}: name each once, in the order {', '.join(RUN_STAGES)}")
+
+    def quantization_arguments(self) -> dict[str, Any]:
+        """The fields of `QuantformerConfig` that were given."""
+        return {name: getattr(self, name) for name in QUANTIZATION_ARGUMENTS if getattr(self, name) is not None}
+
+
+@dataclass
+class StageArguments:
+    """Everything that one stage is told."""
+
+    stage: str
+    model: ModelArguments
+    data: DataArguments
+    training: QuantformerTrainingArguments
+    given: dict[str, Any]
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, QuantformerTrainingArguments)
+
+
+class RunArguments:
+    """What the user typed: a YAML file, flags that override it, and both again for single stages.
+
+    In the file, a section with the name of a stage holds what differs in that stage; as a flag, `--search.learning_rate
+    1e-5` is the same. A flag wins over the file, and what is said of one stage wins over what is said of all.
+
+    Args:
+        arguments: the command line without the program's name; by default that of this process. A first argument that
+            ends in `.yaml` or `.yml` is the file.
+
+    Raises:
+        ValueError: an unknown key in the file, or a value of the wrong type.
+        SystemExit: an unknown flag, as argparse does.
+    """
+
+    def __init__(self, arguments: list[str] | None = None):
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        self.common: dict[str, Any] = {}
+        self.by_stage: dict[str, dict[str, Any]] = {stage: {} for stage in RUN_STAGES}
+        if arguments and arguments[0].endswith((".yaml", ".yml")):
+            self._read_file(Path(arguments.pop(0)))
+        flags = {None: []} | {stage: [] for stage in RUN_STAGES}
+        target = None
+        for argument in arguments:
+            if argument.startswith("--"):
+                prefix, dot, rest = argument[2:].partition(".")
+                target = prefix if dot and prefix in RUN_STAGES else None
+                argument = f"--{rest}" if target else argument
+            flags[target].append(argument)
+        given = _given_flags(flags.pop(None))
+        self.common.update(given)
+        for stage, stage_flags in flags.items():
+            # A flag for all stages wins over the file's word on one.
+            self.by_stage[stage] = {k: v for k, v in self.by_stage[stage].items() if k not in given}
+            self.by_stage[stage].update(_given_flags(stage_flags))
+
+    def _read_file(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        content = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}: write 'key: value' lines")
+        for key, value in content.items():
+            if key in RUN_STAGES:
+                _check_values(value or {}, f"{path}, section {key}")
+                self.by_stage[key] = dict(value or {})
+            else:
+                _check_values({key: value}, str(path))
+                self.common[key] = value
+
+    def model_arguments(self) -> ModelArguments:
+        """Those that hold for all stages."""
+        return self.for_stage(None).model
+
+    def for_stage(self, stage: str | None) -> StageArguments:
+        """The arguments of one stage, or with None those common to all."""
+        values = self.common | (self.by_stage[stage] if stage else {})
+        model, data, training = HfArgumentParser(ARGUMENT_CLASSES).parse_dict(values)
+        return StageArguments(stage, model, data, training, values)
+
+
+def _fields() -> dict[str, Any]:
+    hints = {}
+    for argument_class in ARGUMENT_CLASSES:
+        types_of_class = typing.get_type_hints(argument_class)
+        hints.update({f.name: types_of_class[f.name] for f in dataclasses.fields(argument_class) if f.init})
+    return hints
+
+
+def _check_values(values: dict[str, Any], source: str) -> None:
+    hints = _fields()
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{source}: unknown key {key!r}{nearest(key, hints)}")
+        numbers = {int, float} & set(_alternatives(hints[key]))
+        if isinstance(value, str) and numbers and str not in _alternatives(hints[key]):
+            raise ValueError(
+                f"{source}: {key} is the string {value!r}: write a number, with a point (2.0e-4, not 2e-4)"
+            )
+
+
+def _alternatives(hint: Any) -> Iterable[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _given_flags(flags: list[str]) -> dict[str, Any]:
+    """Only what was typed, converted by argparse; without the defaults."""
+    parser = HfArgumentParser(ARGUMENT_CLASSES, usage="run_quantformer.py [recipe.yaml] [--name value ...]")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        if action.dest == "stages":
+            action.nargs = "*"
+    return vars(parser.parse_args(flags))

@@ -1,0 +1,118 @@
+"""The attention function: quantized operands of both products, and probabilities that a loss can read.
+
+transformers calls the function registered here in every block of ViT, DeiT and Swin, so that no model code is copied.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from .quantizers import ActivationQuantizer
+
+
+#: The name by which `attn_implementation` chooses the function of this module.
+ATTENTION_IMPLEMENTATION = "quantformer"
+
+
+class AttentionOperands(nn.Module):
+    """Quantizers of the four operands of an attention block's two products, one scale and offset each."""
+
+    def __init__(self, bits: int, name: str, calibrated: bool):
+        super().__init__()
+        self.query = ActivationQuantizer(bits, f"{name}.query", calibrated)
+        self.key = ActivationQuantizer(bits, f"{name}.key", calibrated)
+        self.value = ActivationQuantizer(bits, f"{name}.value", calibrated)
+        self.probabilities = ActivationQuantizer(bits, f"{name}.probabilities", calibrated)
+
+
+def quantformer_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """`softmax(q kᵀ * scaling + mask) v`.
+
+    Operands are quantized where `module.operands` is an `AttentionOperands`. The probabilities before their
+    quantization are appended to `module.captured_attention` where `capture_attention` has put a list there.
+
+    Args:
+        module: attention block.
+        query, key, value: `(batch, heads, tokens, head_dim)`; Swin's batch counts windows.
+        attention_mask: added to the scores, broadcast to `(batch, heads, tokens, tokens)`: Swin's relative position bias
+            and shift mask.
+
+    Returns:
+        output `(batch, tokens, heads, head_dim)`, and the probabilities `(batch, heads, tokens, tokens)` if anybody
+        wants them, else None.
+    """
+    operands: AttentionOperands | None = getattr(module, "operands", None)
+    captured: list[Tensor] | None = getattr(module, "captured_attention", None)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if operands is None and captured is None and not kwargs.get("output_attentions"):
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        )
+        return output.transpose(1, 2).contiguous(), None
+    if operands is not None:
+        # (batch, tokens, heads, head_dim) is how the projections left them: no copy.
+        query = operands.query(query.transpose(1, 2)).transpose(1, 2)
+        key = operands.key(key.transpose(1, 2)).transpose(1, 2)
+        value = operands.value(value.transpose(1, 2)).transpose(1, 2)
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    if captured is not None:
+        captured.append(probabilities)
+    weights = probabilities if operands is None else operands.probabilities(probabilities)
+    weights = nn.functional.dropout(weights, dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), probabilities
+
+
+AttentionInterface.register(ATTENTION_IMPLEMENTATION, quantformer_attention)
+AttentionMaskInterface.register(ATTENTION_IMPLEMENTATION, eager_mask)
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention blocks of a ViT, DeiT or Swin (quantized or not), in the order in which they run."""
+    return [module for module in model.modules() if hasattr(module, "q_proj") and hasattr(module, "o_proj")]
+
+
+@contextlib.contextmanager
+def capture_attention(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the attention probabilities of each block that runs inside the `with` block, in order.
+
+    Leave the block before `backward()`: activation checkpointing runs the blocks a second time there.
+
+    Args:
+        model: a model that runs `quantformer_attention`.
+
+    Yields:
+        a list that fills with `(batch, heads, tokens, tokens)`, one a block.
+
+    Raises:
+        RuntimeError: on leaving, if the number of maps is not the number of attention blocks.
+    """
+    maps: list[Tensor] = []
+    modules = attention_modules(model)
+    for module in modules:
+        module.captured_attention = maps
+    try:
+        yield maps
+    finally:
+        for module in modules:
+            del module.captured_attention
+    if len(maps) != len(modules):
+        raise RuntimeError(
+            f"{len(maps)} attention maps were captured from {len(modules)} attention blocks: run one forward pass, of a"
+            f" model whose attn_implementation is '{ATTENTION_IMPLEMENTATION}'"
+        )

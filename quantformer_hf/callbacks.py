@@ -1,0 +1,39 @@
+"""Callbacks: the event that announces a new stage, and the one that brings it about."""
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class QuantformerCallback(TrainerCallback):
+    """A `TrainerCallback` that is also told when the model enters another stage.
+
+    An ordinary `TrainerCallback` may ask `model.config.stage` at any event.
+    """
+
+    def on_stage_switch(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, stage: str, **kwargs
+    ) -> None:
+        """Called after the model has gone to `stage`, before anything is evaluated or saved at this step.
+
+        `control` may ask for an evaluation or a checkpoint as in any other event.
+        """
+
+
+class FreezeGroupsCallback(TrainerCallback):
+    """Freezes the groups after `args.search_steps` optimizer steps.
+
+    It keeps nothing: whether the freeze is due follows from the step, and whether it has happened from the model.
+
+    Args:
+        announce: called with the new stage.
+    """
+
+    def __init__(self, announce):
+        self.announce = announce
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if model.config.stage == "search" and state.global_step >= args.search_steps:
+            model.freeze_groups()
+            self.announce("finetune")
+            if args.eval_strategy != "no":
+                control.should_evaluate = True
+        return control

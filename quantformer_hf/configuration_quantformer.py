@@ -1,0 +1,154 @@
+"""Configuration of a quantized vision transformer."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from .grids import FULL_PRECISION_BITS
+from .quantizers import WEIGHT_QUANTIZERS
+
+
+#: Backbones by `model_type`.
+BACKBONES = ("vit", "deit", "swin")
+
+#: The stages of a model's life, in order.
+STAGES = ("pretrain", "search", "finetune")
+
+
+@strict
+class QuantformerConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`QuantformerForImageClassification`]: a stock ViT, DeiT or Swin and how it is quantized.
+
+    Bit widths are 2 to 8 (weights also 1), or 32 for "leave in floating point". A "linear of a block" is one of q, k, v
+    and output projection, fc1 and fc2, and Swin's patch-merging reduction.
+
+    Args:
+        backbone_config: configuration of the full-precision model (`vit`, `deit` or `swin`), or its dictionary.
+        bit_width: sets `weight_bits` and `activation_bits` where those are not given.
+        weight_bits: weights of the linears of the blocks. Default 4.
+        activation_bits: inputs of the linears of the blocks. Default 4.
+        attention_bits: q, k, v and probabilities, the operands of the two attention products. None leaves them alone.
+        embedding_bits: weights and input of the patch embedding.
+        classifier_bits: weights and input of the classifier.
+        layer_bits: overrides by layer name, or by a pattern with `*`, of the backbone (`"vit.layers.0.*"`); later entries
+            win. The value is a bit width for both, or a dictionary with `weight_bits`, `activation_bits` or both.
+        num_groups: groups of channels that share a scale and an offset, from the search on.
+        weight_quantizer: `lsq`, `statsq` or `minmax`, for the linears of the blocks. Patch embedding and classifier
+            always use `lsq`, and 1-bit weights the binary quantizer.
+        stage: `pretrain`, `search` or `finetune`. The verbs of the model set it.
+        calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
+        full_precision_name_or_path: the checkpoint that the model was made from, its default teacher.
+
+    Raises:
+        ValueError: a bit width, stage, quantizer, number of groups or backbone that does not exist.
+    """
+
+    model_type = "quantformer"
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    attention_bits: int | None = 8
+    embedding_bits: int = 8
+    classifier_bits: int = 8
+    layer_bits: dict[str, Any] | None = None
+    num_groups: int = 8
+    weight_quantizer: str = "lsq"
+    stage: str = "pretrain"
+    calibrated: bool = False
+    full_precision_name_or_path: str | None = None
+
+    def __post_init__(self, **kwargs):
+        # `bit_width` is a short form and no field of its own, so that a saved file says each width once.
+        bit_width = kwargs.pop("bit_width", 4)
+        self.weight_bits = bit_width if self.weight_bits is None else self.weight_bits
+        self.activation_bits = bit_width if self.activation_bits is None else self.activation_bits
+        if self.backbone_config is None:
+            self.backbone_config = AutoConfig.for_model("vit")
+        elif isinstance(self.backbone_config, dict):
+            backbone = dict(self.backbone_config)
+            model_type = backbone.pop("model_type", None)
+            _check_choice("backbone_config.model_type", model_type, BACKBONES)
+            self.backbone_config = AutoConfig.for_model(model_type, **backbone)
+        _check_choice("backbone_config.model_type", self.backbone_config.model_type, BACKBONES)
+        _check_choice("stage", self.stage, STAGES)
+        _check_choice("weight_quantizer", self.weight_quantizer, tuple(WEIGHT_QUANTIZERS))
+        check_weight_bits("weight_bits", self.weight_bits)
+        check_activation_bits("activation_bits", self.activation_bits)
+        check_activation_bits("embedding_bits", self.embedding_bits)
+        check_activation_bits("classifier_bits", self.classifier_bits)
+        if self.attention_bits is not None:
+            check_activation_bits("attention_bits", self.attention_bits)
+        if not 1 <= self.num_groups <= 255:
+            raise ValueError(f"num_groups is {self.num_groups}: choose 1 to 255")
+        for pattern, bits in (self.layer_bits or {}).items():
+            _check_layer_bits(pattern, bits)
+        backbone = self.backbone_config
+        if self.id2label is None and "num_labels" not in kwargs:
+            self.id2label, self.label2id = backbone.id2label, backbone.label2id
+        super().__post_init__(**kwargs)
+        # The wrapper and the model inside it must agree on the classes.
+        backbone.id2label, backbone.label2id = self.id2label, self.label2id
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def check_weight_bits(name: str, bits: Any) -> None:
+    """Raise ValueError unless `bits` is 1 to 8, or 32."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not (1 <= bits <= 8 or bits == FULL_PRECISION_BITS):
+        raise ValueError(f"{name} is {bits!r}: choose 1 to 8, or {FULL_PRECISION_BITS} to leave it in floating point")
+
+
+def check_activation_bits(name: str, bits: Any) -> None:
+    """Raise ValueError unless `bits` is 2 to 8, or 32."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not (2 <= bits <= 8 or bits == FULL_PRECISION_BITS):
+        raise ValueError(
+            f"{name} is {bits!r}: choose 2 to 8 (1 bit is for weights only), or {FULL_PRECISION_BITS} to leave it in"
+            f" floating point"
+        )
+
+
+def _check_layer_bits(pattern: str, bits: Any) -> None:
+    name = f"layer_bits[{pattern!r}]"
+    if not isinstance(bits, dict):
+        check_activation_bits(name, bits)
+        return
+    checks = {"weight_bits": check_weight_bits, "activation_bits": check_activation_bits}
+    for key, value in bits.items():
+        if key not in checks:
+            raise ValueError(f"{name} has the key {key!r}: choose from {', '.join(checks)}")
+        checks[key](f"{name}[{key!r}]", value)
+
+
+#: What a user may choose: the fields of `QuantformerConfig` that mean the same in Python, YAML and flags.
+QUANTIZATION_ARGUMENTS = (
+    "bit_width",
+    "weight_bits",
+    "activation_bits",
+    "attention_bits",
+    "embedding_bits",
+    "classifier_bits",
+    "layer_bits",
+    "num_groups",
+    "weight_quantizer",
+)
+
+
+def check_quantization_arguments(arguments: dict[str, Any]) -> None:
+    """Raise TypeError for an unknown quantization argument, with the nearest known one."""
+    for name in arguments:
+        if name not in QUANTIZATION_ARGUMENTS:
+            raise TypeError(f"unknown quantization argument {name!r}{nearest(name, QUANTIZATION_ARGUMENTS)}")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """`": did you mean 'x'?"`, or the list of the choices where none is near."""
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f": did you mean {close[0]!r}?" if close else f": choose from {', '.join(sorted(choices))}"

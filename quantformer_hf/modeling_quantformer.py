@@ -1,0 +1,299 @@
+"""Quantized ViT, DeiT and Swin image classifiers with the life of any other transformers model."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageClassification,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SwinForImageClassification,
+    ViTForImageClassification,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from . import quantize
+from .attention import ATTENTION_IMPLEMENTATION, attention_modules
+from .configuration_quantformer import (
+    BACKBONES,
+    QUANTIZATION_ARGUMENTS,
+    QuantformerConfig,
+    check_quantization_arguments,
+)
+from .quantizers import ActivationQuantizer, GroupActivationQuantizer, LSQWeightQuantizer
+
+
+#: Class of the backbone by `model_type`; a DeiT with a distillation head has a class of its own.
+BACKBONE_CLASSES = {
+    "vit": ViTForImageClassification,
+    "deit": DeiTForImageClassification,
+    "swin": SwinForImageClassification,
+}
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """The image classifier of `config`, with initial weights, that runs the attention function of this package."""
+    backbone_class = BACKBONE_CLASSES[config.model_type]
+    if DeiTForImageClassificationWithTeacher.__name__ in (config.architectures or ()):
+        backbone_class = DeiTForImageClassificationWithTeacher
+    return backbone_class._from_config(config, attn_implementation=ATTENTION_IMPLEMENTATION)
+
+
+def check_labels(labels: Tensor, num_labels: int) -> None:
+    """Raise ValueError for a label outside `0 .. num_labels - 1`."""
+    outside = labels[(labels < 0) | (labels >= num_labels)]
+    if outside.numel():
+        raise ValueError(
+            f"label {outside[0].item()} is outside 0..{num_labels - 1}: load the model with num_labels set to the number"
+            f" of classes of the data set, and ignore_mismatched_sizes=True for a new classifier"
+        )
+
+
+class QuantformerPreTrainedModel(PreTrainedModel):
+    """What the loading and saving of quantized models share."""
+
+    config_class = QuantformerConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTLayer", "DeiTLayer", "SwinStage"]
+    _supports_attention_backend = True
+    # Quantizers stay exact under dtype=torch.bfloat16; the codes they make are the same.
+    _keep_in_fp32_modules_strict = ["scale", "offset", "assignment_logits", "channel_quantiles", "concentration_degree"]
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        # `_init_weights` is not called inside the nested backbone; what a checkpoint does not hold is set here.
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, ActivationQuantizer | LSQWeightQuantizer):
+                init.ones_(module.scale)
+            if isinstance(module, ActivationQuantizer):
+                init.zeros_(module.offset)
+            if isinstance(module, GroupActivationQuantizer):
+                for name in ("channel_quantiles", "assignment_logits", "group_index"):
+                    if hasattr(module, name):
+                        init.zeros_(getattr(module, name))
+            if isinstance(module, QuantformerPreTrainedModel):
+                init.ones_(module.concentration_degree)
+                init.copy_(module.bit_widths, module.expected_bit_widths())
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As in transformers, with the parameters under the names that the modules have.
+
+        The default there is the layout of older releases, which `Trainer` cannot resume from.
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Self:
+        """As in transformers, but what is missing, left over, or of other bit widths than the config's is an error.
+
+        Raises:
+            ValueError: the file does not hold the model that its config describes.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        problems = [
+            f"{kind}: {', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            for kind, names in (("missing", info["missing_keys"]), ("not expected", info["unexpected_keys"]))
+            if names
+        ]
+        if problems:
+            raise ValueError(
+                f"the checkpoint '{pretrained_model_name_or_path}' does not fit its config ({'; '.join(problems)}):"
+                f" restore the config.json that was saved with it"
+            )
+        model.check_bit_widths(str(pretrained_model_name_or_path))
+        return (model, info) if wants_info else model
+
+
+class QuantformerForImageClassification(QuantformerPreTrainedModel):
+    """A ViT, DeiT or Swin image classifier with low-bit weights and activations.
+
+    `backbone` is the stock transformers model whose layers carry quantizers. Five verbs make its life:
+    `from_full_precision`, `calibrate`, `begin_search`, `freeze_groups` and, in time, `pack`. Each works in place, returns
+    the model, and says which verb is missing when it comes out of order.
+    """
+
+    def __init__(self, config: QuantformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = build_backbone(config.backbone_config)
+        quantize.quantize_model(self.backbone, config)
+        # p of each attention block's consistency loss, where it adapts (`losses.py`): part of the training state.
+        self.register_buffer("concentration_degree", torch.ones(len(attention_modules(self.backbone))))
+        # What the file was quantized to, so that a config of other bits is found out.
+        self.register_buffer("bit_widths", self.expected_bit_widths())
+        self.post_init()
+
+    def expected_bit_widths(self) -> Tensor:
+        """The bit width of each quantizer in the order of the modules, `(quantizers,)`, uint8."""
+        return torch.tensor(list(quantize.bit_widths(self.backbone).values()), dtype=torch.uint8, device="cpu")
+
+    def check_bit_widths(self, source: str) -> None:
+        """Raise ValueError if the loaded bit widths are not those of the config."""
+        for (name, expected), found in zip(
+            quantize.bit_widths(self.backbone).items(), self.bit_widths.tolist(), strict=True
+        ):
+            if expected != found:
+                raise ValueError(
+                    f"layer '{name}' of the checkpoint '{source}' has {found} bits, and its config says {expected}:"
+                    f" restore the config.json that was saved with it"
+                )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            labels: `(batch,)`, class indices. With them, `loss` is the cross-entropy.
+            interpolate_pos_encoding: for images of another size than the model was made for.
+
+        Raises:
+            ValueError: a label outside `num_labels`.
+            RuntimeError: a layer that was not calibrated.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = self.backbone(
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
+        loss = None
+        if labels is not None:
+            # On an accelerator this look would stop the pipeline each step: there the data collator looks.
+            if labels.device.type == "cpu":
+                check_labels(labels, self.num_labels)
+            loss = F.cross_entropy(outputs.logits.float(), labels)
+        result = ImageClassifierOutput(
+            loss=loss, logits=outputs.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    @classmethod
+    def from_full_precision(cls, model: PreTrainedModel | str, **kwargs) -> Self:
+        """A quantized copy, not yet calibrated, of a full-precision image classifier.
+
+        Args:
+            model: a ViT, DeiT or Swin image classifier of transformers, or the hub id or local folder of one.
+            kwargs: quantization arguments (the fields of `QuantformerConfig`: `bit_width`, `attention_bits`,
+                `layer_bits`, ...). With an id or a folder, anything else goes to its `from_pretrained` (`revision`,
+                `num_labels`, `ignore_mismatched_sizes`, ...).
+
+        Raises:
+            TypeError: a model of another kind, or an unknown quantization argument.
+            ValueError: a quantization argument that cannot be.
+        """
+        arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in QUANTIZATION_ARGUMENTS}
+        if isinstance(model, nn.Module):
+            check_quantization_arguments(kwargs)
+        else:
+            kwargs.setdefault("dtype", torch.float32)
+            model = AutoModelForImageClassification.from_pretrained(model, **kwargs)
+        if isinstance(model, QuantformerPreTrainedModel):
+            raise TypeError("the model is quantized already: load it with from_pretrained")
+        if model.config.model_type not in BACKBONES or not hasattr(model, "num_labels"):
+            raise TypeError(
+                f"{type(model).__name__} is not supported: give an image classifier of one of {', '.join(BACKBONES)}"
+            )
+        backbone_config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        config = QuantformerConfig(
+            backbone_config=backbone_config, full_precision_name_or_path=model.name_or_path or None, **arguments
+        )
+        quantized = cls(config)
+        # Layers keep the names of their parameters: only the quantizers' own are not in the full-precision model.
+        left_over = quantized.backbone.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+        if left_over:
+            raise TypeError(f"{type(model).__name__} has parameters that its config does not explain: {left_over}")
+        return quantized.to(device=model.device)
+
+    def calibrate(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> Self:
+        """Set scales and offsets from data.
+
+        Args:
+            batches: `pixel_values` `(batch, channels, height, width)`, or dictionaries that hold them; a few dozen
+                images are enough for a start.
+
+        Raises:
+            RuntimeError: not in the stage `pretrain`, or a layer that no batch reached.
+        """
+        self._require_stage("calibrate", "pretrain")
+        quantize.calibrate(self, batches)
+        self.config.calibrated = True
+        return self
+
+    def begin_search(
+        self, num_groups: int | None = None, batches: Iterable[Tensor | Mapping[str, Any]] | None = None
+    ) -> Self:
+        """Go to the stage `search`: soft assignment of channels to groups, started by k-means on their ranges.
+
+        Args:
+            num_groups: G; by default the config's.
+            batches: as in `calibrate`, to look at the channels' ranges anew; by default those that `calibrate` saw.
+
+        Raises:
+            RuntimeError: not calibrated, or not in the stage `pretrain`.
+            ValueError: more groups than some layer has channels.
+        """
+        self._require_stage("begin_search", "pretrain")
+        if not self.config.calibrated:
+            raise RuntimeError("begin_search() needs a calibrated model: run model.calibrate(batches) first")
+        num_groups = self.config.num_groups if num_groups is None else num_groups
+        quantize.begin_search(self, num_groups, batches)
+        self.config.num_groups = num_groups
+        self.config.stage = "search"
+        return self
+
+    def freeze_groups(self) -> Self:
+        """Go to the stage `finetune`: each channel keeps the group of its largest assignment logit.
+
+        Raises:
+            RuntimeError: not in the stage `search`.
+        """
+        self._require_stage("freeze_groups", "search")
+        quantize.freeze_groups(self)
+        self.config.stage = "finetune"
+        return self
+
+    def follow_stage(self, saved: QuantformerConfig) -> None:
+        """Take the shape of a checkpoint that is about to be loaded: it may have been saved after the freeze.
+
+        Raises:
+            RuntimeError: the checkpoint is of a stage that this model does not lead to.
+        """
+        if saved.stage != self.config.stage:
+            if (self.config.stage, saved.stage) != ("search", "finetune"):
+                raise RuntimeError(
+                    f"the checkpoint is in the stage '{saved.stage}', and the model in '{self.config.stage}': load the"
+                    f" model that the run started from"
+                )
+            for quantizer in quantize.group_quantizers(self):
+                quantizer.set_stage(saved.stage, saved.num_groups)
+        self.config.stage = saved.stage
+
+    def _require_stage(self, verb: str, stage: str) -> None:
+        now = self.config.stage
+        if now == stage:
+            return
+        ways_out = {
+            ("freeze_groups", "pretrain"): "run model.begin_search() first",
+            ("freeze_groups", "finetune"): "the groups are frozen already",
+            ("begin_search", "search"): "the search has begun already",
+        }
+        way_out = ways_out.get((verb, now), f"{verb}() comes before that; start again from the pretrained checkpoint")
+        raise RuntimeError(f"{verb}() needs the stage '{stage}', and the model is in '{now}': {way_out}")

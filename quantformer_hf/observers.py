@@ -1,0 +1,51 @@
+"""What calibration sees: quantiles of each channel, over a few batches."""
+
+import torch
+from torch import Tensor
+
+
+#: Probabilities of the quantiles that are kept, dense in the tails, where clipping is decided: 0.0003 to 0.9997.
+QUANTILES = torch.linspace(-8, 8, 33).sigmoid()
+
+#: Probability mass that each quantile stands for; sums to one.
+QUANTILE_WEIGHTS = torch.diff(torch.cat([torch.zeros(1), (QUANTILES[1:] + QUANTILES[:-1]) / 2, torch.ones(1)]))
+
+
+class Observer:
+    """Keeps evenly spaced rows of what it is shown, the same ones for the same batches on every machine.
+
+    Args:
+        channels: columns to keep apart; 1 pools the whole tensor.
+        rows_per_batch: how many rows of each batch are kept.
+        most_rows: when more have gathered, every other one is dropped.
+    """
+
+    def __init__(self, channels: int, rows_per_batch: int = 512, most_rows: int = 4096):
+        self.channels = channels
+        many = max(1, 64 // channels)
+        self.rows_per_batch = rows_per_batch * many
+        self.most_rows = most_rows * many
+        self.batches: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Take rows of `x`, of any shape whose last dimension is a multiple of `channels`."""
+        rows = x.detach().reshape(-1, self.channels)
+        step = max(1, rows.shape[0] // self.rows_per_batch)
+        # An odd step does not fall in with the (even or square) number of tokens.
+        step += step > 1 and step % 2 == 0
+        self.batches.append(rows[::step].float().clone())
+        if sum(len(batch) for batch in self.batches) > self.most_rows:
+            self.batches = [batch[::2].clone() for batch in self.batches]
+
+    def quantiles(self) -> Tensor:
+        """`(channels, quantiles)`, float32, at the probabilities `QUANTILES`.
+
+        Raises:
+            RuntimeError: nothing was observed, or something that is not finite.
+        """
+        if not self.batches:
+            raise RuntimeError("no calibration batch reached it")
+        rows = torch.cat(self.batches)
+        if not rows.isfinite().all():
+            raise RuntimeError("its input is not finite")
+        return torch.quantile(rows, QUANTILES.to(rows.device), dim=0).T.contiguous()

@@ -1,0 +1,16 @@
+"""The hot functions: fake quantization, forward and backward, each compiled once."""
+
+from .activation import PRODUCERS, fake_quantize_groups, fake_quantize_mixture
+from .compiling import eager_functions
+from .scales import positive
+from .weight import fake_quantize_rows
+
+
+__all__ = [
+    "PRODUCERS",
+    "eager_functions",
+    "fake_quantize_groups",
+    "fake_quantize_mixture",
+    "fake_quantize_rows",
+    "positive",
+]

@@ -1,0 +1,196 @@
+"""Fake quantization of activations `(..., channels)` with a scale and an offset for each group of channels.
+
+Both functions save only their inputs and recompute in the backward pass; the loop over the groups is unrolled inside
+one compiled kernel, so that no copy per group is ever in memory. What makes the activation elementwise (GELU) can run
+inside the function, which then keeps the input of that alone.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .compiling import compiled
+from .scales import positive, positive_backward
+
+
+#: What can make the activation inside the quantizer, so that only its input is kept: value, and gradient of the input.
+PRODUCERS = {
+    "identity": (lambda x: x, lambda grad, x: grad),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+}
+
+
+@compiled
+def _channels_forward(x: Tensor, scale: Tensor, offset: Tensor, qmax: int) -> Tensor:
+    codes = ((x.to(scale.dtype) - offset) * (1 / scale)).round().clamp(0, qmax)
+    return (codes * scale + offset).to(x.dtype)
+
+
+@compiled
+def _channels_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide_grad = grad.to(scale.dtype)
+    position = (x.to(scale.dtype) - offset) * (1 / scale)
+    inside = (position >= 0) & (position <= qmax)
+    codes = position.round().clamp(0, qmax)
+    grad_scale = (wide_grad * torch.where(inside, codes - position, codes)).sum(0)
+    grad_offset = torch.where(inside, 0.0, wide_grad).sum(0)
+    return torch.where(inside, grad, 0.0), grad_scale, grad_offset
+
+
+class _FakeQuantizeGroups(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, offset, index, qmax, gradient_scale, producer):
+        ctx.save_for_backward(x, scale, offset, index)
+        ctx.arguments = qmax, gradient_scale, producer
+        made = PRODUCERS[producer][0](x).reshape(-1, x.shape[-1])
+        return _channels_forward(made, *_of_channels(scale, offset, index), qmax).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        qmax, gradient_scale, producer = ctx.arguments
+        produce, produce_backward = PRODUCERS[producer]
+        x, scale, offset, index = ctx.saved_tensors
+        grad_made, *sums = _channels_backward(
+            grad.reshape(-1, x.shape[-1]),
+            produce(x).reshape(-1, x.shape[-1]),
+            *_of_channels(scale, offset, index),
+            qmax,
+        )
+        if index is None:
+            grad_scale, grad_offset = (channel_sum.sum(0, keepdim=True) for channel_sum in sums)
+        else:
+            grad_scale, grad_offset = (scale.new_zeros(scale.shape).index_add_(0, index, s) for s in sums)
+        return (
+            produce_backward(grad_made.view(x.shape), x),
+            positive_backward(grad_scale, scale) * gradient_scale,
+            grad_offset * gradient_scale,
+            *[None] * 4,
+        )
+
+
+def _of_channels(scale: Tensor, offset: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    scale = positive(scale)
+    return (scale, offset) if index is None else (scale[index], offset[index])
+
+
+def fake_quantize_groups(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    index: Tensor | None,
+    qmax: int,
+    gradient_scale: float = 1.0,
+    producer: str = "identity",
+) -> Tensor:
+    """`x̂_c = s * clip(round((x_c - β)/s), 0, qmax) + β`, with scale s and offset β of the channel's group.
+
+    The gradients of scale and offset are those of LSQ+ (arXiv 2004.09576, equations 6 to 8), times `gradient_scale`.
+
+    Args:
+        x: `(..., channels)`.
+        scale, offset: `(groups,)`. The magnitude of `scale` counts.
+        index: `(channels,)`, int64, the group of each channel; None for one group.
+        qmax: largest integer of the unsigned grid.
+        gradient_scale: factor on the gradients of scale and offset.
+        producer: one of `PRODUCERS`, applied to `x` first.
+
+    Returns:
+        `(..., channels)`, in the dtype of `x`.
+    """
+    return _FakeQuantizeGroups.apply(x, scale, offset, index, qmax, gradient_scale, producer)
+
+
+@functools.cache
+def _mixture_kernels(num_groups: int):
+    """Forward and backward with the loop over `num_groups` unrolled."""
+
+    @compiled
+    def forward(x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: int) -> Tensor:
+        wide = x.to(scale.dtype)
+        mixture = torch.zeros_like(wide)
+        for g in range(num_groups):
+            codes = ((wide - offset[g]) * (1 / scale[g])).round().clamp(0, qmax)
+            mixture = mixture + probabilities[g] * (codes * scale[g] + offset[g])
+        return mixture.to(x.dtype)
+
+    @compiled
+    def backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: int):
+        wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
+        passed = torch.zeros_like(wide)
+        grad_scale, grad_offset, grad_probabilities = [], [], []
+        for g in range(num_groups):
+            position = (wide - offset[g]) * (1 / scale[g])
+            inside = (position >= 0) & (position <= qmax)
+            codes = position.round().clamp(0, qmax)
+            passed = passed + torch.where(inside, probabilities[g], 0.0)
+            grad_probabilities.append((grad * (codes * scale[g] + offset[g])).sum(0))
+            grad_scale.append((grad * torch.where(inside, codes - position, codes)).sum(0))
+            grad_offset.append(torch.where(inside, 0.0, grad).sum(0))
+        return (
+            (grad * passed).to(x.dtype),
+            torch.stack(grad_scale),
+            torch.stack(grad_offset),
+            torch.stack(grad_probabilities),
+        )
+
+    return forward, backward
+
+
+class _FakeQuantizeMixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, offset, probabilities, qmax, gradient_scale, producer):
+        ctx.save_for_backward(x, scale, offset, probabilities)
+        ctx.arguments = qmax, gradient_scale, producer
+        made = PRODUCERS[producer][0](x).reshape(-1, x.shape[-1])
+        return _mixture_kernels(scale.numel())[0](made, positive(scale), offset, probabilities, qmax).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        qmax, gradient_scale, producer = ctx.arguments
+        produce, produce_backward = PRODUCERS[producer]
+        x, scale, offset, probabilities = ctx.saved_tensors
+        grad_made, by_scale, by_offset, grad_probabilities = _mixture_kernels(scale.numel())[1](
+            grad.reshape(-1, x.shape[-1]),
+            produce(x).reshape(-1, x.shape[-1]),
+            positive(scale),
+            offset,
+            probabilities,
+            qmax,
+        )
+        # The kernel leaves one sum a group and channel; the chain rule weighs each by its probability.
+        return (
+            produce_backward(grad_made.view(x.shape), x),
+            positive_backward((by_scale * probabilities).sum(1), scale) * gradient_scale,
+            (by_offset * probabilities).sum(1) * gradient_scale,
+            grad_probabilities,
+            *[None] * 3,
+        )
+
+
+def fake_quantize_mixture(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    probabilities: Tensor,
+    qmax: int,
+    gradient_scale: float = 1.0,
+    producer: str = "identity",
+) -> Tensor:
+    """`x̂_c = Σ_g probabilities_gc * Q_g(x_c)`, with `Q_g` as in `fake_quantize_groups` (Quantformer, section 3.2).
+
+    Args:
+        x: `(..., channels)`.
+        scale, offset: `(groups,)`. The magnitude of `scale` counts.
+        probabilities: `(groups, channels)`, each column sums to one.
+        qmax: largest integer of the unsigned grid.
+        gradient_scale: factor on the gradients of scale and offset.
+        producer: one of `PRODUCERS`, applied to `x` first.
+
+    Returns:
+        `(..., channels)`, in the dtype of `x`.
+    """
+    return _FakeQuantizeMixture.apply(x, scale, offset, probabilities, qmax, gradient_scale, producer)

@@ -1,0 +1,283 @@
+"""From a full-precision backbone to a quantized one, and from stage to stage."""
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionOperands, attention_modules
+from .configuration_quantformer import QuantformerConfig, nearest
+from .grids import FULL_PRECISION_BITS
+from .layers import QuantConv2d, QuantLayerNorm, QuantLinear
+from .ops import PRODUCERS
+from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
+
+
+CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier")
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bit widths of one layer's weight and input; 32 leaves it in floating point."""
+
+    weight_bits: int
+    activation_bits: int
+
+
+def resolve_layer_bits(backbone: nn.Module, config: QuantformerConfig) -> dict[str, LayerBits]:
+    """The bit widths of each linear and convolution of `backbone`, by name, with `config.layer_bits` applied in order.
+
+    Raises:
+        ValueError: a pattern of `layer_bits` that matches no layer.
+    """
+    bits = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d):
+            bits[name] = LayerBits(config.embedding_bits, config.embedding_bits)
+        elif isinstance(module, nn.Linear) and name in CLASSIFIERS:
+            bits[name] = LayerBits(config.classifier_bits, config.classifier_bits)
+        elif isinstance(module, nn.Linear):
+            bits[name] = LayerBits(config.weight_bits, config.activation_bits)
+    for pattern, override in (config.layer_bits or {}).items():
+        matches = fnmatch.filter(bits, pattern)
+        if not matches:
+            raise ValueError(f"layer_bits names {pattern!r}, which matches no layer{nearest(pattern, bits)}")
+        if not isinstance(override, Mapping):
+            override = {"weight_bits": override, "activation_bits": override}
+        for name in matches:
+            bits[name] = replace(bits[name], **override)
+    return bits
+
+
+def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
+    """Replace, in place, what `config` quantizes in a `vit`, `deit` or `swin` image classifier.
+
+    The quantizers have the tensors of `config.stage`. Their values are to be calibrated or loaded.
+
+    Raises:
+        ValueError: `num_groups` above the channel count of some layer, or different activation bits for layers that
+            read the same tensor.
+    """
+    bits = resolve_layer_bits(backbone, config)
+
+    def group_quantizer(name: str, producer: str = "identity") -> GroupActivationQuantizer | None:
+        width = bits[name].activation_bits
+        if width == FULL_PRECISION_BITS:
+            return None
+        return GroupActivationQuantizer(
+            backbone.get_submodule(name).in_features,
+            width,
+            name,
+            config.calibrated,
+            producer,
+            config.stage,
+            config.num_groups,
+        )
+
+    shared_inputs = find_shared_inputs(backbone)
+    producers = {}
+    for producer, consumers in shared_inputs.items():
+        if len({bits[name].activation_bits for name in consumers}) > 1:
+            raise ValueError(
+                f"{', '.join(f'{name!r}' for name in consumers)} read the same tensor, which is quantized once: give them"
+                f" the same activation_bits in layer_bits"
+            )
+        producers[producer] = group_quantizer(consumers[0])
+
+    shared = {name for consumers in shared_inputs.values() for name in consumers}
+    for name, width in bits.items():
+        module = backbone.get_submodule(name)
+        in_block = isinstance(module, nn.Linear) and name not in CLASSIFIERS
+        weight_quantizer = None
+        if width.weight_bits != FULL_PRECISION_BITS:
+            weight_quantizer = build_weight_quantizer(
+                config.weight_quantizer if in_block else "lsq", width.weight_bits, module.weight.shape[0]
+            )
+        input_quantizer = None
+        if in_block and name not in shared:
+            input_quantizer = group_quantizer(name, _absorb_producer(backbone, name, width))
+        elif not in_block and width.activation_bits != FULL_PRECISION_BITS:
+            input_quantizer = ActivationQuantizer(width.activation_bits, name, config.calibrated)
+            # Images are data, whose range no training moves: their calibrated quantizer stays. Its gradient would cost
+            # a transposed convolution a step.
+            input_quantizer.requires_grad_(not isinstance(module, nn.Conv2d))
+        if weight_quantizer is not None or input_quantizer is not None:
+            kind = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
+            backbone.set_submodule(name, kind.from_float(module, weight_quantizer, input_quantizer))
+
+    for producer, quantizer in producers.items():
+        if quantizer is None:
+            continue
+        module = backbone.get_submodule(producer)
+        if isinstance(module, nn.LayerNorm):
+            backbone.set_submodule(producer, QuantLayerNorm.from_float(module, quantizer))
+        else:
+            module.input_quantizer = quantizer
+            module.register_forward_pre_hook(_quantize_first_argument)
+
+    if config.attention_bits not in (None, FULL_PRECISION_BITS):
+        names = {module: name for name, module in backbone.named_modules()}
+        for module in attention_modules(backbone):
+            module.operands = AttentionOperands(config.attention_bits, names[module], config.calibrated)
+    check_num_groups(backbone, config.num_groups)
+
+
+def find_shared_inputs(backbone: nn.Module) -> dict[str, list[str]]:
+    """The modules whose output (LayerNorm) or input (attention block) is quantized once for several readers.
+
+    Swin pads between the LayerNorm and the attention block, and zero need not be on the grid: there the attention block
+    quantizes what it is given.
+
+    Returns:
+        names of the linears that read the tensor, by the name of the module that quantizes it.
+    """
+    shared = {}
+    for name, module in backbone.named_modules():
+        if hasattr(module, "layernorm_before"):
+            pads = hasattr(module, "maybe_pad")
+            producer = f"{name}.attention" if pads else f"{name}.layernorm_before"
+            shared[producer] = [f"{name}.attention.{letter}_proj" for letter in "qkv"]
+            shared[f"{name}.layernorm_after"] = [f"{name}.mlp.fc1"]
+        elif hasattr(module, "reduction"):
+            shared[f"{name}.norm"] = [f"{name}.reduction"]
+    return shared
+
+
+def _absorb_producer(backbone: nn.Module, name: str, width: LayerBits) -> str:
+    """Let the quantizer of fc2's input run the GELU before it, which saves a tensor."""
+    parent = backbone.get_submodule(name.rpartition(".")[0])
+    if width.activation_bits == FULL_PRECISION_BITS or not name.endswith("mlp.fc2"):
+        return "identity"
+    if backbone.config.hidden_act not in PRODUCERS:
+        return "identity"
+    parent.activation_fn = nn.Identity()
+    return backbone.config.hidden_act
+
+
+def _quantize_first_argument(module: nn.Module, arguments: tuple) -> tuple:
+    return (module.input_quantizer(arguments[0]), *arguments[1:])
+
+
+def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    """Every activation quantizer of the model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+
+
+def group_quantizers(model: nn.Module) -> list[GroupActivationQuantizer]:
+    """The activation quantizers whose channels are grouped."""
+    return [module for module in model.modules() if isinstance(module, GroupActivationQuantizer)]
+
+
+def weight_quantized_layers(model: nn.Module) -> list[QuantLinear | QuantConv2d]:
+    """The layers whose weight is quantized."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, QuantLinear | QuantConv2d) and module.weight_quantizer is not None
+    ]
+
+
+def bit_widths(model: nn.Module) -> dict[str, int]:
+    """The bit width of each quantizer, by its name in `model`."""
+    return {
+        name: module.grid.bits
+        for name, module in model.named_modules()
+        if isinstance(module, WeightQuantizer | ActivationQuantizer)
+    }
+
+
+def check_num_groups(model: nn.Module, num_groups: int) -> None:
+    """Raise ValueError where a layer has fewer channels than there are groups."""
+    for quantizer in group_quantizers(model):
+        if num_groups > quantizer.channels:
+            raise ValueError(
+                f"num_groups is {num_groups}, but layer '{quantizer.name}' has only {quantizer.channels} channels:"
+                f" choose at most that"
+            )
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Run the model with all quantizers off inside the `with` block."""
+    quantizers = [module for module in model.modules() if isinstance(module, WeightQuantizer | ActivationQuantizer)]
+    before = [quantizer.enabled for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer, enabled in zip(quantizers, before, strict=True):
+            quantizer.enabled = enabled
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], quantizers: list[ActivationQuantizer]
+) -> dict[ActivationQuantizer, Tensor]:
+    """Show `batches` to the model and return the quantiles `(channels, quantiles)` that each quantizer saw.
+
+    Raises:
+        TypeError: a batch that is neither `pixel_values` nor a dictionary that holds them.
+        RuntimeError: a layer that no batch reached, or that saw something that is not finite.
+    """
+    training = model.training
+    model.eval()
+    for quantizer in quantizers:
+        quantizer.observer = quantizer.make_observer()
+    device = next(model.parameters()).device
+    try:
+        for batch in batches:
+            pixel_values = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+            if not isinstance(pixel_values, Tensor):
+                raise TypeError(
+                    f"a calibration batch is a {type(batch).__name__}: give pixel_values tensors"
+                    f" (batch, channels, height, width), or dictionaries with the key 'pixel_values'"
+                )
+            model(pixel_values.to(device))
+        seen = {}
+        for quantizer in quantizers:
+            try:
+                seen[quantizer] = quantizer.observer.quantiles()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"layer '{quantizer.name}' cannot be calibrated: {error}. Give model.calibrate() batches of images"
+                    f" that run through the whole model"
+                ) from error
+        return seen
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None
+        model.train(training)
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]]) -> None:
+    """Set every scale and offset from data, as the full-precision model sees it; weights from themselves."""
+    with full_precision(model):
+        seen = observe(model, batches, activation_quantizers(model))
+    for quantizer, quantiles in seen.items():
+        quantizer.calibrate(quantiles)
+    for layer in weight_quantized_layers(model):
+        layer.weight_quantizer.calibrate(layer.weight)
+
+
+def begin_search(
+    model: nn.Module, num_groups: int, batches: Iterable[Tensor | Mapping[str, Any]] | None = None
+) -> None:
+    """Split the channels of each block linear's input into groups, softly."""
+    check_num_groups(model, num_groups)
+    quantizers = group_quantizers(model)
+    if batches is not None:
+        for quantizer, quantiles in observe(model, batches, quantizers).items():
+            quantizer.channel_quantiles.copy_(quantiles)
+    for quantizer in quantizers:
+        quantizer.begin_search(num_groups)
+
+
+def freeze_groups(model: nn.Module) -> None:
+    """Give each channel to its most probable group."""
+    for quantizer in group_quantizers(model):
+        quantizer.freeze_groups()

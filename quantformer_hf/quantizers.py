@@ -1,0 +1,245 @@
+"""Weight quantizers and group-wise activation quantizers."""
+
+import torch
+from torch import Tensor, nn
+
+from .grids import Grid, fit_affine, fit_row_scales
+from .groups import cluster_channels, initial_assignment_logits
+from .observers import QUANTILE_WEIGHTS, QUANTILES, Observer
+from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, fake_quantize_rows
+
+
+class WeightQuantizer(nn.Module):
+    """What the weight quantizers share: the grid, and the view of a weight as `(out, in)`.
+
+    Args:
+        bits: 1 to 8.
+        out_channels: rows of the weight, one scale each.
+    """
+
+    def __init__(self, bits: int, out_channels: int):
+        super().__init__()
+        self.grid = Grid(bits, signed=True)
+        self.out_channels = out_channels
+        self.enabled = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake-quantized weight, of the shape of `weight`: `(out, in)` or `(out, in, height, width)`."""
+        if not self.enabled:
+            return weight
+        return self.quantize(weight)
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how it quantizes")
+
+    def calibrate(self, weight: Tensor) -> None:
+        """Set what is learned from the full-precision weight. Nothing, for quantizers that compute their scale."""
+
+    def extra_repr(self) -> str:
+        return f"bits={self.grid.bits}"
+
+
+class LSQWeightQuantizer(WeightQuantizer):
+    """Learned step size, one scale an output channel (LSQ, arXiv 1902.08153).
+
+    The gradient of a scale is scaled by `1 / sqrt(n * qmax)`, n the number of weights that share it.
+    """
+
+    def __init__(self, bits: int, out_channels: int):
+        super().__init__(bits, out_channels)
+        self.scale = nn.Parameter(torch.ones(out_channels))
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        gradient_scale = (weight[0].numel() * self.grid.qmax) ** -0.5
+        return fake_quantize_rows(weight, self.scale, self.grid.qmin, self.grid.qmax, gradient_scale=gradient_scale)
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor) -> None:
+        self.scale.copy_(fit_row_scales(weight.flatten(1), self.grid))
+
+
+class StatsQWeightQuantizer(WeightQuantizer):
+    """Scale from the row's statistics on a half-shifted grid (StatsQ of OFQ, arXiv 2302.02210, section 4.1).
+
+    `s = 2 mean|w|` a row, step `s / 2^(b-1)`, levels `(q + 1/2) * step`: symmetric and without zero, so that all `2^b`
+    levels are used. At one bit this is `sign(w) * mean|w|`, the binary quantizer (XNOR-Net, arXiv 1603.05279).
+    """
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        step = 2 * weight.detach().float().flatten(1).abs().mean(1) / 2 ** (self.grid.bits - 1)
+        return fake_quantize_rows(weight, step, self.grid.qmin, self.grid.qmax, shift=0.5)
+
+
+class MinMaxWeightQuantizer(WeightQuantizer):
+    """The smallest scale that clips no weight of the row."""
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        rows = weight.detach().float().flatten(1)
+        scale = torch.maximum(rows.amax(1) / self.grid.qmax, rows.amin(1) / self.grid.qmin)
+        return fake_quantize_rows(weight, scale, self.grid.qmin, self.grid.qmax)
+
+
+#: Choices of `QuantformerConfig.weight_quantizer`.
+WEIGHT_QUANTIZERS = {
+    "lsq": LSQWeightQuantizer,
+    "statsq": StatsQWeightQuantizer,
+    "minmax": MinMaxWeightQuantizer,
+}
+
+
+def build_weight_quantizer(name: str, bits: int, out_channels: int) -> WeightQuantizer:
+    """The quantizer called `name`; at one bit always the binary one."""
+    kind = StatsQWeightQuantizer if bits == 1 else WEIGHT_QUANTIZERS[name]
+    return kind(bits, out_channels)
+
+
+class ActivationQuantizer(nn.Module):
+    """One learned scale and offset for a whole tensor: `x̂ = scale * clip(round((x - offset)/scale), 0, 2^b-1) + offset`.
+
+    The gradients of both are scaled by `1 / sqrt(n * qmax)`, n the number of elements of one sample that share them
+    (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+
+    Args:
+        bits: 2 to 8.
+        name: the layer that the tensor belongs to, for messages.
+        calibrated: whether scale and offset hold (or are about to be loaded with) calibrated values.
+        producer: elementwise function that makes the tensor, run inside the quantizer (`ops.PRODUCERS`).
+    """
+
+    def __init__(self, bits: int, name: str, calibrated: bool = False, producer: str = "identity"):
+        super().__init__()
+        self.grid = Grid(bits, signed=False)
+        self.producer = producer
+        self.name = name
+        self.calibrated = calibrated
+        self.enabled = True
+        self.observer: Observer | None = None
+        self.scale = nn.Parameter(torch.ones(1))
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantized `producer(x)`, of any shape whose last dimension is the channels.
+
+        Raises:
+            RuntimeError: scale and offset were never calibrated.
+        """
+        if self.observer is not None:
+            self.observer.add(PRODUCERS[self.producer][0](x))
+        if not self.enabled:
+            return PRODUCERS[self.producer][0](x)
+        if not self.calibrated:
+            raise RuntimeError(f"layer '{self.name}' was not calibrated: run model.calibrate(batches) first")
+        gradient_scale = (x[0].numel() / self.scale.numel() * self.grid.qmax) ** -0.5
+        return self.quantize(x, gradient_scale)
+
+    def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
+        return fake_quantize_groups(x, self.scale, self.offset, None, self.grid.qmax, gradient_scale, self.producer)
+
+    def make_observer(self) -> Observer:
+        return Observer(channels=1)
+
+    @torch.no_grad()
+    def calibrate(self, quantiles: Tensor) -> None:
+        """Fit scale and offset to the observed quantiles, `(channels, quantiles)`."""
+        weights = QUANTILE_WEIGHTS.to(quantiles.device).expand_as(quantiles)
+        scale, offset = fit_affine(quantiles.flatten(), weights.flatten(), self.grid)
+        self.scale.fill_(scale.item())
+        self.offset.fill_(offset.item())
+        self.calibrated = True
+
+    def extra_repr(self) -> str:
+        return f"bits={self.grid.bits}, groups={self.scale.numel()}"
+
+
+class GroupActivationQuantizer(ActivationQuantizer):
+    """A scale and an offset for each group of channels; which channel belongs to which group is searched.
+
+    - `pretrain`: one group. `channel_quantiles` `(channels, quantiles)` keeps what calibration saw.
+    - `search`: `x̂_c = Σ_g softmax(α)_{g,c} Q_g(x_c)`, `assignment_logits` α `(groups, channels)` (Quantformer, section 3.2).
+    - `finetune`: `x̂_c = Q_{g(c)}(x_c)`, `group_index` g `(channels,)`; α is gone.
+
+    Args:
+        channels: size of the last dimension of the input.
+        bits, name, calibrated, producer: as in `ActivationQuantizer`.
+        stage: `pretrain`, `search` or `finetune`.
+        num_groups: G, of the last two stages.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        bits: int,
+        name: str,
+        calibrated: bool = False,
+        producer: str = "identity",
+        stage: str = "pretrain",
+        num_groups: int = 1,
+    ):
+        super().__init__(bits, name, calibrated, producer)
+        self.channels = channels
+        self.set_stage(stage, num_groups)
+
+    def set_stage(self, stage: str, num_groups: int) -> None:
+        """Give the quantizer the tensors of `stage`, with nothing in them yet: the caller fills or loads them."""
+        device = self.scale.device
+        for name in ("channel_quantiles", "assignment_logits", "group_index"):
+            if hasattr(self, name):
+                delattr(self, name)
+        groups = 1 if stage == "pretrain" else num_groups
+        if self.scale.numel() != groups:
+            self.scale = nn.Parameter(torch.ones(groups, device=device))
+            self.offset = nn.Parameter(torch.zeros(groups, device=device))
+        if stage == "pretrain":
+            self.register_buffer("channel_quantiles", torch.zeros(self.channels, len(QUANTILES), device=device))
+        elif stage == "search":
+            self.assignment_logits = nn.Parameter(torch.zeros(groups, self.channels, device=device))
+        else:
+            self.register_buffer("group_index", torch.zeros(self.channels, dtype=torch.uint8, device=device))
+        self.stage = stage
+
+    def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
+        if self.stage == "pretrain":
+            return super().quantize(x, gradient_scale)
+        parameters = x, self.scale, self.offset
+        arguments = self.grid.qmax, gradient_scale, self.producer
+        if self.stage == "search":
+            return fake_quantize_mixture(*parameters, self.assignment_probabilities(), *arguments)
+        return fake_quantize_groups(*parameters, self.group_index.long(), *arguments)
+
+    def assignment_probabilities(self) -> Tensor:
+        """`softmax(α)` over the groups: `(groups, channels)`."""
+        return self.assignment_logits.softmax(0)
+
+    def make_observer(self) -> Observer:
+        return Observer(self.channels)
+
+    @torch.no_grad()
+    def calibrate(self, quantiles: Tensor) -> None:
+        super().calibrate(quantiles)
+        self.channel_quantiles.copy_(quantiles)
+
+    @torch.no_grad()
+    def begin_search(self, num_groups: int) -> None:
+        """Split the channels into groups by their ranges, and start α from the distances to the groups' centres.
+
+        A group that k-means leaves empty starts with the scale and offset that fit all channels together.
+        """
+        quantiles = self.channel_quantiles
+        index, distances = cluster_channels(quantiles, num_groups)
+        self.set_stage("search", num_groups)
+        weights = QUANTILE_WEIGHTS.to(quantiles.device)
+        for group in range(num_groups):
+            members = quantiles[index == group]
+            if len(members) == 0:
+                members = quantiles
+            scale, offset = fit_affine(members.flatten(), weights.expand_as(members).flatten(), self.grid)
+            self.scale[group] = scale
+            self.offset[group] = offset
+        self.assignment_logits.copy_(initial_assignment_logits(distances))
+
+    @torch.no_grad()
+    def freeze_groups(self) -> None:
+        """Keep for each channel the group of its largest α."""
+        index = self.assignment_logits.argmax(0)
+        self.set_stage("finetune", self.scale.numel())
+        self.group_index.copy_(index)

@@ -1,0 +1,274 @@
+"""`QuantformerTrainer`: a transformers Trainer with the method's losses and the search-then-freeze schedule."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, get_scheduler
+
+from .attention import ATTENTION_IMPLEMENTATION, capture_attention
+from .callbacks import FreezeGroupsCallback
+from .losses import (
+    assignment_entropy,
+    attention_rank_consistency,
+    entropy_adaptive_degrees,
+    logit_distillation,
+)
+from .modeling_quantformer import QuantformerPreTrainedModel
+from .quantize import group_quantizers
+from .quantizers import ActivationQuantizer, WeightQuantizer
+from .training_args import QuantformerTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+#: How far the adaptive concentration degree moves towards each batch's own.
+DEGREE_MOMENTUM = 0.02
+
+
+class QuantformerTrainer(Trainer):
+    """Trains a quantized model in any stage, and a full-precision one as `Trainer` does.
+
+    Args:
+        teacher: the full-precision model. It is put on the device, frozen and in eval mode; it is neither saved, nor
+            wrapped for distributed training, nor trained.
+        kwargs: as for `transformers.Trainer`; `args` is a `QuantformerTrainingArguments`.
+    """
+
+    args: QuantformerTrainingArguments
+    # The losses are means over a micro-batch: Trainer is to divide by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: QuantformerTrainingArguments,
+        teacher: PreTrainedModel | None = None,
+        **kwargs,
+    ):
+        if args.search_steps > 0:
+            # After the freeze the assignment logits get no gradient, which DDP must not wait for.
+            args.ddp_find_unused_parameters = True
+        super().__init__(model=model, args=args, **kwargs)
+        self.teacher = None
+        if teacher is not None:
+            teacher.set_attn_implementation(ATTENTION_IMPLEMENTATION)
+            teacher.requires_grad_(False).eval()
+            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if args.search_steps > 0:
+            self.add_callback(FreezeGroupsCallback(self._announce_stage))
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_count = 0
+        self._last_shares: dict[str, Tensor] = {}
+
+    def train(self, *args, **kwargs):
+        """As in Trainer.
+
+        Raises:
+            ValueError: a loss that compares with a teacher, and no teacher; `search_steps`, and a model that does not
+                search.
+        """
+        quantized = self._quantized_model()
+        if quantized is not None and self.args.needs_teacher and self.teacher is None:
+            raise ValueError(
+                "aux_weight and distillation_weight compare with a teacher: pass teacher=..., or set both to 0"
+            )
+        if self.args.search_steps > 0 and (quantized is None or quantized.config.stage == "pretrain"):
+            raise ValueError("search_steps needs a model in the stage 'search': run model.begin_search() first")
+        return super().train(*args, **kwargs)
+
+    # Losses
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """As in Trainer while evaluating; while training, the task's loss plus the weighted terms of the method."""
+        quantized = self._quantized_model()
+        if not model.training or quantized is None:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            if model.training:
+                self._check_finite(loss, {"task": loss})
+            return (loss, outputs) if return_outputs else loss
+        pixel_values = inputs["pixel_values"]
+        if self.args.aux_weight > 0:
+            with capture_attention(quantized) as student_maps:
+                task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            with torch.no_grad(), capture_attention(self.teacher) as teacher_maps:
+                teacher_logits = self.teacher(pixel_values=pixel_values).logits
+        else:
+            task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            if self.args.distillation_weight > 0:
+                with torch.no_grad():
+                    teacher_logits = self.teacher(pixel_values=pixel_values).logits
+
+        terms = {"task": self.args.task_weight * task_loss}
+        if self.args.aux_weight > 0:
+            degrees = self._concentration_degrees(quantized, student_maps, teacher_maps)
+            terms["attention"] = self.args.aux_weight * attention_rank_consistency(
+                student_maps, teacher_maps, degrees, len(pixel_values)
+            )
+        if self.args.distillation_weight > 0:
+            terms["distillation"] = self.args.distillation_weight * logit_distillation(
+                outputs.logits, teacher_logits, self.args.distillation_temperature
+            )
+        if self.args.dm_weight > 0 and quantized.config.stage == "search":
+            probabilities = [quantizer.assignment_probabilities() for quantizer in group_quantizers(quantized)]
+            terms["assignment"] = self.args.dm_weight * assignment_entropy(probabilities)
+        loss = torch.stack(list(terms.values())).sum()
+        self._check_finite(loss, terms)
+        self._record(terms, quantized)
+        return (loss, outputs) if return_outputs else loss
+
+    def _concentration_degrees(
+        self, quantized: QuantformerPreTrainedModel, student_maps: list[Tensor], teacher_maps: list[Tensor]
+    ) -> Tensor:
+        """p of each layer, `(layers,)`: the fixed one, or the running average of the entropy-adaptive one."""
+        degrees = quantized.concentration_degree
+        if self.args.pnorm != "entropy":
+            return torch.full_like(degrees, float(self.args.pnorm))
+        # Every process takes the mean over all of them, so that they agree.
+        found = self.accelerator.reduce(entropy_adaptive_degrees(student_maps, teacher_maps), reduction="mean")
+        degrees.lerp_(found.to(degrees), DEGREE_MOMENTUM)
+        # The loss must not see the change that the next step makes in place.
+        return degrees.clone()
+
+    def _check_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+            raise FloatingPointError(
+                f"the loss of step {self.state.global_step + 1} is not finite ({values}): lower the learning rate or the"
+                f" weight of that term, and resume from the last checkpoint in {self.args.output_dir}"
+            )
+
+    def _quantized_model(self) -> QuantformerPreTrainedModel | None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model if isinstance(model, QuantformerPreTrainedModel) else None
+
+    # Logging
+
+    def _record(self, terms: dict[str, Tensor], quantized: nn.Module) -> None:
+        """Add up the terms as tensors; nothing is read from the device before the next log."""
+        for name, term in terms.items():
+            self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
+        self._term_count += 1
+        every = self.args.gradient_share_steps
+        if len(terms) > 1 and every > 0 and self.state.global_step % every == 0 and self.accelerator.sync_gradients:
+            self._last_shares = self._gradient_shares(terms, quantized)
+
+    def _gradient_shares(self, terms: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Norm of each term's own gradient, over the sum of those norms: an idle loss shows as a share near zero."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        norms = {}
+        for name, term in terms.items():
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            norms[name] = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        total = torch.stack(list(norms.values())).sum().clamp_min(1e-30)
+        return {name: norm / total for name, norm in norms.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss term since the last log, and the last shares of the gradient."""
+        quantized = self._quantized_model()
+        if quantized is not None and "loss" in logs:
+            if self._term_count:
+                names = list(self._term_sums)
+                means = torch.stack([self._term_sums[name] for name in names]) / self._term_count
+                for name, mean in zip(names, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True):
+                    logs[f"loss_{name}"] = mean
+                self._term_sums, self._term_count = {}, 0
+            for name, share in self._last_shares.items():
+                logs[f"gradient_share_{name}"] = share.item()
+            self._last_shares = {}
+            if self.args.aux_weight > 0 and self.args.pnorm == "entropy":
+                logs["concentration_degree"] = quantized.concentration_degree.mean().item()
+        super().log(logs, start_time)
+
+    def _announce_stage(self, stage: str) -> None:
+        logger.info(f"step {self.state.global_step}: the model goes to the stage '{stage}'")
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_stage_switch"):
+                callback.on_stage_switch(self.args, self.state, self.control, stage=stage, model=self.model)
+
+    # Optimizer and schedule
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """No weight decay on scales, offsets and assignment logits."""
+        quantizer_parameters = {
+            f"{prefix}.{name}"
+            for prefix, module in model.named_modules()
+            if isinstance(module, ActivationQuantizer | WeightQuantizer)
+            for name, _ in module.named_parameters()
+        }
+        return [name for name in super().get_decay_parameter_names(model) if name not in quantizer_parameters]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Trainer, with the assignment logits in a last group that has its own learning rate.
+
+        A run that was resumed after its freeze has no logits left: parameters without gradient keep their places, so
+        that the optimizer's state, saved before or after the freeze, fits.
+        """
+        if self.optimizer is not None or not self._searches():
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        logits = []
+        for quantizer in group_quantizers(self.model if model is None else model):
+            shape = quantizer.scale.numel(), quantizer.channels
+            placeholder = nn.Parameter(torch.zeros(shape, device=quantizer.scale.device), requires_grad=False)
+            logits.append(getattr(quantizer, "assignment_logits", placeholder))
+        ids = {id(parameter) for parameter in logits}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+        optimizer.add_param_group({"params": logits, "lr": self.args.assignment_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _searches(self) -> bool:
+        quantized = self._quantized_model()
+        return quantized is not None and (quantized.config.stage == "search" or self.args.search_steps > 0)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As in Trainer; with `search_steps`, one schedule up to the freeze and a second one after it."""
+        if self.lr_scheduler is not None or self.args.search_steps <= 0:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        search_steps = self.args.search_steps
+        phases = []
+        for steps in (search_steps, max(1, num_training_steps - search_steps)):
+            scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            )
+            phases.append(scheduler.lr_lambdas[0])
+        search_factor, finetune_factor = phases
+        ratio = (self.args.finetune_learning_rate or self.args.learning_rate) / self.args.learning_rate
+
+        def factor(step: int) -> float:
+            return search_factor(step) if step < search_steps else ratio * finetune_factor(step - search_steps)
+
+        self.lr_scheduler = LambdaLR(optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load through `from_pretrained`, which knows every layout of the names and checks what it finds.
+
+        Trainer's own way is `load_state_dict(strict=False)`, which restores nothing under another name and says so in a
+        warning at most.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.model if model is None else model
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        if isinstance(model, QuantformerPreTrainedModel):
+            model.follow_stage(saved.config)
+        model.load_state_dict(saved.state_dict())

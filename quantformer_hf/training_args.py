@@ -1,0 +1,80 @@
+"""Arguments of a training stage."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class QuantformerTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` and what the losses and the search need.
+
+    Raises:
+        ValueError: a weight below zero, a `pnorm` that is neither a number of at least 1 nor `entropy`, or a
+            `search_steps` that leaves nothing to finetune.
+    """
+
+    aux_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the self-attention rank consistency loss. Needs a teacher."}
+    )
+    dm_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the assignment entropy, in the search stage only."}
+    )
+    pnorm: str = field(
+        default="entropy",
+        metadata={"help": "Concentration degree of the teacher's attention maps: a number, or 'entropy' to adapt it."},
+    )
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the logit distillation loss. Needs a teacher."}
+    )
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the logit distillation."})
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    assignment_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the assignment logits, in the search stage."}
+    )
+    search_steps: int = field(
+        default=-1,
+        metadata={
+            "help": "Freeze the groups after this many optimizer steps and go on finetuning in the same run. -1: search"
+            " to the end, and freeze afterwards."
+        },
+    )
+    finetune_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate after the freeze of search_steps. Default: learning_rate."}
+    )
+    gradient_share_steps: int = field(
+        default=500,
+        metadata={"help": "Log each loss term's share of the gradient's norm every so many steps. 0: never."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop columns that the model does not take. Image transforms need them."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite. Here they stop the training instead."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("aux_weight", "dm_weight", "distillation_weight", "task_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")
+        if self.distillation_temperature <= 0:
+            raise ValueError(f"distillation_temperature is {self.distillation_temperature}: choose more than 0")
+        self.pnorm = str(self.pnorm)
+        if self.pnorm != "entropy":
+            try:
+                degree = float(self.pnorm)
+            except ValueError:
+                degree = 0.0
+            if not degree >= 1:
+                raise ValueError(f"pnorm is {self.pnorm!r}: choose a number of at least 1, or 'entropy'")
+        if 0 < self.max_steps <= self.search_steps:
+            raise ValueError(
+                f"search_steps is {self.search_steps}, and max_steps {self.max_steps}: leave steps to finetune after it,"
+                f" or set search_steps to -1"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether some loss compares with the full-precision model."""
+        return self.aux_weight > 0 or self.distillation_weight > 0

@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+"""Quantize a vision transformer: `python run_quantformer.py configs/quickstart.yaml`, or under `accelerate launch`.
+
+Runs one stage or several; each leaves a loadable model in `<output_dir>/<stage>/`. The same command typed again after an
+interruption goes on where it stopped.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoModelForImageClassification, pipeline
+from transformers.utils import logging
+
+from quantformer_hf.arguments import RunArguments, StageArguments
+from quantformer_hf.data import load_image_data
+from quantformer_hf.modeling_quantformer import QuantformerPreTrainedModel
+from quantformer_hf.report import bytes_at_bit_widths, format_table, megabytes, weights_on_disk
+from quantformer_hf.stages import StageRun, accuracy, delete_stage, load_classifier, load_processor, make_trainer
+
+
+#: Held-out images that the end of a run classifies through `pipeline`.
+SHOWN_IMAGES = 5
+
+#: In the order of the table.
+ACCURACIES = ("full_precision", "pretrain", "search", "frozen", "finetune", "reloaded")
+
+
+def main() -> None:
+    run = RunArguments()
+    arguments = run.for_stage(None)
+    output_dir = Path(arguments.training.output_dir)
+    if not arguments.model.stages:
+        evaluate_only(arguments)
+        return
+    if arguments.model.overwrite_output_dir:
+        for stage in arguments.model.stages:
+            delete_stage(output_dir, stage)
+    source, results = arguments.model.model_name_or_path, {}
+    for stage in arguments.model.stages:
+        stage_run = StageRun(run.for_stage(stage), source, output_dir)
+        results |= stage_run.run()
+        source = str(stage_run.folder)
+    results["reloaded_accuracy"] = evaluate_checkpoint(source, run.for_stage(stage))
+    if PartialState().is_main_process:
+        (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
+        print_report(results, output_dir, source)
+        show_predictions(source, run.for_stage(stage))
+
+
+def evaluate_only(arguments: StageArguments) -> None:
+    """`--stages` without a stage and `--do_eval`: the accuracy of `--model_name_or_path`, written and printed."""
+    if not arguments.training.do_eval or arguments.model.model_name_or_path is None:
+        raise ValueError("no stage to run: name some in --stages, or give --do_eval with --model_name_or_path")
+    results = {"eval_accuracy": evaluate_checkpoint(arguments.model.model_name_or_path, arguments)}
+    if PartialState().is_main_process:
+        output_dir = Path(arguments.training.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "eval_results.json").write_text(json.dumps(results, indent=1))
+        print(f"accuracy {100 * results['eval_accuracy']:.2f} %")
+
+
+def evaluate_checkpoint(name: str, arguments: StageArguments) -> float:
+    """Load `name` as any user would and return its accuracy on the validation images."""
+    data = load_image_data(arguments.data, arguments.training.seed)
+    model = load_classifier(name, data, ignore_mismatched_sizes=False)
+    return accuracy(make_trainer(model, arguments.training, data, load_processor(name, None)))
+
+
+def print_report(results: dict[str, float], output_dir: Path, final: str) -> None:
+    """A table of the accuracy after each stage, and the sizes."""
+    rows = []
+    for name in ACCURACIES:
+        if f"{name}_accuracy" in results:
+            folder = output_dir / name
+            size = megabytes(weights_on_disk(folder)) if folder.exists() else ""
+            rows.append([name.replace("_", " "), f"{100 * results[f'{name}_accuracy']:.2f} %", size])
+    print("\n" + format_table(["after stage", "accuracy", "on disk"], rows))
+    model = AutoModelForImageClassification.from_pretrained(final)
+    if isinstance(model, QuantformerPreTrainedModel):
+        needed = bytes_at_bit_widths(model)
+        full = 4 * sum(parameter.numel() for parameter in model.backbone.parameters())
+        print(
+            f"\nW{model.config.weight_bits}A{model.config.activation_bits}: {megabytes(needed)} at its bit widths, the"
+            f" rest in float32, against {megabytes(full)} in float32: compression {full / needed:.1f}."
+            f"\nThe files hold the weights in float32 until they are packed."
+        )
+
+
+def show_predictions(name: str, arguments: StageArguments) -> None:
+    """Classify a few held-out images the way a user of transformers does."""
+    data = load_image_data(arguments.data, arguments.training.seed)
+    classify = pipeline("image-classification", model=name)
+    examples = data.validation.select(range(min(SHOWN_IMAGES, len(data.validation))))
+    images = [image.convert("RGB") for image in examples[data.image_column]]
+    rows = [
+        [str(i), data.label_names[label], f"{best[0]['label']} ({100 * best[0]['score']:.0f} %)"]
+        for i, (label, best) in enumerate(zip(examples[data.label_column], classify(images, top_k=1), strict=True))
+    ]
+    print("\n" + format_table(["held-out image", "label", "pipeline says"], rows))
+    print(f"\nThe model is in {name}")
+
+
+if __name__ == "__main__":
+    # The bars of the training stay; those of saving and loading files would tear them.
+    logging.disable_progress_bar()
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        # Bad input: the message says the way out, and a traceback would bury it.
+        sys.exit(f"{type(error).__name__}: {error}")
