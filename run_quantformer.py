@@ -7,6 +7,7 @@ interruption goes on where it stopped.
 
 import json
 import sys
+from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 
 from accelerate import PartialState
@@ -14,10 +15,10 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers.utils import logging
 
 from quantformer_hf.arguments import RunArguments, StageArguments
-from quantformer_hf.data import load_image_data
-from quantformer_hf.modeling_quantformer import QuantformerPreTrainedModel
+from quantformer_hf.data import load_image_data, with_crop
+from quantformer_hf.modeling_quantformer import QuantformerPreTrainedModel, StageError
 from quantformer_hf.report import bytes_at_bit_widths, format_table, megabytes, weights_on_disk
-from quantformer_hf.stages import StageRun, accuracy, delete_stage, load_classifier, load_processor, make_trainer
+from quantformer_hf.stages import StageRun, accuracy, delete_stage, load_classifier, make_trainer
 
 
 #: Held-out images that the end of a run classifies through `pipeline`.
@@ -64,8 +65,8 @@ def evaluate_only(arguments: StageArguments) -> None:
 def evaluate_checkpoint(name: str, arguments: StageArguments) -> float:
     """Load `name` as any user would and return its accuracy on the validation images."""
     data = load_image_data(arguments.data, arguments.training.seed)
-    model = load_classifier(name, data, ignore_mismatched_sizes=False)
-    return accuracy(make_trainer(model, arguments.training, data, load_processor(name, None)))
+    model, processor = load_classifier(name, data, arguments.model)
+    return accuracy(make_trainer(model, arguments.training, data, with_crop(processor, arguments.data.crop_pct)))
 
 
 def print_report(results: dict[str, float], output_dir: Path, final: str) -> None:
@@ -105,8 +106,11 @@ def show_predictions(name: str, arguments: StageArguments) -> None:
 if __name__ == "__main__":
     # The bars of the training stay; those of saving and loading files would tear them.
     logging.disable_progress_bar()
+    if PartialState().is_main_process:
+        basicConfig(format="%(message)s")
+        getLogger("quantformer_hf").setLevel(INFO)
     try:
         main()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, StageError) as error:
         # Bad input: the message says the way out, and a traceback would bury it.
         sys.exit(f"{type(error).__name__}: {error}")

@@ -1,5 +1,6 @@
 """What a benchmark prints about the machine, and how it times."""
 
+import ctypes
 import datetime
 import platform
 import statistics
@@ -52,6 +53,8 @@ def peak_extra_bytes(candidate: Callable[[], None], interval: float = 0.002) -> 
         candidate()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    # The allocator keeps what earlier candidates gave back: return it to the system, or it would hide what this one takes.
+    ctypes.CDLL(None).malloc_trim(0)
     before, peak, done = _resident_bytes(), 0, threading.Event()
 
     def sample() -> None:

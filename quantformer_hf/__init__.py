@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from .callbacks import QuantformerCallback
 from .configuration_quantformer import QuantformerConfig
-from .modeling_quantformer import QuantformerForImageClassification, QuantformerPreTrainedModel
+from .modeling_quantformer import QuantformerForImageClassification, QuantformerPreTrainedModel, StageError
 from .trainer import QuantformerTrainer
 from .training_args import QuantformerTrainingArguments
 from .version import __version__
@@ -23,5 +23,6 @@ __all__ = [
     "QuantformerPreTrainedModel",
     "QuantformerTrainer",
     "QuantformerTrainingArguments",
+    "StageError",
     "__version__",
 ]

@@ -37,6 +37,13 @@ class ModelArguments:
             "help": "What the first stage starts from: a hub id or folder, of full precision or an earlier stage."
         },
     )
+    architecture: str | None = field(
+        default=None, metadata={"help": "timm's name of the model in a single weight file whose name does not hold it."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Other image size than the checkpoint's: position embeddings are interpolated."}
+    )
+    window_size: int | None = field(default=None, metadata={"help": "Other window size than the Swin checkpoint's."})
     teacher_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Full-precision model to learn from. Default: the one that the model was made of."},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from .ops import quantized_attention
 from .quantizers import ActivationQuantizer
 
 
@@ -27,6 +28,43 @@ class AttentionOperands(nn.Module):
         self.key = ActivationQuantizer(bits, f"{name}.key", calibrated)
         self.value = ActivationQuantizer(bits, f"{name}.value", calibrated)
         self.probabilities = ActivationQuantizer(bits, f"{name}.probabilities", calibrated)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments and results as `quantized_attention`; in floating point while calibrating."""
+        quantizers = (self.query, self.key, self.value, self.probabilities)
+        if all(quantizer.enabled for quantizer in quantizers):
+            for quantizer in quantizers:
+                quantizer.check_calibrated()
+            return quantized_attention(
+                query,
+                key,
+                value,
+                mask,
+                tuple(quantizer.scale for quantizer in quantizers),
+                tuple(quantizer.offset for quantizer in quantizers),
+                self.query.grid.qmax,
+                scaling,
+                dropout,
+            )
+        output, probabilities = plain_attention(query, key, value, mask, scaling, dropout)
+        for quantizer, operand in zip(quantizers, (query, key, value, probabilities), strict=True):
+            if quantizer.observer is not None:
+                quantizer.observer.add(operand)
+        return output, probabilities
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """`softmax(q kᵀ * scaling + mask) v` and the probabilities, shapes as in `quantized_attention`."""
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if mask is not None:
+        scores = scores + mask
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(probabilities, dropout) if dropout > 0 else probabilities
+    return torch.matmul(weights, value), probabilities
 
 
 def quantformer_attention(
@@ -57,25 +95,18 @@ def quantformer_attention(
     operands: AttentionOperands | None = getattr(module, "operands", None)
     captured: list[Tensor] | None = getattr(module, "captured_attention", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if operands is None and captured is None and not kwargs.get("output_attentions"):
+    if operands is not None:
+        output, probabilities = operands(query, key, value, attention_mask, scaling, dropout)
+    elif captured is not None or kwargs.get("output_attentions"):
+        output, probabilities = plain_attention(query, key, value, attention_mask, scaling, dropout)
+    else:
+        probabilities = None
         output = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
         )
-        return output.transpose(1, 2).contiguous(), None
-    if operands is not None:
-        # (batch, tokens, heads, head_dim) is how the projections left them: no copy.
-        query = operands.query(query.transpose(1, 2)).transpose(1, 2)
-        key = operands.key(key.transpose(1, 2)).transpose(1, 2)
-        value = operands.value(value.transpose(1, 2)).transpose(1, 2)
-    scores = torch.matmul(query * scaling, key.transpose(2, 3))
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     if captured is not None:
         captured.append(probabilities)
-    weights = probabilities if operands is None else operands.probabilities(probabilities)
-    weights = nn.functional.dropout(weights, dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), probabilities
+    return output.transpose(1, 2).contiguous(), probabilities
 
 
 AttentionInterface.register(ATTENTION_IMPLEMENTATION, quantformer_attention)

@@ -1,8 +1,11 @@
 """Images and labels for training, calibration and evaluation."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,12 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
     calibration_samples: int = field(default=256, metadata={"help": "Training images that calibrate the quantizers."})
+    crop_pct: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the shorter edge that the evaluation's centre crop keeps. Default: the checkpoint's."
+        },
+    )
     crop_scale: float = field(default=0.08, metadata={"help": "Smallest share of the image in a random crop."})
     crop_ratio: float = field(
         default=0.75, metadata={"help": "Smallest aspect ratio of a crop; its inverse the largest."}
@@ -144,9 +153,24 @@ def _find_column(features: Features, role: str, name: str | None, kind: type) ->
 def processor_size(processor: BaseImageProcessor) -> tuple[int, int]:
     """Height and width of the images that `processor` makes."""
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    if size.get("shortest_edge"):
-        return size["shortest_edge"], size["shortest_edge"]
     return size["height"], size["width"]
+
+
+def with_crop(processor: BaseImageProcessor, crop_pct: float | None) -> BaseImageProcessor:
+    """A copy of `processor` whose centre crop keeps `crop_pct` of the shorter edge, as timm counts; None changes nothing.
+
+    Raises:
+        ValueError: a share outside (0, 1], or a processor without a centre crop.
+    """
+    if crop_pct is None:
+        return processor
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct is {crop_pct}: choose more than 0 and at most 1")
+    if not getattr(processor, "do_center_crop", False):
+        raise ValueError(f"crop_pct is {crop_pct}, but the checkpoint's {type(processor).__name__} does not crop")
+    changed = copy.deepcopy(processor)
+    changed.size = type(processor.size)(shortest_edge=math.floor(min(processor_size(processor)) / crop_pct))
+    return changed
 
 
 def train_transform(processor: BaseImageProcessor, arguments: DataArguments) -> Callable[[PILImage.Image], Tensor]:
@@ -166,38 +190,73 @@ def train_transform(processor: BaseImageProcessor, arguments: DataArguments) -> 
     )
 
 
-def with_pixel_values(
-    dataset: Dataset, data: ImageData, processor: BaseImageProcessor, augment: Callable | None = None
-) -> Dataset:
-    """`dataset` with the columns `pixel_values` `(channels, height, width)` and `labels`, computed as rows are read.
+class TransformedImages(torch.utils.data.Dataset):
+    """Rows of a data set as `pixel_values` `(channels, height, width)` and `labels`, made as they are read.
+
+    The random numbers of an image's augmentation follow from seed, epoch and index alone, whichever process or worker
+    reads it and whatever was read before: a resumed run sees the images of an uninterrupted one.
 
     Args:
-        augment: training transform of a PIL image; by default the processor's own, as at inference.
+        rows: images and labels.
+        data: where `rows` comes from, for its columns.
+        processor: makes the pixel values, as at inference, where `augment` is None.
+        augment: training transform of a PIL image.
+        seed: of the augmentation.
     """
-    return dataset.with_transform(
-        partial(
-            _transform,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            processor=processor,
-            augment=augment,
-        )
-    )
+
+    def __init__(
+        self,
+        rows: Dataset,
+        data: ImageData,
+        processor: BaseImageProcessor,
+        augment: Callable[[PILImage.Image], Tensor] | None = None,
+        seed: int = 0,
+    ):
+        self.rows = rows.select_columns([data.image_column, data.label_column])
+        self.image_column, self.label_column = data.image_column, data.label_column
+        self.processor = processor
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = self.rows[list(indices)]
+        images = [image.convert("RGB") for image in rows[self.image_column]]
+        if self.augment is None:
+            pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
+        else:
+            pixel_values = []
+            for index, image in zip(indices, images, strict=True):
+                with _random_numbers_of(self.seed, self.epoch, index):
+                    pixel_values.append(self.augment(image))
+        labels = rows[self.label_column]
+        return [{"pixel_values": p, "labels": label} for p, label in zip(pixel_values, labels, strict=True)]
 
 
-def _transform(
-    rows: dict[str, list],
-    image_column: str,
-    label_column: str,
-    processor: BaseImageProcessor,
-    augment: Callable | None,
-) -> dict[str, Any]:
-    images = [image.convert("RGB") for image in rows[image_column]]
-    if augment is not None:
-        pixel_values = [augment(image) for image in images]
-    else:
-        pixel_values = list(processor(images, return_tensors="pt")["pixel_values"])
-    return {"pixel_values": pixel_values, "labels": rows[label_column]}
+@contextlib.contextmanager
+def _random_numbers_of(*key: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's generators (timm draws from all three) from `key`, and put them back after."""
+    python, numpy, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seeds = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(int(seeds[2]))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(tensor)
 
 
 def collate(rows: list[dict[str, Any]], num_labels: int) -> dict[str, Tensor]:
@@ -216,6 +275,7 @@ def calibration_batches(
 ) -> Iterator[Tensor]:
     """Batches of `pixel_values` from random training images without augmentation, the same in every process."""
     chosen = data.train.shuffle(seed=seed).select(range(min(samples, len(data.train))))
-    dataset = with_pixel_values(chosen, data, processor)
-    for start in range(0, len(dataset), batch_size):
-        yield torch.stack(dataset[start : start + batch_size]["pixel_values"])
+    images = TransformedImages(chosen, data, processor)
+    for start in range(0, len(images), batch_size):
+        rows = images.__getitems__(range(start, min(start + batch_size, len(images))))
+        yield torch.stack([row["pixel_values"] for row in rows])

@@ -1,5 +1,6 @@
 """Quantized ViT, DeiT and Swin image classifiers with the life of any other transformers model."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForImageClassification,
+    BaseImageProcessor,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     PreTrainedConfig,
@@ -20,6 +21,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import quantize
 from .attention import ATTENTION_IMPLEMENTATION, attention_modules
+from .checkpoints import load_full_precision
 from .configuration_quantformer import (
     BACKBONES,
     QUANTIZATION_ARGUMENTS,
@@ -29,12 +31,18 @@ from .configuration_quantformer import (
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, LSQWeightQuantizer
 
 
+logger = logging.getLogger(__name__)
+
 #: Class of the backbone by `model_type`; a DeiT with a distillation head has a class of its own.
 BACKBONE_CLASSES = {
     "vit": ViTForImageClassification,
     "deit": DeiTForImageClassification,
     "swin": SwinForImageClassification,
 }
+
+
+class StageError(RuntimeError):
+    """A verb, or a checkpoint, that does not belong to the stage that the model is in."""
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -57,6 +65,9 @@ def check_labels(labels: Tensor, num_labels: int) -> None:
 
 class QuantformerPreTrainedModel(PreTrainedModel):
     """What the loading and saving of quantized models share."""
+
+    #: Preprocessing of the full-precision checkpoint, saved with the model. Loaded by `AutoImageProcessor`.
+    image_processor: BaseImageProcessor | None = None
 
     config_class = QuantformerConfig
     base_model_prefix = "backbone"
@@ -92,6 +103,8 @@ class QuantformerPreTrainedModel(PreTrainedModel):
         """
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)
+        if self.image_processor is not None and kwargs.get("is_main_process", True):
+            self.image_processor.save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Self:
@@ -101,7 +114,15 @@ class QuantformerPreTrainedModel(PreTrainedModel):
             ValueError: the file does not hold the model that its config describes.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint '{pretrained_model_name_or_path}' does not fit its config ({error}): restore the"
+                f" config.json that was saved with it, or give ignore_mismatched_sizes=True for a new classifier"
+            ) from error
         problems = [
             f"{kind}: {', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
             for kind, names in (("missing", info["missing_keys"]), ("not expected", info["unexpected_keys"]))
@@ -190,21 +211,25 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """A quantized copy, not yet calibrated, of a full-precision image classifier.
 
         Args:
-            model: a ViT, DeiT or Swin image classifier of transformers, or the hub id or local folder of one.
+            model: a ViT, DeiT or Swin image classifier of transformers, or what `load_full_precision` takes: a hub id or
+                folder of transformers, a name, folder or file of timm, an official DeiT or Swin file. The log says which
+                it was, and `image_processor` holds its preprocessing, which is saved beside the model.
             kwargs: quantization arguments (the fields of `QuantformerConfig`: `bit_width`, `attention_bits`,
-                `layer_bits`, ...). With an id or a folder, anything else goes to its `from_pretrained` (`revision`,
-                `num_labels`, `ignore_mismatched_sizes`, ...).
+                `layer_bits`, ...). With a name or path, anything else goes to `load_full_precision` (`image_size`,
+                `id2label`, `ignore_mismatched_sizes`, `revision`, ...).
 
         Raises:
             TypeError: a model of another kind, or an unknown quantization argument.
             ValueError: a quantization argument that cannot be.
         """
         arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in QUANTIZATION_ARGUMENTS}
+        processor = None
         if isinstance(model, nn.Module):
             check_quantization_arguments(kwargs)
         else:
-            kwargs.setdefault("dtype", torch.float32)
-            model = AutoModelForImageClassification.from_pretrained(model, **kwargs)
+            checkpoint = load_full_precision(model, **kwargs)
+            logger.info(f"{model}: {checkpoint.form}")
+            model, processor = checkpoint.model, checkpoint.processor
         if isinstance(model, QuantformerPreTrainedModel):
             raise TypeError("the model is quantized already: load it with from_pretrained")
         if model.config.model_type not in BACKBONES or not hasattr(model, "num_labels"):
@@ -220,6 +245,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         left_over = quantized.backbone.load_state_dict(model.state_dict(), strict=False).unexpected_keys
         if left_over:
             raise TypeError(f"{type(model).__name__} has parameters that its config does not explain: {left_over}")
+        quantized.image_processor = processor
         return quantized.to(device=model.device)
 
     def calibrate(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> Self:
@@ -230,7 +256,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
                 images are enough for a start.
 
         Raises:
-            RuntimeError: not in the stage `pretrain`, or a layer that no batch reached.
+            StageError: not in the stage `pretrain`.
+            RuntimeError: a layer that no batch reached.
         """
         self._require_stage("calibrate", "pretrain")
         quantize.calibrate(self, batches)
@@ -247,12 +274,12 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             batches: as in `calibrate`, to look at the channels' ranges anew; by default those that `calibrate` saw.
 
         Raises:
-            RuntimeError: not calibrated, or not in the stage `pretrain`.
+            StageError: not calibrated, or not in the stage `pretrain`.
             ValueError: more groups than some layer has channels.
         """
         self._require_stage("begin_search", "pretrain")
         if not self.config.calibrated:
-            raise RuntimeError("begin_search() needs a calibrated model: run model.calibrate(batches) first")
+            raise StageError("begin_search() needs a calibrated model: run model.calibrate(batches) first")
         num_groups = self.config.num_groups if num_groups is None else num_groups
         quantize.begin_search(self, num_groups, batches)
         self.config.num_groups = num_groups
@@ -263,7 +290,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """Go to the stage `finetune`: each channel keeps the group of its largest assignment logit.
 
         Raises:
-            RuntimeError: not in the stage `search`.
+            StageError: not in the stage `search`.
         """
         self._require_stage("freeze_groups", "search")
         quantize.freeze_groups(self)
@@ -274,11 +301,11 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """Take the shape of a checkpoint that is about to be loaded: it may have been saved after the freeze.
 
         Raises:
-            RuntimeError: the checkpoint is of a stage that this model does not lead to.
+            StageError: the checkpoint is of a stage that this model does not lead to.
         """
         if saved.stage != self.config.stage:
             if (self.config.stage, saved.stage) != ("search", "finetune"):
-                raise RuntimeError(
+                raise StageError(
                     f"the checkpoint is in the stage '{saved.stage}', and the model in '{self.config.stage}': load the"
                     f" model that the run started from"
                 )
@@ -296,4 +323,4 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             ("begin_search", "search"): "the search has begun already",
         }
         way_out = ways_out.get((verb, now), f"{verb}() comes before that; start again from the pretrained checkpoint")
-        raise RuntimeError(f"{verb}() needs the stage '{stage}', and the model is in '{now}': {way_out}")
+        raise StageError(f"{verb}() needs the stage '{stage}', and the model is in '{now}': {way_out}")

@@ -101,10 +101,10 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
         if in_block and name not in shared:
             input_quantizer = group_quantizer(name, _absorb_producer(backbone, name, width))
         elif not in_block and width.activation_bits != FULL_PRECISION_BITS:
-            input_quantizer = ActivationQuantizer(width.activation_bits, name, config.calibrated)
-            # Images are data, whose range no training moves: their calibrated quantizer stays. Its gradient would cost
-            # a transposed convolution a step.
-            input_quantizer.requires_grad_(not isinstance(module, nn.Conv2d))
+            # Images are data, whose range no training moves: their quantizer stays as calibrated. Its gradient would
+            # cost a transposed convolution a step.
+            learned = not isinstance(module, nn.Conv2d)
+            input_quantizer = ActivationQuantizer(width.activation_bits, name, config.calibrated, learned=learned)
         if weight_quantizer is not None or input_quantizer is not None:
             kind = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
             backbone.set_submodule(name, kind.from_float(module, weight_quantizer, input_quantizer))

@@ -104,9 +104,12 @@ class ActivationQuantizer(nn.Module):
         name: the layer that the tensor belongs to, for messages.
         calibrated: whether scale and offset hold (or are about to be loaded with) calibrated values.
         producer: elementwise function that makes the tensor, run inside the quantizer (`ops.PRODUCERS`).
+        learned: whether training moves scale and offset; if not, they stay as calibrated.
     """
 
-    def __init__(self, bits: int, name: str, calibrated: bool = False, producer: str = "identity"):
+    def __init__(
+        self, bits: int, name: str, calibrated: bool = False, producer: str = "identity", learned: bool = True
+    ):
         super().__init__()
         self.grid = Grid(bits, signed=False)
         self.producer = producer
@@ -114,8 +117,12 @@ class ActivationQuantizer(nn.Module):
         self.calibrated = calibrated
         self.enabled = True
         self.observer: Observer | None = None
-        self.scale = nn.Parameter(torch.ones(1))
-        self.offset = nn.Parameter(torch.zeros(1))
+        if learned:
+            self.scale = nn.Parameter(torch.ones(1))
+            self.offset = nn.Parameter(torch.zeros(1))
+        else:
+            self.register_buffer("scale", torch.ones(1))
+            self.register_buffer("offset", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized `producer(x)`, of any shape whose last dimension is the channels.
@@ -127,10 +134,14 @@ class ActivationQuantizer(nn.Module):
             self.observer.add(PRODUCERS[self.producer][0](x))
         if not self.enabled:
             return PRODUCERS[self.producer][0](x)
-        if not self.calibrated:
-            raise RuntimeError(f"layer '{self.name}' was not calibrated: run model.calibrate(batches) first")
+        self.check_calibrated()
         gradient_scale = (x[0].numel() / self.scale.numel() * self.grid.qmax) ** -0.5
         return self.quantize(x, gradient_scale)
+
+    def check_calibrated(self) -> None:
+        """Raise RuntimeError, with the layer's name, if scale and offset mean nothing yet."""
+        if not self.calibrated:
+            raise RuntimeError(f"layer '{self.name}' was not calibrated: run model.calibrate(batches) first")
 
     def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
         return fake_quantize_groups(x, self.scale, self.offset, None, self.grid.qmax, gradient_scale, self.producer)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,18 @@ from transformers import (
     set_seed,
 )
 
-from .arguments import RUN_STAGES, StageArguments
-from .data import ImageData, calibration_batches, collate, load_image_data, train_transform, with_pixel_values
+from .arguments import RUN_STAGES, ModelArguments, StageArguments
+from .checkpoints import load_full_precision
+from .configuration_quantformer import QuantformerConfig
+from .data import (
+    ImageData,
+    TransformedImages,
+    calibration_batches,
+    collate,
+    load_image_data,
+    train_transform,
+    with_crop,
+)
 from .metrics import compute_metrics, most_probable_classes
 from .modeling_quantformer import QuantformerForImageClassification, QuantformerPreTrainedModel
 from .trainer import QuantformerTrainer
@@ -100,16 +111,17 @@ class StageRun:
         data = load_image_data(arguments.data, training.seed)
         if data.train is None:
             raise ValueError(f"the data set has no split {arguments.data.train_split!r}: name one by train_split")
-        processor = load_processor(self.source, arguments.model.backbone_config)
         results = {}
-        model, teacher = self._build_model(data, processor, results)
+        model, teacher, processor = self._build_model(data)
         trainer = make_trainer(
             model,
             training,
             data,
             processor,
             teacher=teacher,
-            train_dataset=with_pixel_values(data.train, data, processor, train_transform(processor, arguments.data)),
+            train_dataset=TransformedImages(
+                data.train, data, processor, train_transform(processor, arguments.data), training.seed
+            ),
         )
         if self.stage == "finetune":
             results["frozen_accuracy"] = accuracy(trainer)
@@ -123,13 +135,26 @@ class StageRun:
         self._write(results)
         return results
 
-    def _build_model(
-        self, data: ImageData, processor: BaseImageProcessor, results: dict[str, float]
-    ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-        """The model that the stage trains, and its teacher if some loss needs one (or pretrain its accuracy)."""
+    def _build_model(self, data: ImageData) -> tuple[PreTrainedModel, PreTrainedModel | None, BaseImageProcessor]:
+        """The model that the stage trains, its teacher if some loss needs one (or pretrain its accuracy), its processor."""
         arguments = self.arguments.model
+        if self.source is None and self.stage == "full_precision":
+            model, processor = build_full_precision(arguments.backbone_config, data)
+            return model, None, processor
+        if self.source is None:
+            raise ValueError(
+                f"the stage '{self.stage}' starts from a checkpoint: give --model_name_or_path, or begin with an earlier"
+                f" stage ({', '.join(RUN_STAGES)})"
+            )
+        model, processor = load_classifier(self.source, data, arguments)
+        processor = with_crop(processor, self.arguments.data.crop_pct)
+        quantized = isinstance(model, QuantformerPreTrainedModel)
+        if quantized and self.stage in ("full_precision", "pretrain"):
+            raise ValueError(f"{self.source} is quantized already: start it at the stage search or finetune")
+        if not quantized and self.stage in ("search", "finetune"):
+            raise ValueError(f"{self.source} is in full precision: begin with the stage pretrain")
         if self.stage == "full_precision":
-            return build_full_precision(self.source, arguments.backbone_config, data, arguments), None
+            return model, None, processor
         batches = partial(
             calibration_batches,
             data,
@@ -138,39 +163,26 @@ class StageRun:
             self.arguments.training.per_device_eval_batch_size,
             self.arguments.training.seed,
         )
-        if self.source is None:
-            raise ValueError(
-                f"the stage '{self.stage}' starts from a checkpoint: give --model_name_or_path, or begin with an earlier"
-                f" stage ({', '.join(RUN_STAGES)})"
-            )
+        teacher = None
         if self.stage == "pretrain":
-            full_precision = load_classifier(self.source, data, arguments.ignore_mismatched_sizes)
-            if isinstance(full_precision, QuantformerPreTrainedModel):
-                raise ValueError(f"{self.source} is quantized already: start it at the stage search or finetune")
-            model = QuantformerForImageClassification.from_full_precision(
-                full_precision, **arguments.quantization_arguments()
-            )
+            teacher = model
+            model = QuantformerForImageClassification.from_full_precision(model, **arguments.quantization_arguments())
             model.calibrate(batches())
-            teacher = full_precision
-        else:
-            model = AutoModelForImageClassification.from_pretrained(self.source)
-            if not isinstance(model, QuantformerPreTrainedModel):
-                raise ValueError(f"{self.source} is in full precision: begin with the stage pretrain")
-            teacher = None
-        if self.stage == "search":
+        elif self.stage == "search":
             model.begin_search(arguments.num_groups, batches())
-        if self.stage == "finetune":
+        else:
             model.freeze_groups()
-        if teacher is None or arguments.teacher_name_or_path is not None:
-            teacher = self._load_teacher(model, data) if self.arguments.training.needs_teacher else None
-        return model, teacher
+        if self.arguments.training.needs_teacher and (teacher is None or arguments.teacher_name_or_path is not None):
+            teacher = self._load_teacher(model, data)
+        return model, teacher, processor
 
     def _load_teacher(self, model: QuantformerPreTrainedModel, data: ImageData) -> PreTrainedModel:
-        name = self.arguments.model.teacher_name_or_path or model.config.full_precision_name_or_path
+        arguments = self.arguments.model
+        name = arguments.teacher_name_or_path or model.config.full_precision_name_or_path
         if name is None:
             raise ValueError("the model does not remember its full-precision checkpoint: give --teacher_name_or_path")
         try:
-            return load_classifier(name, data, ignore_mismatched_sizes=False)
+            return load_classifier(name, data, replace(arguments, ignore_mismatched_sizes=False))[0]
         except OSError as error:
             raise ValueError(f"the teacher {name!r} cannot be loaded: give --teacher_name_or_path ({error})") from error
 
@@ -199,45 +211,69 @@ def delete_stage(output_dir: Path, stage: str) -> None:
     PartialState().wait_for_everyone()
 
 
-def load_processor(source: str | None, backbone_config: dict[str, Any] | None) -> BaseImageProcessor:
-    """The image processor that belongs to `source`, or a new one of the size in `backbone_config`."""
-    if source is not None:
-        return AutoImageProcessor.from_pretrained(source)
-    size = (backbone_config or {}).get("image_size", 224)
-    return ViTImageProcessor(size={"height": size, "width": size})
-
-
-def load_classifier(name: str, data: ImageData, ignore_mismatched_sizes: bool) -> PreTrainedModel:
-    """Load an image classifier and see that its classes are the data set's.
+def load_classifier(
+    name: str, data: ImageData, arguments: ModelArguments
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """An image classifier with the classes of the data set, in full precision (of any form) or quantized, and its processor.
 
     Raises:
-        ValueError: other classes, and no leave to make a new classifier.
+        ValueError: other classes, and no leave to make a new classifier; or no image processor.
     """
-    config = AutoConfig.from_pretrained(name)
-    classes = {}
-    if config.num_labels != len(data.label_names):
-        if not ignore_mismatched_sizes:
+    model, processor = _load(name, arguments)
+    if model.config.num_labels != len(data.label_names):
+        if not arguments.ignore_mismatched_sizes:
             raise ValueError(
-                f"{name} has {config.num_labels} classes and the data set {len(data.label_names)}: give"
+                f"{name} has {model.config.num_labels} classes and the data set {len(data.label_names)}: give"
                 f" --ignore_mismatched_sizes for a new classifier"
             )
-        classes = class_names(data) | {"ignore_mismatched_sizes": True}
-    return AutoModelForImageClassification.from_pretrained(name, dtype="float32", **classes)
+        model, processor = _load(name, arguments, **class_names(data), ignore_mismatched_sizes=True)
+    if processor is None:
+        raise ValueError(f"{name} has no image processor: save one beside it, such as ViTImageProcessor(size=...)")
+    return model, processor
+
+
+def is_quantized(name: str) -> bool:
+    """Whether `name` is a folder, or a repository of the hub, with a quantformer checkpoint."""
+    path = Path(name)
+    if path.exists():
+        config = path / "config.json"
+        return config.is_file() and json.loads(config.read_text()).get("model_type") == QuantformerConfig.model_type
+    try:
+        return isinstance(AutoConfig.from_pretrained(name), QuantformerConfig)
+    except (OSError, ValueError):
+        # No config of transformers' own: load_full_precision knows the other forms, and says what is wrong.
+        return False
+
+
+def _load(name: str, arguments: ModelArguments, **classes: Any) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
+    if is_quantized(name):
+        model = AutoModelForImageClassification.from_pretrained(name, **classes)
+        logger.info(f"{name}: quantformer checkpoint of the stage '{model.config.stage}'")
+        return model, AutoImageProcessor.from_pretrained(name)
+    checkpoint = load_full_precision(
+        name,
+        architecture=arguments.architecture if Path(name).is_file() else None,
+        image_size=arguments.image_size,
+        window_size=arguments.window_size,
+        **classes,
+    )
+    logger.info(f"{name}: {checkpoint.form}")
+    return checkpoint.model, checkpoint.processor
 
 
 def build_full_precision(
-    source: str | None, backbone_config: dict[str, Any] | None, data: ImageData, arguments: Any
-) -> PreTrainedModel:
-    """A full-precision classifier to train: `source` with the data set's classes, or a new model of `backbone_config`."""
-    if source is not None:
-        return load_classifier(source, data, arguments.ignore_mismatched_sizes)
+    backbone_config: dict[str, Any] | None, data: ImageData
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A new classifier of `backbone_config` with the classes of the data set, and a processor for its image size."""
     if backbone_config is None:
         raise ValueError("the stage 'full_precision' needs --model_name_or_path or a backbone_config")
     config = dict(backbone_config)
-    model_type = config.pop("model_type", "vit")
-    config = AutoConfig.for_model(model_type, **config, **class_names(data))
-    config.architectures = [f"{model_type} image classifier"]
-    return AutoModelForImageClassification.from_config(config)
+    config = AutoConfig.for_model(config.pop("model_type", "vit"), **config, **class_names(data))
+    # AutoModel looks for a distilling DeiT by this field, and stumbles where it is None.
+    config.architectures = []
+    size = config.image_size
+    processor = ViTImageProcessor(size={"height": size, "width": size})
+    return AutoModelForImageClassification.from_config(config), processor
 
 
 def class_names(data: ImageData) -> dict[str, dict]:
@@ -259,7 +295,7 @@ def make_trainer(
     return QuantformerTrainer(
         model=model,
         args=training,
-        eval_dataset=with_pixel_values(data.validation, data, processor),
+        eval_dataset=TransformedImages(data.validation, data, processor),
         processing_class=processor,
         data_collator=partial(collate, num_labels=model.config.num_labels),
         compute_metrics=compute_metrics,

@@ -1,6 +1,7 @@
 """The hot functions: fake quantization, forward and backward, each compiled once."""
 
 from .activation import PRODUCERS, fake_quantize_groups, fake_quantize_mixture
+from .attention import quantized_attention
 from .compiling import eager_functions
 from .scales import positive
 from .weight import fake_quantize_rows
@@ -13,4 +14,5 @@ __all__ = [
     "fake_quantize_mixture",
     "fake_quantize_rows",
     "positive",
+    "quantized_attention",
 ]

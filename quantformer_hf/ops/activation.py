@@ -23,22 +23,42 @@ PRODUCERS = {
 
 
 @compiled
-def _channels_forward(x: Tensor, scale: Tensor, offset: Tensor, qmax: int) -> Tensor:
+def _forward(x: Tensor, scale: Tensor, offset: Tensor, qmax: int) -> Tensor:
     codes = ((x.to(scale.dtype) - offset) * (1 / scale)).round().clamp(0, qmax)
     return (codes * scale + offset).to(x.dtype)
+
+
+def _elementwise_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input, and of scale and offset before they are added up."""
+    wide_grad = grad.to(scale.dtype)
+    position = (x.to(scale.dtype) - offset) * (1 / scale)
+    inside = (position >= 0) & (position <= qmax)
+    codes = position.round().clamp(0, qmax)
+    return (
+        torch.where(inside, grad, 0.0),
+        wide_grad * torch.where(inside, codes - position, codes),
+        torch.where(inside, 0.0, wide_grad),
+    )
 
 
 @compiled
 def _channels_backward(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide_grad = grad.to(scale.dtype)
-    position = (x.to(scale.dtype) - offset) * (1 / scale)
-    inside = (position >= 0) & (position <= qmax)
-    codes = position.round().clamp(0, qmax)
-    grad_scale = (wide_grad * torch.where(inside, codes - position, codes)).sum(0)
-    grad_offset = torch.where(inside, 0.0, wide_grad).sum(0)
-    return torch.where(inside, grad, 0.0), grad_scale, grad_offset
+    """With `(channels,)` scales: sums of each channel."""
+    grad_x, by_scale, by_offset = _elementwise_gradients(grad, x, scale, offset, qmax)
+    return grad_x, by_scale.sum(0), by_offset.sum(0)
+
+
+@compiled
+def _tensor_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With one scale, for flat tensors: the compiler then needs one pass instead of two."""
+    grad_x, by_scale, by_offset = _elementwise_gradients(grad, x, scale, offset, qmax)
+    return grad_x, by_scale.sum(0, keepdim=True), by_offset.sum(0, keepdim=True)
 
 
 class _FakeQuantizeGroups(torch.autograd.Function):
@@ -46,23 +66,21 @@ class _FakeQuantizeGroups(torch.autograd.Function):
     def forward(ctx, x, scale, offset, index, qmax, gradient_scale, producer):
         ctx.save_for_backward(x, scale, offset, index)
         ctx.arguments = qmax, gradient_scale, producer
-        made = PRODUCERS[producer][0](x).reshape(-1, x.shape[-1])
-        return _channels_forward(made, *_of_channels(scale, offset, index), qmax).view(x.shape)
+        made = PRODUCERS[producer][0](x)
+        made = made.flatten() if index is None else made.reshape(-1, x.shape[-1])
+        return _forward(made, *_of_channels(scale, offset, index), qmax).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
         qmax, gradient_scale, producer = ctx.arguments
         produce, produce_backward = PRODUCERS[producer]
         x, scale, offset, index = ctx.saved_tensors
-        grad_made, *sums = _channels_backward(
-            grad.reshape(-1, x.shape[-1]),
-            produce(x).reshape(-1, x.shape[-1]),
-            *_of_channels(scale, offset, index),
-            qmax,
-        )
+        made, arguments = produce(x), (*_of_channels(scale, offset, index), qmax)
         if index is None:
-            grad_scale, grad_offset = (channel_sum.sum(0, keepdim=True) for channel_sum in sums)
+            grad_made, grad_scale, grad_offset = _tensor_backward(grad.flatten(), made.flatten(), *arguments)
         else:
+            rows = -1, x.shape[-1]
+            grad_made, *sums = _channels_backward(grad.reshape(rows), made.reshape(rows), *arguments)
             grad_scale, grad_offset = (scale.new_zeros(scale.shape).index_add_(0, index, s) for s in sums)
         return (
             produce_backward(grad_made.view(x.shape), x),

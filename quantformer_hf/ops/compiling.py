@@ -6,7 +6,11 @@ import logging
 from collections.abc import Callable, Iterator
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
+
+#: Kernels of one function in one process.
+MOST_KERNELS = 64
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,11 @@ def compiled(function: Callable) -> Callable:
             return compiled_function(*args)
         except torch.OutOfMemoryError:
             raise
+        except FailOnRecompileLimitHit:
+            # Each dtype, and each size of one, is a kernel of its own: in one process there may be more than Dynamo's
+            # usual handful. Later calls find theirs in the cache, where no limit is looked at.
+            with torch._dynamo.config.patch(recompile_limit=MOST_KERNELS):
+                return compiled_function(*args)
         # Dynamo and Inductor raise many kinds when the tool chain is absent. The plain function then either works,
         # or raises the error that is really the caller's.
         except (RuntimeError, OSError, ImportError) as error:

@@ -1,0 +1,124 @@
+"""YAML files and flags."""
+
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quantformer_hf.arguments import ARGUMENT_CLASSES, RUN_STAGES, DataArguments, RunArguments
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_flag_wins_over_the_file_and_a_stage_over_all_stages(tmp_path):
+    path = write(
+        tmp_path,
+        "dataset_name: digits\nbit_width: 4\nlearning_rate: 1.0e-3\nweight_decay: 0.01\n"
+        "search: {learning_rate: 2.0e-3, weight_decay: 0.5}\n",
+    )
+    run = RunArguments([path, "--bit_width", "2", "--weight_decay", "0.1", "--finetune.learning_rate", "5e-4"])
+    by_stage = {stage: run.for_stage(stage) for stage in RUN_STAGES}
+    assert {arguments.model.bit_width for arguments in by_stage.values()} == {2}
+    rates = {stage: arguments.training.learning_rate for stage, arguments in by_stage.items()}
+    assert rates == {"full_precision": 1e-3, "pretrain": 1e-3, "search": 2e-3, "finetune": 5e-4}
+    assert {arguments.training.weight_decay for arguments in by_stage.values()} == {0.1}
+
+
+def test_flags_alone_are_enough():
+    run = RunArguments(
+        ["--dataset_name", "digits", "--stages", "pretrain", "search", "--pnorm", "2", "--num_groups", "4"]
+    )
+    arguments = run.for_stage("search")
+    assert arguments.model.stages == ["pretrain", "search"]
+    assert (arguments.training.pnorm, arguments.model.num_groups) == ("2", 4)
+    assert arguments.model.quantization_arguments()["num_groups"] == 4
+
+
+def test_json_flags_become_dictionaries():
+    run = RunArguments(["--dataset_name", "digits", "--layer_bits", '{"classifier": 4}'])
+    assert run.model_arguments().layer_bits == {"classifier": 4}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_shipped_file_parses_with_the_types_of_its_fields(path):
+    hints = {name: hint for cls in ARGUMENT_CLASSES for name, hint in typing.get_type_hints(cls).items()}
+    run = RunArguments([str(path)])
+    for stage in run.model_arguments().stages:
+        for key, value in run.for_stage(stage).given.items():
+            kinds = typing.get_args(hints[key]) or (hints[key],)
+            if float in kinds:
+                assert isinstance(value, int | float), key
+            elif int in kinds:
+                assert isinstance(value, int), key
+
+
+def test_the_three_recipes_have_the_hyperparameters_of_the_reference():
+    recipes = {
+        stage: yaml.safe_load((CONFIGS / f"deit_tiny_w4a4_{stage}.yaml").read_text()) for stage in RUN_STAGES[1:]
+    }
+    table = {
+        "num_train_epochs": (120, 1, 5),
+        "learning_rate": (1e-4, 2e-6, 5e-6),
+        "per_device_train_batch_size": (64, 8, 32),
+        "aux_weight": (0.0, 20.0, 20.0),
+        "dm_weight": (0.0, 0.025, 0.0),
+        "weight_decay": (0.05, 0.05, 0.05),
+    }
+    for key, values in table.items():
+        assert tuple(recipes[stage][key] for stage in recipes) == values, key
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dataset_name: digits\nbit_widht: 4\n", "unknown key 'bit_widht': did you mean 'bit_width'"),
+        (
+            "dataset_name: digits\nsearch: {lerning_rate: 1.0}\n",
+            "section search: unknown key 'lerning_rate': did you mean",
+        ),
+        ("dataset_name: digits\nlearning_rate: 2e-4\n", "learning_rate is the string '2e-4': write a number"),
+        ("- digits\n", "holds a list"),
+    ],
+)
+def test_a_wrong_file_is_explained(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        RunArguments([write(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stages", "pretrian"], "unknown stage 'pretrian': did you mean 'pretrain'"),
+        (["--stages", "search", "pretrain"], "name each once, in the order"),
+        (["--layer_bits", "{classifier"], "layer_bits is not JSON"),
+    ],
+)
+def test_wrong_flags_are_explained(flags, message):
+    with pytest.raises(ValueError, match=message):
+        RunArguments(["--dataset_name", "digits", *flags]).model_arguments()
+
+
+def test_an_unknown_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        RunArguments(["--bit_widht", "3"])
+    assert "--bit_widht" in capsys.readouterr().err
+
+
+def test_the_images_come_from_one_place():
+    with pytest.raises(ValueError, match="one of dataset_name"):
+        DataArguments()
+    with pytest.raises(ValueError, match="one of dataset_name"):
+        DataArguments(dataset_name="digits", dataset_dir="images")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"no file missing\.yaml"):
+        RunArguments(["missing.yaml"])

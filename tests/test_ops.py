@@ -1,0 +1,242 @@
+"""The hot functions against slow and obvious ones in float64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from quantformer_hf.ops import (
+    PRODUCERS,
+    eager_functions,
+    fake_quantize_groups,
+    fake_quantize_mixture,
+    fake_quantize_rows,
+    quantized_attention,
+)
+
+
+ROWS, CHANNELS, GROUPS = 11, 6, 3
+
+
+class RoundStraightThrough(torch.autograd.Function):
+    """Rounds half to even; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def reference_quantize(x, scale, offset, qmin, qmax, shift=0.0):
+    """Autograd through the formula: clamp's own gradient is zero outside, and where it holds the value the result is
+    `scale * bound + offset`."""
+    position = (x - offset) / scale - shift
+    return scale * (RoundStraightThrough.apply(position.clamp(qmin, qmax)) + shift) + offset
+
+
+def inputs(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def gradients(function, tensors, weights):
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    result = function(*leaves)
+    return result, torch.autograd.grad((result * weights).sum(), leaves)
+
+
+@pytest.mark.parametrize("negative_scale", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_row_quantizer_and_its_gradients_are_those_of_the_formula(bits, shift, negative_scale):
+    weight, scale, upstream = inputs((ROWS, CHANNELS), (ROWS,), (ROWS, CHANNELS))
+    scale = scale.abs() * 2.0 ** (2 - bits) + 0.05
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    signed_scale = -scale if negative_scale else scale
+
+    def slow(w, s):
+        return reference_quantize(w, s.abs()[:, None], 0.0, qmin, qmax, shift)
+
+    def fast(w, s):
+        return fake_quantize_rows(w, s, qmin, qmax, shift, gradient_scale=1.0)
+
+    expected, expected_gradients = gradients(slow, (weight, signed_scale), upstream)
+    result, result_gradients = gradients(fast, (weight, signed_scale), upstream)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+    for ours, reference in zip(result_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("producer", list(PRODUCERS))
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_group_quantizer_and_its_gradients_are_those_of_the_formula(bits, grouped, producer):
+    groups = GROUPS if grouped else 1
+    x, scale, offset, upstream = inputs((2, ROWS, CHANNELS), (groups,), (groups,), (2, ROWS, CHANNELS))
+    scale = scale.abs() * 2.0 ** (1 - bits) + 0.05
+    index = torch.arange(CHANNELS) % groups
+    qmax = 2**bits - 1
+
+    def slow(x, s, o):
+        made = F.gelu(x) if producer == "gelu" else x
+        return reference_quantize(made, s[index], o[index], 0, qmax)
+
+    def fast(x, s, o):
+        return fake_quantize_groups(x, s, o, index if grouped else None, qmax, 1.0, producer)
+
+    expected, expected_gradients = gradients(slow, (x, scale, offset), upstream)
+    result, result_gradients = gradients(fast, (x, scale, offset), upstream)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+    for ours, reference in zip(result_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("producer", list(PRODUCERS))
+@pytest.mark.parametrize("bits", [2, 4])
+def test_mixture_and_its_gradients_are_those_of_the_formula(bits, producer):
+    x, scale, offset, logits, upstream = inputs(
+        (ROWS, CHANNELS), (GROUPS,), (GROUPS,), (GROUPS, CHANNELS), (ROWS, CHANNELS)
+    )
+    scale = scale.abs() * 2.0 ** (1 - bits) + 0.05
+    qmax = 2**bits - 1
+
+    def slow(x, s, o, alpha):
+        made = F.gelu(x) if producer == "gelu" else x
+        each = torch.stack([reference_quantize(made, s[g], o[g], 0, qmax) for g in range(GROUPS)])
+        return (alpha.softmax(0)[:, None, :] * each).sum(0)
+
+    def fast(x, s, o, alpha):
+        return fake_quantize_mixture(x, s, o, alpha.softmax(0), qmax, 1.0, producer)
+
+    expected, expected_gradients = gradients(slow, (x, scale, offset, logits), upstream)
+    result, result_gradients = gradients(fast, (x, scale, offset, logits), upstream)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+    for ours, reference in zip(result_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "as the projections leave it"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_quantized_attention_and_its_gradients_are_those_of_the_formula(layout, masked):
+    batch, heads, tokens, dim, qmax, scaling = 4, 2, 5, 3, 7, 0.6
+    shapes = [(batch, tokens, heads, dim)] * 3 if layout != "contiguous" else [(batch, heads, tokens, dim)] * 3
+    *tensors, mask, upstream, upstream_maps = inputs(
+        *shapes, (1, heads, tokens, tokens), (batch, heads, tokens, dim), (batch, heads, tokens, tokens)
+    )
+    scales = [torch.tensor([value], dtype=torch.float64) for value in (0.4, 0.5, 0.45, 0.1)]
+    offsets = [torch.tensor([value], dtype=torch.float64) for value in (-1.4, -1.6, -1.5, 0.02)]
+    leaves = [tensor.requires_grad_() for tensor in (*tensors, mask, *scales, *offsets)]
+
+    def heads_first(x):
+        return x if layout == "contiguous" else x.transpose(1, 2)
+
+    def slow(q, k, v, mask, *parameters):
+        s, o = parameters[:4], parameters[4:]
+        q, k, v = (reference_quantize(heads_first(x), s[i], o[i], 0, qmax) for i, x in enumerate((q, k, v)))
+        scores = q @ k.transpose(2, 3) * scaling
+        maps = (scores + mask if masked else scores).softmax(-1)
+        return reference_quantize(maps, s[3], o[3], 0, qmax) @ v, maps
+
+    def fast(q, k, v, mask, *parameters):
+        q, k, v = (heads_first(x) for x in (q, k, v))
+        return quantized_attention(q, k, v, mask if masked else None, parameters[:4], parameters[4:], qmax, scaling)
+
+    results, gradients_of = [], []
+    for function in (slow, fast):
+        output, maps = function(*leaves)
+        loss = (output * upstream).sum() + (maps.float().double() * upstream_maps).sum()
+        results.append((output, maps))
+        gradients_of.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+    # Attention's softmax is in float32, whatever the inputs.
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    factors = [(heads * tokens * dim * qmax) ** -0.5] * 3 + [(heads * tokens * tokens * qmax) ** -0.5]
+    for number, (expected, result) in enumerate(zip(*gradients_of, strict=True)):
+        if number == 3 and not masked:
+            assert expected is None
+            assert result is None
+            continue
+        factor = factors[(number - 4) % 4] if number >= 4 else 1.0
+        torch.testing.assert_close(result, expected * factor, rtol=1e-4, atol=1e-5, msg=str(number))
+
+
+def test_attention_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(64, 2, 6, 4) for _ in range(3))
+    scales, offsets = [torch.full((1,), s) for s in (0.03, 0.03, 0.03, 1 / 50)], [torch.full((1,), -3.5)] * 3
+    arguments = q, k, v, None, scales, [*offsets, torch.zeros(1)], 255, 0.5
+    exact, maps = quantized_attention(*arguments)
+    dropped, same_maps = quantized_attention(*arguments, dropout=0.3)
+    assert torch.equal(maps, same_maps)
+    assert not torch.equal(exact, dropped)
+    torch.testing.assert_close(dropped.mean(), exact.mean(), rtol=0, atol=0.03)
+
+
+def test_gradient_scale_multiplies_the_gradients_of_scale_and_offset_alone():
+    x, scale, offset, upstream = inputs((ROWS, CHANNELS), (1,), (1,), (ROWS, CHANNELS))
+    scale = scale.abs() + 0.1
+    plain = gradients(lambda *t: fake_quantize_groups(*t, None, 15, 1.0), (x, scale, offset), upstream)[1]
+    scaled = gradients(lambda *t: fake_quantize_groups(*t, None, 15, 0.25), (x, scale, offset), upstream)[1]
+    torch.testing.assert_close(scaled[0], plain[0])
+    torch.testing.assert_close(scaled[1], plain[1] * 0.25)
+    torch.testing.assert_close(scaled[2], plain[2] * 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_compiled_and_eager_functions_agree(dtype, rows):
+    x, scale, offset, logits, upstream = (
+        tensor.float()
+        for tensor in inputs((rows, CHANNELS), (GROUPS,), (GROUPS,), (GROUPS, CHANNELS), (rows, CHANNELS))
+    )
+    x, upstream = x.to(dtype), upstream.to(dtype)
+    scale = scale.abs() + 0.1
+    index = torch.arange(CHANNELS) % GROUPS
+
+    def everything(x, scale, offset, logits):
+        return (
+            fake_quantize_groups(x, scale, offset, index, 15, 0.5, "gelu")
+            + fake_quantize_mixture(x, scale, offset, logits.softmax(0), 3, 0.5)
+            + fake_quantize_rows(x.T, scale.repeat(2), -2, 1, 0.5).T
+        )
+
+    compiled = gradients(everything, (x, scale, offset, logits), upstream)
+    with eager_functions():
+        eager = gradients(everything, (x, scale, offset, logits), upstream)
+    # The order of the additions differs, nothing else; in bfloat16 sums are rounded to eight bits.
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(compiled[0], eager[0], rtol=tolerance, atol=tolerance)
+    for ours, reference in zip(compiled[1], eager[1], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance * rows**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_result_keeps_the_dtype_of_its_input(dtype):
+    x = torch.randn(4, CHANNELS).to(dtype)
+    scale, offset = torch.full((1,), 0.1), torch.zeros(1)
+    assert fake_quantize_groups(x, scale, offset, None, 15).dtype == dtype
+    assert fake_quantize_rows(x, torch.ones(4), -8, 7).dtype == dtype
+
+
+def test_without_a_compiler_the_eager_functions_run_and_one_warning_says_so(tmp_path):
+    program = """
+import logging, torch
+logging.basicConfig(format="%(message)s")
+from quantformer_hf.ops import fake_quantize_groups
+x = torch.randn(8, 6, requires_grad=True)
+scale = torch.ones(1, requires_grad=True)
+for _ in range(2):
+    fake_quantize_groups(x, scale, torch.zeros(1), None, 15).sum().backward()
+print("gradient", torch.isfinite(scale.grad).all().item())
+"""
+    environment = {"PATH": "", "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "gradient True" in done.stdout
+    assert done.stderr.count("torch.compile could not build the quantizers") == 1

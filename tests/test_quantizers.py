@@ -1,0 +1,226 @@
+"""Grids, quantizers and groups."""
+
+import pytest
+import torch
+
+from quantformer_hf.grids import Grid, fit_affine, fit_row_scales
+from quantformer_hf.groups import INITIAL_ENTROPY, cluster_channels, initial_assignment_logits
+from quantformer_hf.losses import assignment_entropy
+from quantformer_hf.observers import QUANTILE_WEIGHTS, QUANTILES, Observer
+from quantformer_hf.quantizers import (
+    WEIGHT_QUANTIZERS,
+    ActivationQuantizer,
+    GroupActivationQuantizer,
+    build_weight_quantizer,
+)
+
+
+CHANNELS = 12
+
+
+def channels_of_different_ranges(rows=4000):
+    generator = torch.Generator().manual_seed(0)
+    width = torch.tensor([0.1, 1.0, 10.0]).repeat(CHANNELS // 3)
+    centre = torch.tensor([0.0, 0.0, 5.0]).repeat(CHANNELS // 3)
+    return torch.randn(rows, CHANNELS, generator=generator) * width + centre
+
+
+def quantiles_of(x):
+    observer = Observer(x.shape[-1], rows_per_batch=len(x))
+    observer.add(x)
+    return observer.quantiles()
+
+
+def group_quantizer(stage, bits=4, groups=3):
+    x = channels_of_different_ranges()
+    quantizer = GroupActivationQuantizer(CHANNELS, bits, "layer")
+    quantizer.calibrate(quantiles_of(x))
+    if stage != "pretrain":
+        quantizer.begin_search(groups)
+    if stage == "finetune":
+        quantizer.freeze_groups()
+    return quantizer
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_grid_has_two_to_the_bits_integers(bits):
+    for signed in (False, True):
+        grid = Grid(bits, signed)
+        assert grid.qmax - grid.qmin + 1 == grid.levels == 2**bits
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("name", list(WEIGHT_QUANTIZERS))
+def test_a_weight_row_has_at_most_two_to_the_bits_values_and_uses_them(name, bits):
+    weight = torch.randn(3, 20000, generator=torch.Generator().manual_seed(0))
+    quantizer = build_weight_quantizer(name, bits, 3)
+    quantizer.calibrate(weight)
+    for row in quantizer(weight):
+        levels = row.unique().numel()
+        assert levels <= 2**bits
+        # LSQ's symmetric grid may leave its lowest level idle; at 8 bits the tails are thin.
+        assert levels >= 0.75 * 2**bits
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_each_group_has_at_most_two_to_the_bits_values(bits, stage):
+    quantizer = group_quantizer(stage, bits)
+    x = channels_of_different_ranges()
+    result = quantizer(x)
+    if stage == "search":
+        # The mixture itself is not on a grid; each of its parts is.
+        quantizer.assignment_logits.data = 200.0 * torch.eye(3).repeat(1, CHANNELS // 3)
+        result = quantizer(x)
+        index = torch.arange(CHANNELS) % 3
+    else:
+        index = quantizer.group_index.long() if stage == "finetune" else torch.zeros(CHANNELS, dtype=torch.long)
+    for group in index.unique():
+        assert result[:, index == group].unique().numel() <= 2**bits
+
+
+def test_one_bit_weights_are_the_sign_times_the_mean_magnitude():
+    weight = torch.randn(4, 50)
+    quantized = build_weight_quantizer("lsq", 1, 4)(weight)
+    expected = torch.where(weight >= 0, 1.0, -1.0) * weight.abs().mean(1, keepdim=True)
+    torch.testing.assert_close(quantized, expected)
+
+
+def test_statsq_levels_are_symmetric_without_zero():
+    weight = torch.randn(1, 5000)
+    levels = build_weight_quantizer("statsq", 2, 1)(weight).unique()
+    step = 2 * weight.abs().mean() / 2
+    torch.testing.assert_close(levels, torch.tensor([-1.5, -0.5, 0.5, 1.5]) * step)
+
+
+def test_minmax_clips_nothing():
+    weight = torch.randn(4, 300)
+    quantizer = build_weight_quantizer("minmax", 4, 4)
+    quantized = quantizer(weight)
+    scale = torch.maximum(weight.amax(1) / 7, weight.amin(1) / -8)
+    assert ((quantized - weight).abs() <= scale[:, None] / 2 + 1e-6).all()
+
+
+def test_convolution_weights_are_quantized_by_output_channel():
+    weight = torch.randn(3, 2, 5, 5)
+    quantizer = build_weight_quantizer("lsq", 2, 3)
+    quantizer.calibrate(weight)
+    quantized = quantizer(weight)
+    assert quantized.shape == weight.shape
+    assert all(channel.unique().numel() <= 4 for channel in quantized)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fitted_row_scales_beat_every_scale_of_a_fine_search(bits):
+    weight = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    grid = Grid(bits, signed=True)
+
+    def error(scale):
+        codes = (weight / scale).round().clamp(grid.qmin, grid.qmax)
+        return (weight - codes * scale).square().sum(1)
+
+    fitted = error(fit_row_scales(weight, grid)[:, None])
+    fine = torch.stack([error(s) for s in torch.linspace(0.002, 3.0, 2000)]).amin(0)
+    assert (fitted <= fine * 1.02).all()
+
+
+def test_row_of_zeros_stays_zero():
+    weight = torch.zeros(2, 10)
+    quantizer = build_weight_quantizer("lsq", 2, 2)
+    quantizer.calibrate(weight)
+    assert (quantizer(weight) == 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_fitted_scale_and_offset_recover_values_on_a_grid(bits):
+    grid = Grid(bits, signed=False)
+    values = 0.37 * torch.arange(grid.levels).repeat(10) - 1.9
+    scale, offset = fit_affine(values, torch.ones_like(values), grid)
+    torch.testing.assert_close(scale, torch.tensor(0.37), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(offset, torch.tensor(-1.9), rtol=1e-3, atol=1e-3)
+
+
+def test_constant_values_are_kept():
+    scale, offset = fit_affine(torch.full((5,), 2.5), torch.ones(5), Grid(4, signed=False))
+    assert (scale.item(), offset.item()) == (1.0, 2.5)
+
+
+def test_quantile_weights_are_a_probability():
+    assert QUANTILE_WEIGHTS.shape == QUANTILES.shape
+    assert QUANTILE_WEIGHTS.sum().item() == pytest.approx(1.0, abs=1e-6)
+    assert (QUANTILE_WEIGHTS > 0).all()
+
+
+def test_observer_keeps_a_bounded_number_of_rows_and_finds_the_quantiles():
+    observer = Observer(2, rows_per_batch=100, most_rows=1000)
+    many = observer.most_rows
+    for _ in range(3 * many // observer.rows_per_batch):
+        observer.add(torch.randn(7 * observer.rows_per_batch, 2) * torch.tensor([1.0, 10.0]))
+    assert sum(len(batch) for batch in observer.batches) <= many
+    median = observer.quantiles()[:, len(QUANTILES) // 2]
+    assert median.abs()[0] < 0.1
+    assert median.abs()[1] < 1.0
+
+
+def test_an_observer_without_data_says_so():
+    with pytest.raises(RuntimeError, match="no calibration batch reached it"):
+        Observer(2).quantiles()
+
+
+def test_groups_separate_channels_of_different_ranges():
+    index, distances = cluster_channels(quantiles_of(channels_of_different_ranges()), 3)
+    for kind in range(3):
+        assert index[kind::3].unique().numel() == 1
+    assert index.unique().numel() == 3
+    assert torch.equal(distances.argmin(0), index)
+
+
+def test_first_logits_belong_to_the_nearest_group_with_the_entropy_asked_for():
+    _, distances = cluster_channels(quantiles_of(channels_of_different_ranges()), 3)
+    logits = initial_assignment_logits(distances + torch.rand_like(distances) * distances.mean())
+    entropy = assignment_entropy([logits.softmax(0)])
+    assert entropy.item() == pytest.approx(INITIAL_ENTROPY * torch.log(torch.tensor(3.0)).item(), rel=1e-3)
+    assert torch.equal(initial_assignment_logits(distances).argmax(0), distances.argmin(0))
+
+
+def test_identical_channels_leave_groups_empty_and_usable():
+    quantizer = GroupActivationQuantizer(CHANNELS, 4, "layer")
+    quantizer.calibrate(quantiles_of(torch.randn(500, 1).repeat(1, CHANNELS)))
+    quantizer.begin_search(4)
+    assert quantizer.scale.isfinite().all()
+    assert (quantizer.scale > 0).all()
+    assert quantizer(torch.randn(3, CHANNELS)).isfinite().all()
+
+
+def test_search_output_is_the_finetune_output_when_the_assignment_is_one_hot():
+    quantizer = group_quantizer("search")
+    x = channels_of_different_ranges(200)
+    index = torch.randint(0, 3, (CHANNELS,), generator=torch.Generator().manual_seed(3))
+    quantizer.assignment_logits.data = 1000.0 * torch.nn.functional.one_hot(index, 3).T.float()
+    soft = quantizer(x)
+    quantizer.freeze_groups()
+    torch.testing.assert_close(quantizer(x), soft, rtol=0, atol=1e-6)
+
+
+def test_freezing_keeps_the_argmax_and_drops_the_logits():
+    quantizer = group_quantizer("search")
+    quantizer.assignment_logits.data.normal_(generator=torch.Generator().manual_seed(0))
+    expected = quantizer.assignment_logits.argmax(0)
+    scale = quantizer.scale
+    quantizer.freeze_groups()
+    assert torch.equal(quantizer.group_index.long(), expected)
+    assert not hasattr(quantizer, "assignment_logits")
+    assert quantizer.scale is scale
+
+
+def test_groups_lose_less_than_one_scale_for_all():
+    x = channels_of_different_ranges()
+    errors = {stage: (group_quantizer(stage)(x) - x).square().mean() for stage in ("pretrain", "finetune")}
+    relative = (group_quantizer("finetune")(x)[:, 0::3] - x[:, 0::3]).square().mean() / x[:, 0::3].square().mean()
+    assert errors["finetune"] < errors["pretrain"]
+    # The narrow channels vanish in one scale for all, and are well kept in a group of their own.
+    assert relative < 0.02
+
+
+def test_an_uncalibrated_quantizer_names_its_layer_and_the_way_out():
+    with pytest.raises(RuntimeError, match=r"layer 'block\.fc1' was not calibrated: run model\.calibrate"):
+        ActivationQuantizer(4, "block.fc1")(torch.randn(2, 3))

@@ -1,0 +1,227 @@
+"""The entry point, as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import quantformer_hf  # noqa: F401  registers the model type
+
+
+ROOT = Path(__file__).parents[1]
+
+RECIPE = {
+    "stages": ["full_precision", "pretrain", "search", "finetune"],
+    "dataset_name": "digits",
+    "max_train_samples": 96,
+    "max_eval_samples": 40,
+    "crop_scale": 0.8,
+    "horizontal_flip": 0.0,
+    "calibration_samples": 32,
+    "backbone_config": {
+        "model_type": "vit",
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    },
+    "num_groups": 4,
+    "per_device_train_batch_size": 16,
+    "num_train_epochs": 2,
+    "learning_rate": 1.0e-3,
+    "aux_weight": 1.0,
+    "distillation_weight": 1.0,
+    "search": {"dm_weight": 0.1},
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
+def write_recipe(folder, **changes):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(folder / "out")} | changes))
+    return path
+
+
+def run(*arguments, launcher=(), check=True, cwd=ROOT):
+    command = [sys.executable, *launcher, str(ROOT / "run_quantformer.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=540)
+    if check and done.returncode:
+        raise AssertionError(done.stdout + done.stderr)
+    return done
+
+
+def weights(folder):
+    return AutoModelForImageClassification.from_pretrained(folder).state_dict()
+
+
+def same_weights(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of all four stages: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(write_recipe(folder))
+
+
+@pytest.mark.slow
+def test_all_stages_leave_loadable_models_and_the_results(finished):
+    folder, done = finished
+    results = json.loads((folder / "out" / "all_results.json").read_text())
+    names = {"full_precision", "pretrain", "search", "frozen", "finetune", "reloaded"}
+    assert set(results) == {f"{name}_accuracy" for name in names}
+    assert all(0 <= value <= 1 for value in results.values())
+    assert results["reloaded_accuracy"] == results["finetune_accuracy"]
+    for stage in RECIPE["stages"]:
+        model = AutoModelForImageClassification.from_pretrained(folder / "out" / stage)
+        assert model.config.id2label[3] == "3"
+        if stage != "full_precision":
+            assert model.config.stage == stage
+            assert model.config.full_precision_name_or_path == str(folder / "out" / "full_precision")
+        assert AutoImageProcessor.from_pretrained(folder / "out" / stage).size["height"] == 16
+    for text in ("after stage", "compression", "pipeline says"):
+        assert text in done.stdout
+
+
+@pytest.mark.slow
+def test_typed_again_a_finished_run_trains_nothing_and_another_one_is_refused(finished):
+    folder, _ = finished
+    before = weights(folder / "out" / "finetune")
+    checkpoints = sorted((folder / "out" / "finetune").glob("checkpoint-*/trainer_state.json"))
+    times = [path.stat().st_mtime_ns for path in checkpoints]
+    run(folder / "recipe.yaml")
+    assert same_weights(before, weights(folder / "out" / "finetune"))
+    assert times == [path.stat().st_mtime_ns for path in checkpoints]
+    done = run(folder / "recipe.yaml", "--bit_width", "3", check=False)
+    assert done.returncode != 0
+    assert "with bit_width=None, and this one has 3" in done.stderr
+    assert "--overwrite_output_dir" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_stopped(finished, tmp_path):
+    folder, _ = finished
+    recipe = write_recipe(tmp_path)
+    command = [sys.executable, str(ROOT / "run_quantformer.py"), str(recipe)]
+    for stage in ("full_precision", "search"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        first_checkpoint = tmp_path / "out" / stage / "checkpoint-4" / "trainer_state.json"
+        deadline = time.monotonic() + 240
+        while not first_checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert first_checkpoint.exists()
+        assert json.loads((tmp_path / "out" / stage / "stage.json").read_text())["results"] is None
+    run(recipe)
+    for stage in RECIPE["stages"]:
+        assert same_weights(weights(folder / "out" / stage), weights(tmp_path / "out" / stage)), stage
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes(finished, tmp_path):
+    folder, _ = finished
+    recipe = write_recipe(
+        tmp_path,
+        stages=["pretrain", "search", "finetune"],
+        model_name_or_path=str(folder / "out" / "full_precision"),
+        per_device_train_batch_size=8,
+        num_train_epochs=1,
+    )
+    # accelerate starts several processes on CPUs through its launcher for GPUs; use_cpu in the recipe keeps them there.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    done = run(recipe, launcher=launcher)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["reloaded_accuracy"] == results["finetune_accuracy"]
+    assert done.stdout.count("after stage") == 1
+    state = json.loads((tmp_path / "out" / "search" / "trainer_state.json").read_text())
+    # 96 images over two processes of eight: six steps.
+    assert state["global_step"] == 6
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "finetune").config.stage == "finetune"
+
+
+@pytest.mark.slow
+def test_swin_and_flags_without_a_file(tmp_path):
+    backbone = {"model_type": "swin", "image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1]}
+    backbone |= {"num_heads": [2, 2], "window_size": 4}
+    flags = ["--dataset_name", "digits", "--max_train_samples", "32", "--max_eval_samples", "20"]
+    flags += ["--stages", "full_precision", "pretrain", "search", "finetune", "--output_dir", tmp_path / "out"]
+    flags += ["--backbone_config", json.dumps(backbone), "--bit_width", "3", "--num_groups", "4", "--aux_weight", "20"]
+    flags += ["--search.dm_weight", "0.025", "--pnorm", "2", "--max_steps", "2", "--report_to", "none"]
+    run(*flags, "--full_precision.learning_rate", "1e-3", "--calibration_samples", "16", "--use_cpu", "True")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "finetune")
+    assert (model.config.weight_bits, model.config.num_groups) == (3, 4)
+    assert model.config.backbone_config.model_type == "swin"
+
+
+@pytest.mark.slow
+def test_evaluation_alone(finished, tmp_path):
+    folder, _ = finished
+    expected = json.loads((folder / "out" / "all_results.json").read_text())["finetune_accuracy"]
+    recipe = write_recipe(tmp_path, stages=[], model_name_or_path=str(folder / "out" / "finetune"), do_eval=True)
+    done = run(recipe)
+    assert f"accuracy {100 * expected:.2f} %" in done.stdout
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == {"eval_accuracy": expected}
+
+
+@pytest.mark.slow
+def test_what_cannot_be_is_said_in_one_line_and_leaves_earlier_stages_whole(finished, tmp_path):
+    folder, _ = finished
+    before = weights(folder / "out" / "pretrain")
+    cases = {
+        (
+            "--stages",
+            "search",
+            "--model_name_or_path",
+            folder / "out" / "full_precision",
+        ): "begin with the stage pretrain",
+        ("--stages", "finetune", "--model_name_or_path", folder / "out" / "pretrain"): "run model.begin_search() first",
+        ("--stages", "pretrain", "--model_name_or_path", folder / "out" / "pretrain"): "is quantized already",
+        ("--stages", "search"): "starts from a checkpoint",
+        ("--stages", "pretrain", "--model_name_or_path", folder / "nowhere"): "nowhere",
+    }
+    for number, (flags, message) in enumerate(cases.items()):
+        done = run(write_recipe(tmp_path), *flags, "--output_dir", tmp_path / str(number), check=False)
+        assert done.returncode != 0, flags
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+    assert same_weights(before, weights(folder / "out" / "pretrain"))
+
+
+def test_help_names_the_flags():
+    environment = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_quantformer.py"), "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=True,
+    )
+    for flag in (
+        "--bit_width",
+        "--num_groups",
+        "--aux_weight",
+        "--dm_weight",
+        "--pnorm",
+        "--stages",
+        "--teacher_name_or_path",
+    ):
+        assert flag in done.stdout

@@ -1,0 +1,320 @@
+"""Training, the schedule, resuming."""
+
+import math
+
+import pytest
+import torch
+from conftest import IMAGE_SIZE, NUM_LABELS, make_full_precision, make_quantized
+from transformers import AutoModelForImageClassification, TrainerCallback
+
+from quantformer_hf import QuantformerCallback, QuantformerTrainer, QuantformerTrainingArguments
+from quantformer_hf.quantize import group_quantizers
+
+
+SAMPLES = 24
+
+
+def dataset(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "pixel_values": torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+            "labels": int(torch.randint(NUM_LABELS, (), generator=generator)),
+        }
+        for _ in range(SAMPLES)
+    ]
+
+
+def make_trainer(folder, model, teacher=None, callbacks=None, **arguments):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return QuantformerTrainer(
+        model=model,
+        args=QuantformerTrainingArguments(**defaults | arguments),
+        teacher=teacher,
+        train_dataset=dataset(),
+        eval_dataset=dataset(1),
+        callbacks=callbacks,
+    )
+
+
+def logged(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+ALL_LOSSES = {"aux_weight": 1.0, "dm_weight": 0.1, "distillation_weight": 1.0, "pnorm": "entropy"}
+
+
+# Losses and the teacher
+
+
+def test_the_teacher_is_neither_trained_nor_saved(backbone, tmp_path):
+    teacher, model = make_full_precision(backbone), make_quantized(backbone, "search")
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    trainer = make_trainer(tmp_path, model, teacher, max_steps=3, **ALL_LOSSES)
+    trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not teacher.training
+    trainer.save_model()
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert list(saved.state_dict()) == list(model.state_dict())
+
+
+def test_the_log_has_each_term_and_its_share_of_the_gradient(backbone, tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        make_quantized(backbone, "search"),
+        make_full_precision(backbone),
+        max_steps=3,
+        gradient_share_steps=2,
+        **ALL_LOSSES,
+    )
+    trainer.train()
+    terms = ("task", "attention", "distillation", "assignment")
+    for step, entry in enumerate(entry for entry in trainer.state.log_history if "loss" in entry):
+        assert entry["loss"] == pytest.approx(sum(entry[f"loss_{term}"] for term in terms), rel=1e-4)
+        assert all(entry[f"loss_{term}"] > 0 for term in terms)
+        shares = [entry.get(f"gradient_share_{term}") for term in terms]
+        if step % 2 == 0:
+            assert sum(shares) == pytest.approx(1.0, abs=1e-5)
+            assert min(shares) > 0
+        else:
+            assert shares == [None] * 4
+
+
+def test_the_adaptive_degree_moves_and_is_saved(tmp_path):
+    model = make_quantized("vit", activation_bits=8, weight_bits=8)
+    with torch.no_grad():
+        # Sharper queries than the teacher's: the teacher has to be sharpened.
+        for layer in model.backbone.vit.layers:
+            layer.attention.q_proj.weight.mul_(3)
+            layer.attention.q_proj.weight_quantizer.scale.mul_(3)
+    trainer = make_trainer(tmp_path, model, make_full_precision("vit"), max_steps=3, learning_rate=0.0, aux_weight=1.0)
+    trainer.train()
+    assert (model.concentration_degree > 1.01).all()
+    trainer.save_model()
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(saved.concentration_degree, model.concentration_degree)
+
+
+def test_a_fixed_degree_leaves_the_adaptive_one_alone(tmp_path):
+    model = make_quantized()
+    make_trainer(tmp_path, model, make_full_precision(), max_steps=2, aux_weight=1.0, pnorm="2").train()
+    assert (model.concentration_degree == 1).all()
+
+
+def test_a_loss_that_needs_a_teacher_asks_for_one(tmp_path):
+    with pytest.raises(ValueError, match="pass teacher="):
+        make_trainer(tmp_path, make_quantized(), aux_weight=1.0).train()
+
+
+def test_gradient_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path):
+    models = []
+    for batch_size, steps in ((8, 1), (2, 4)):
+        model = make_quantized("vit", "search")
+        make_trainer(
+            tmp_path,
+            model,
+            make_full_precision(),
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            # A fixed degree: the adaptive one is a mean over micro-batches.
+            **ALL_LOSSES | {"pnorm": "2"},
+        ).train()
+        models.append(model)
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_terms(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.backbone.classifier.bias.data.fill_(float("nan"))
+
+    trainer = make_trainer(
+        tmp_path,
+        make_quantized(),
+        make_full_precision(),
+        callbacks=[Poison()],
+        save_strategy="steps",
+        save_steps=1,
+        distillation_weight=1.0,
+    )
+    with pytest.raises(FloatingPointError, match=r"the loss of step 3 is not finite \(task nan, distillation nan\)"):
+        trainer.train()
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-2")
+    assert all(parameter.isfinite().all() for parameter in saved.parameters())
+
+
+# The optimizer
+
+
+def test_scales_offsets_and_logits_do_not_decay(tmp_path):
+    model = make_quantized("vit", "search")
+    trainer = make_trainer(tmp_path, model, weight_decay=0.05, assignment_learning_rate=0.02)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for group in groups if group["weight_decay"] > 0 for parameter in group["params"]}
+    assert any(name.endswith("fc1.weight") for name in decayed)
+    assert not any(word in name for name in decayed for word in ("scale", "offset", "assignment_logits", "bias"))
+    logits = {names[id(parameter)] for parameter in groups[-1]["params"]}
+    assert logits == {name for name in names.values() if name.endswith("assignment_logits")}
+    assert groups[-1]["lr"] == 0.02
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
+
+
+# Search, freeze, finetune in one run
+
+
+class Recorder(QuantformerCallback):
+    def __init__(self):
+        self.switches, self.stages, self.rates = [], [], []
+
+    def on_stage_switch(self, args, state, control, stage, **kwargs):
+        self.switches.append((state.global_step, stage, kwargs["model"].config.stage))
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.stages.append(model.config.stage)
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+ONE_RUN = {
+    "search_steps": 5,
+    "finetune_learning_rate": 2e-4,
+    "assignment_learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+    "eval_strategy": "epoch",
+    **ALL_LOSSES,
+}
+
+
+def test_one_run_searches_freezes_and_finetunes(backbone, tmp_path):
+    model, recorder = make_quantized(backbone, "search"), Recorder()
+    logits_before = group_quantizers(model)[0].assignment_logits.clone()
+    trainer = make_trainer(tmp_path, model, make_full_precision(backbone), callbacks=[recorder], **ONE_RUN)
+    trainer.train()
+    assert recorder.stages == ["search"] * 5 + ["finetune"] * 7
+    assert recorder.switches == [(5, "finetune", "finetune")]
+    assert model.config.stage == "finetune"
+    # Two linear schedules, one after the other.
+    weight_rates = [rates[0] for rates in recorder.rates]
+    assert weight_rates[:5] == pytest.approx([1e-3 * (1 - step / 5) for step in range(5)])
+    assert weight_rates[5:] == pytest.approx([2e-4 * (1 - step / 7) for step in range(7)])
+    assert recorder.rates[0][-1] == pytest.approx(1e-2)
+    # The assignment term ends with the search; an evaluation shows what freezing did.
+    assert len(logged(trainer, "loss_assignment")) == 5
+    assert 5 in [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    logits = trainer.optimizer.param_groups[-1]["params"][0]
+    assert not torch.equal(logits, logits_before)
+    assert torch.equal(group_quantizers(model)[0].group_index.long(), logits.argmax(0))
+
+
+def test_search_steps_needs_a_model_that_searches(tmp_path):
+    with pytest.raises(ValueError, match=r"run model\.begin_search\(\) first"):
+        make_trainer(tmp_path, make_quantized(), search_steps=2).train()
+
+
+# Resuming
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 5, 8])
+@pytest.mark.parametrize("kind", ["pretrain", "search", "finetune", "one run"])
+def test_a_resumed_run_repeats_the_losses_and_weights_of_an_uninterrupted_one(kind, interrupted_at, tmp_path):
+    arguments = ONE_RUN if kind == "one run" else ALL_LOSSES
+    arguments = arguments | {"save_strategy": "steps", "save_steps": 1}
+    start = "search" if kind == "one run" else kind
+
+    def run(folder, callbacks=(), resume=None):
+        model = make_quantized("vit", start)
+        trainer = make_trainer(folder, model, make_full_precision(), callbacks=list(callbacks), **arguments)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, model
+
+    whole, expected = run(tmp_path / "whole")
+    run(tmp_path / "parts", [StopAt(interrupted_at)])
+    resumed, model = run(tmp_path / "parts", resume=str(tmp_path / "parts" / f"checkpoint-{interrupted_at}"))
+    assert logged(resumed) == logged(whole)
+    assert model.config.stage == expected.config.stage
+    state = model.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_a_full_precision_run_resumes_exactly_too(backbone, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+
+    def run(folder, callbacks=(), resume=None):
+        model = make_full_precision(backbone)
+        trainer = make_trainer(folder, model, callbacks=list(callbacks), label_smoothing_factor=0.1, **arguments)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    expected = run(tmp_path / "whole")
+    run(tmp_path / "parts", [StopAt(4)])
+    resumed = run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-4"))
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_a_stage_that_the_model_does_not_lead_to_is_refused(tmp_path):
+    make_trainer(tmp_path, make_quantized("vit", "search"), max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(RuntimeError, match="the checkpoint is in the stage 'search', and the model in 'pretrain'"):
+        make_trainer(tmp_path, make_quantized()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"aux_weight": -1.0}, "aux_weight is -1.0: choose 0"),
+        ({"pnorm": "sharp"}, "pnorm is 'sharp': choose a number of at least 1, or 'entropy'"),
+        ({"pnorm": 0.5}, "pnorm is '0.5'"),
+        ({"distillation_temperature": 0.0}, "distillation_temperature is 0.0"),
+        ({"search_steps": 10, "max_steps": 10}, "leave steps to finetune after it"),
+    ],
+)
+def test_impossible_training_arguments_are_refused(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        QuantformerTrainingArguments(output_dir=str(tmp_path), **arguments)
+
+
+def test_activation_checkpointing_changes_nothing(backbone, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path,
+            make_quantized(backbone, "search"),
+            make_full_precision(backbone),
+            max_steps=3,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            **ALL_LOSSES,
+        )
+        trainer.train()
+        losses.append(logged(trainer))
+    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(*losses, strict=True))
