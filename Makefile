@@ -6,9 +6,10 @@ ARGS ?=
 
 .PHONY: quickstart test test-fast lint format clean
 
-# Digits, a small ViT, four bits: ARGS="--bit_width 3" for others.
+# Digits, a small ViT, four bits: ARGS="--bit_width 3 --output_dir outputs/digits_w3a3" for three.
+# One thread: on tensors this small, several only wait for each other.
 quickstart: $(VENV)/installed
-	$(BIN)/python run_quantformer.py configs/quickstart.yaml $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python run_quantformer.py configs/quickstart.yaml $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -203,6 +204,36 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_earlier_stages_whole(fini
         assert message in done.stderr
         assert "Traceback" not in done.stderr, done.stderr
     assert same_weights(before, weights(folder / "out" / "pretrain"))
+
+
+@pytest.mark.slow
+def test_a_real_timm_checkpoint_is_evaluated_in_full_precision(tmp_path):
+    shared = ROOT.parent / "shared"
+    if not (shared / "data" / "imagenet-val650").exists():
+        pytest.skip(f"{shared} is not there")
+    # The images are crops of 227 pixels already: a crop of 1.0 sees them whole.
+    flags = ["--stages", "--do_eval", "--model_name_or_path", shared / "models" / "vit_tiny_patch16_224"]
+    flags += ["--dataset_dir", shared / "data" / "imagenet-val650", "--crop_pct", "1.0"]
+    done = run(*flags, "--output_dir", tmp_path, "--report_to", "none", "--use_cpu", "True")
+    assert "timm folder (vit_tiny_patch16_224)" in done.stderr
+    assert "accuracy 82.92 %" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_timm_file_goes_through_the_stages_at_another_image_size(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "vit_tiny_patch16_224.pth")
+    flags = ["--dataset_name", "digits", "--max_train_samples", "32", "--max_eval_samples", "20", "--use_cpu", "True"]
+    flags += ["--model_name_or_path", tmp_path / "vit_tiny_patch16_224.pth", "--image_size", "48", "--num_groups", "4"]
+    flags += ["--ignore_mismatched_sizes", "--max_steps", "1", "--distillation_weight", "1", "--report_to", "none"]
+    flags += ["--stages", "full_precision", "pretrain", "search", "finetune", "--output_dir", tmp_path / "out"]
+    run(*flags)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "finetune")
+    assert model.config.backbone_config.image_size == 48
+    assert model.config.num_labels == 10
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "finetune")
+    assert processor.crop_size["height"] == 48
 
 
 def test_help_names_the_flags():
