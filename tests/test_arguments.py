@@ -112,6 +112,14 @@ def test_an_unknown_flag_is_refused(capsys):
     assert "--bit_widht" in capsys.readouterr().err
 
 
+def test_help_names_the_flags(capsys):
+    with pytest.raises(SystemExit):
+        RunArguments(["--help"])
+    printed = capsys.readouterr().out
+    for name in ("bit_width", "num_groups", "aux_weight", "dm_weight", "pnorm", "stages", "teacher_name_or_path"):
+        assert f"--{name}" in printed
+
+
 def test_the_images_come_from_one_place():
     with pytest.raises(ValueError, match="one of dataset_name"):
         DataArguments()

@@ -1,7 +1,6 @@
 """The entry point, as a user types it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -194,7 +193,6 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_earlier_stages_whole(fini
             folder / "out" / "full_precision",
         ): "begin with the stage pretrain",
         ("--stages", "finetune", "--model_name_or_path", folder / "out" / "pretrain"): "run model.begin_search() first",
-        ("--stages", "pretrain", "--model_name_or_path", folder / "out" / "pretrain"): "is quantized already",
         ("--stages", "search"): "starts from a checkpoint",
         ("--stages", "pretrain", "--model_name_or_path", folder / "nowhere"): "nowhere",
     }
@@ -234,25 +232,3 @@ def test_a_timm_file_goes_through_the_stages_at_another_image_size(tmp_path):
     assert model.config.num_labels == 10
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "finetune")
     assert processor.crop_size["height"] == 48
-
-
-def test_help_names_the_flags():
-    environment = os.environ | {"COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_quantformer.py"), "--help"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        check=True,
-    )
-    for flag in (
-        "--bit_width",
-        "--num_groups",
-        "--aux_weight",
-        "--dm_weight",
-        "--pnorm",
-        "--stages",
-        "--teacher_name_or_path",
-    ):
-        assert flag in done.stdout

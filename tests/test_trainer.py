@@ -241,8 +241,14 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-@pytest.mark.parametrize("interrupted_at", [3, 5, 8])
-@pytest.mark.parametrize("kind", ["pretrain", "search", "finetune", "one run"])
+@pytest.mark.parametrize(
+    ("kind", "interrupted_at"),
+    [
+        *[(kind, step) for kind in ("pretrain", "search", "finetune") for step in (3, 8)],
+        # Before the freeze, at its very step, and after it.
+        *[("one run", step) for step in (3, 5, 8)],
+    ],
+)
 def test_a_resumed_run_repeats_the_losses_and_weights_of_an_uninterrupted_one(kind, interrupted_at, tmp_path):
     arguments = ONE_RUN if kind == "one run" else ALL_LOSSES
     arguments = arguments | {"save_strategy": "steps", "save_steps": 1}
@@ -318,3 +324,16 @@ def test_activation_checkpointing_changes_nothing(backbone, tmp_path):
         trainer.train()
         losses.append(logged(trainer))
     assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(*losses, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_mixed_precision_trains(kind, tmp_path):
+    losses = {}
+    for bf16 in (False, True):
+        # At eight bits: with few levels, bfloat16 moves values to other ones, and a small untrained model shows it.
+        model = make_quantized(kind, "search", bit_width=8)
+        trainer = make_trainer(tmp_path, model, make_full_precision(kind), max_steps=4, bf16=bf16, **ALL_LOSSES)
+        trainer.train()
+        losses[bf16] = logged(trainer)
+    assert losses[True] == pytest.approx(losses[False], rel=0.1)
+    assert losses[True] != losses[False]
