@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ from .training_args import QuantformerTrainingArguments
 RUN_STAGES = ("full_precision", "pretrain", "search", "finetune")
 
 
+#: What `--preset` may name: the files of `presets/`.
+PRESETS = ("ptq", "lightning", "best")
+
+
 @dataclass
 class ModelArguments:
     """Which model, quantized how, through which stages."""
 
+    preset: str | None = field(
+        default=None,
+        metadata={"help": f"Defaults of a budget, under the file and the flags: {', '.join(PRESETS)}."},
+    )
     stages: list[str] = field(
         default_factory=lambda: ["pretrain", "search", "finetune"],
         metadata={"help": f"Stages to run, of {', '.join(RUN_STAGES)}. None: only --do_eval."},
@@ -57,6 +66,15 @@ class ModelArguments:
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what earlier runs left of these stages."}
+    )
+    centre_channels: bool = field(
+        default=True, metadata={"help": "Shift channels towards each other before they are calibrated (folding.py)."}
+    )
+    reconstruction_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Training images to which the weights are refitted, before any training (reconstruction.py)."
+        },
     )
     bit_width: int | None = field(default=None, metadata={"help": "Sets weight_bits and activation_bits."})
     weight_bits: int | None = field(default=None, metadata={"help": "Weights of the linears of the blocks."})
@@ -108,7 +126,7 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, QuantformerTrainingArguments)
 class RunArguments:
     """What the user typed: a YAML file, flags that override it, and both again for single stages.
 
-    In the file, a section with the name of a stage holds what differs in that stage; as a flag, `--search.learning_rate
+    A preset lies under both. In the file, a section with the name of a stage holds what differs in that stage; as a flag, `--search.learning_rate
     1e-5` is the same. A flag wins over the file, and what is said of one stage wins over what is said of all.
 
     Args:
@@ -140,6 +158,20 @@ class RunArguments:
             # A flag for all stages wins over the file's word on one.
             self.by_stage[stage] = {k: v for k, v in self.by_stage[stage].items() if k not in given}
             self.by_stage[stage].update(_given_flags(stage_flags))
+        if self.common.get("preset") is not None:
+            self._lay_under(self.common["preset"])
+
+    def _lay_under(self, preset: str) -> None:
+        """Fill in from `preset` what neither the file nor a flag has said."""
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}: choose one of {', '.join(PRESETS)}")
+        said_for_all = set(self.common)
+        for key, value in yaml.safe_load((files(__package__) / "presets" / f"{preset}.yaml").read_text()).items():
+            if key in RUN_STAGES:
+                section = {name: v for name, v in value.items() if name not in said_for_all}
+                self.by_stage[key] = section | self.by_stage[key]
+            else:
+                self.common.setdefault(key, value)
 
     def _read_file(self, path: Path) -> None:
         if not path.is_file():

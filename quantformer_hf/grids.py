@@ -76,52 +76,74 @@ def fit_row_scales(weight: Tensor, grid: Grid, refinements: int = 5) -> Tensor:
 
 
 def fit_affine(values: Tensor, weights: Tensor, grid: Grid, refinements: int = 8) -> tuple[Tensor, Tensor]:
-    """The scale and offset with the least weighted squared error of `scale * q + offset`.
+    """The scale and offset with the least weighted squared error of `scale * q + offset`, for each row of weights.
 
-    A search over clip ranges, each end by itself, then alternating least squares: for fixed codes q, scale and offset
-    are the linear regression of the values on q.
+    A search over clip ranges, each end by itself, then `refine_affine`.
 
     Args:
-        values: `(n,)`.
-        weights: `(n,)`, how often each value occurs; any positive total.
+        values: `(..., n)`, or `(n,)` for all rows.
+        weights: `(..., n)`, how often each value occurs, or how much it matters; a positive total in each row. Values of
+            weight zero do not belong to the row.
         grid: unsigned grid.
         refinements: rounds of least squares.
 
     Returns:
-        scale and offset, float32 scalars, the scale positive. Constant values have scale 1 and themselves as offset.
+        scale and offset, `(...)`, float32, the scales positive. Constant values have scale 1 and themselves as offset.
     """
-    values, weights = values.detach().float(), weights.detach().float()
-    weights = weights / weights.sum()
-    low, high = values.min(), values.max()
-    if low == high:
-        return torch.ones_like(low), low.clone()
-    centre = (weights * values).sum()
-
-    def codes_and_error(scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        codes = ((values - offset) / scale).round().clamp(grid.qmin, grid.qmax)
-        return codes, (weights * (values - codes * scale - offset).square()).sum()
-
-    best, least = ((high - low) / grid.qmax, low), torch.tensor(torch.inf)
-
-    def keep_better(scale: Tensor, offset: Tensor) -> None:
-        nonlocal best, least
-        _, error = codes_and_error(scale, offset)
-        if error < least:
-            best, least = (scale, offset), error
-
+    weights = weights.detach().float()
+    values = values.detach().float().expand_as(weights)
+    centre = _weighted_mean(values, weights)
+    low = values.masked_fill(weights == 0, torch.inf).amin(-1, keepdim=True)
+    high = values.masked_fill(weights == 0, -torch.inf).amax(-1, keepdim=True)
+    constant = low == high
+    best_scale, best_offset = torch.ones_like(low), low
+    least = torch.full_like(low, torch.inf)
     fractions = torch.linspace(0.1, 1.0, 10).tolist()
     for left in fractions:
         offset = centre - left * (centre - low)
         for right in fractions:
-            keep_better((centre + right * (high - centre) - offset) / grid.qmax, offset)
+            scale = (centre + right * (high - centre) - offset) / grid.qmax
+            scale = scale.where(~constant, torch.ones_like(scale))
+            error = _affine_error(values, weights, scale, offset, grid)
+            better = error < least
+            best_scale, best_offset = scale.where(better, best_scale), offset.where(better, best_offset)
+            least = error.where(better, least)
+    return refine_affine(values, weights, grid, best_scale.squeeze(-1), best_offset.squeeze(-1), refinements)
+
+
+def refine_affine(
+    values: Tensor, weights: Tensor, grid: Grid, scale: Tensor, offset: Tensor, refinements: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Alternating least squares from `scale` and `offset`: for fixed codes, they are the regression of the values on them.
+
+    Arguments and results as in `fit_affine`; the error never grows. A row of zero weights keeps what it has.
+    """
+    weights = weights.detach().float()
+    values = values.detach().float().expand_as(weights)
+    scale, offset = scale.unsqueeze(-1), offset.unsqueeze(-1)
+    centre = _weighted_mean(values, weights)
+    least = _affine_error(values, weights, scale, offset, grid)
     for _ in range(refinements):
-        codes, _ = codes_and_error(*best)
-        mean = (weights * codes).sum()
-        variance = (weights * (codes - mean).square()).sum()
-        if variance <= 0:
+        codes = ((values - offset) / scale).round().clamp(grid.qmin, grid.qmax)
+        mean = _weighted_mean(codes, weights)
+        variance = (weights * (codes - mean).square()).sum(-1, keepdim=True)
+        covariance = (weights * (codes - mean) * (values - centre)).sum(-1, keepdim=True)
+        fitted = covariance / variance.clamp_min(torch.finfo(variance.dtype).tiny)
+        shifted = centre - fitted * mean
+        usable = (variance > 0) & (fitted > 0)
+        error = _affine_error(values, weights, fitted.where(usable, scale), shifted, grid)
+        better = usable & (error < least)
+        if not better.any():
             break
-        scale = (weights * (codes - mean) * (values - centre)).sum() / variance
-        if scale <= 0:
-            break
-        keep_better(scale, centre - scale * mean)
-    return best
+        scale, offset, least = fitted.where(better, scale), shifted.where(better, offset), error.where(better, least)
+    return scale.squeeze(-1), offset.squeeze(-1)
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    tiny = torch.finfo(weights.dtype).tiny
+    return (weights * values).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(tiny)
+
+
+def _affine_error(values: Tensor, weights: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    codes = ((values - offset) / scale).round().clamp(grid.qmin, grid.qmax)
+    return (weights * (values - codes * scale - offset).square()).sum(-1, keepdim=True)

@@ -3,9 +3,13 @@
 import warnings
 
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+
+from .grids import Grid, fit_affine, refine_affine
+from .observers import QUANTILE_WEIGHTS
 
 
 #: Share of the groups' maximum entropy that the first assignment has: certain enough to start near the k-means
@@ -13,17 +17,57 @@ from torch import Tensor
 INITIAL_ENTROPY = 0.2
 
 
-def cluster_channels(quantiles: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """K-means on each channel's low and high percentile.
+def cluster_channels(
+    quantiles: Tensor, importance: Tensor, num_groups: int, grid: Grid, iterations: int = 20
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of channels, each with the quantizer that fits it, and each channel in the group that costs it least.
+
+    K-means on the channels' ranges, then Lloyd's iteration with the error of quantization as the distance: fit a scale
+    and an offset to each group, give each channel to the group whose quantizer has the least squared error for it.
 
     Args:
-        quantiles: `(channels, quantiles)`, ascending along the second dimension.
+        quantiles: `(channels, quantiles)`, ascending along the second dimension, at the probabilities `QUANTILES`.
+        importance: `(channels,)`, not negative: what a squared error of each channel costs.
         num_groups: G, at most `channels`.
+        grid: unsigned grid.
+        iterations: most rounds of Lloyd's iteration.
 
     Returns:
-        group of each channel `(channels,)`, int64, where identical channels may leave a group empty; squared distances
-        to the groups' centres `(num_groups, channels)`, float32.
+        scale and offset `(num_groups,)`, and the mean squared error of each channel in each group
+        `(num_groups, channels)`, float32. A group that nobody wants keeps its last quantizer.
     """
+    index = _cluster_ranges(quantiles, num_groups)
+    mass = (importance.float().clamp_min(0) + 1e-12).unsqueeze(1) * QUANTILE_WEIGHTS.to(quantiles.device)
+
+    def weights_of_groups() -> Tensor:
+        members = F.one_hot(index, num_groups).T.to(mass.dtype)
+        # An empty group starts as the quantizer of all channels.
+        members[members.sum(1) == 0] = 1
+        return (members.unsqueeze(2) * mass).flatten(1)
+
+    values = quantiles.flatten()
+    scale, offset = fit_affine(values, weights_of_groups(), grid)
+    for _ in range(iterations):
+        errors = channel_errors(quantiles, scale, offset, grid)
+        nearest = errors.argmin(0)
+        if torch.equal(nearest, index):
+            break
+        index = nearest
+        inhabited = torch.bincount(index, minlength=num_groups) > 0
+        fitted = refine_affine(values, weights_of_groups(), grid, scale, offset, refinements=4)
+        scale, offset = fitted[0].where(inhabited, scale), fitted[1].where(inhabited, offset)
+    return scale, offset, channel_errors(quantiles, scale, offset, grid)
+
+
+def channel_errors(quantiles: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    """Mean squared error of each channel under each quantizer: `(groups, channels)`, from `(channels, quantiles)`."""
+    scale, offset = scale.view(-1, 1, 1), offset.view(-1, 1, 1)
+    codes = ((quantiles - offset) / scale).round().clamp(grid.qmin, grid.qmax)
+    return (quantiles - codes * scale - offset).square() @ QUANTILE_WEIGHTS.to(quantiles.device)
+
+
+def _cluster_ranges(quantiles: Tensor, num_groups: int) -> Tensor:
+    """K-means on each channel's low and high percentile: the group of each channel, `(channels,)`, int64."""
     # The outermost kept quantile rests on one or two observed rows; the next ones are steadier.
     ranges = torch.stack([quantiles[:, 1], quantiles[:, -2]], 1).double().cpu()
     with warnings.catch_warnings():
@@ -33,17 +77,14 @@ def cluster_channels(quantiles: Tensor, num_groups: int) -> tuple[Tensor, Tensor
     centres = torch.from_numpy(kmeans.cluster_centers_)
     # A numbering that does not depend on k-means' random start: by width, then by position.
     order = sorted(range(num_groups), key=lambda g: ((centres[g, 1] - centres[g, 0]).item(), centres[g, 0].item()))
-    centres = centres[order]
-    distances = torch.cdist(centres, ranges).square()
-    index = distances.argmin(0)
-    return index.to(quantiles.device), distances.float().to(quantiles.device)
+    return torch.cdist(centres[order], ranges).argmin(0).to(quantiles.device)
 
 
 def initial_assignment_logits(distances: Tensor) -> Tensor:
     """`α = -κ d / mean_g d`, each channel by its own mean distance, κ such that the mean entropy is `INITIAL_ENTROPY` log G.
 
     Args:
-        distances: `(groups, channels)`, squared distances of the channels to the groups' centres.
+        distances: `(groups, channels)`, what each channel would lose in each group, not negative.
 
     Returns:
         `(groups, channels)`, float32; the largest of each column belongs to the nearest group.

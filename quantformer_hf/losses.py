@@ -1,6 +1,6 @@
 """The losses of the method, each a plain function of tensors.
 
-`L = L_task + aux_weight * L_attention + dm_weight * L_assignment + distillation_weight * L_distillation`
+`L = L_task + aux_weight * L_attention + dm_weight * L_assignment + distillation_weight * L_distillation + feature_weight * L_features`
 """
 
 from collections.abc import Sequence
@@ -65,6 +65,34 @@ def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperatu
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def feature_distillation(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
+    """`mean over blocks, samples, tokens and channels of (n(h_q) - n(h_fp))²`; `n` is LayerNorm without weights.
+
+    Hidden states matched block by block, as hints (FitNets, arXiv 1412.6550, equation 3). Normalised like the input of the
+    next block, so that the few tokens with huge values do not outweigh all others. It lies in [0, 4].
+
+    Args:
+        student_features: hidden states of the quantized model, `(batch, tokens, channels)` each; what enters the first
+            block comes first and is compared as well.
+        teacher_features: likewise of the full-precision model.
+
+    Raises:
+        ValueError: the two models have different numbers of hidden states.
+    """
+    if len(student_features) != len(teacher_features):
+        raise ValueError(
+            f"the quantized model has {len(student_features)} hidden states and the teacher {len(teacher_features)}: the"
+            f" teacher must have the same architecture"
+        )
+    distances = []
+    for student, teacher in zip(student_features, teacher_features, strict=True):
+        channels = student.shape[-1:]
+        distances.append(
+            F.mse_loss(F.layer_norm(student.float(), channels), F.layer_norm(teacher.detach().float(), channels))
+        )
+    return torch.stack(distances).mean()
 
 
 def mean_row_entropy(rows: Tensor, degree: float | Tensor = 1.0) -> Tensor:

@@ -248,20 +248,40 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         quantized.image_processor = processor
         return quantized.to(device=model.device)
 
-    def calibrate(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> Self:
+    def calibrate(self, batches: Iterable[Tensor | Mapping[str, Any]], centre_channels: bool = True) -> Self:
         """Set scales and offsets from data.
 
         Args:
             batches: `pixel_values` `(batch, channels, height, width)`, or dictionaries that hold them; a few dozen
                 images are enough for a start.
+            centre_channels: shift channels towards each other first, where biases on both sides can hold the shift
+                (`folding.py`). What the model computes in full precision stays the same.
 
         Raises:
             StageError: not in the stage `pretrain`.
             RuntimeError: a layer that no batch reached.
         """
         self._require_stage("calibrate", "pretrain")
-        quantize.calibrate(self, batches)
+        quantize.calibrate(self, batches, centre_channels)
         self.config.calibrated = True
+        return self
+
+    def reconstruct(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> Self:
+        """Refit the weights, layer by layer, to the quantized model's own activations, without training.
+
+        It may follow `calibrate`, `begin_search` or `freeze_groups`, and changes no stage. Layers whose weight quantizer
+        is not `lsq` keep their weights.
+
+        Args:
+            batches: as in `calibrate`. The 128 images of a small data set's calibration are enough for a start.
+
+        Raises:
+            StageError: not calibrated.
+            ValueError: no batch.
+        """
+        if not self.config.calibrated:
+            raise StageError("reconstruct() needs a calibrated model: run model.calibrate(batches) first")
+        quantize.reconstruct(self, batches)
         return self
 
     def begin_search(

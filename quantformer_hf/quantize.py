@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from .attention import AttentionOperands, attention_modules
 from .configuration_quantformer import QuantformerConfig, nearest
+from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
 from .layers import QuantConv2d, QuantLayerNorm, QuantLinear
 from .ops import PRODUCERS
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
+from .reconstruction import reconstruct_units, token_weights, unit_inputs
 
 
 CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier")
@@ -190,6 +193,26 @@ def bit_widths(model: nn.Module) -> dict[str, int]:
     }
 
 
+def reading_layers(model: nn.Module) -> dict[GroupActivationQuantizer, list[nn.Linear]]:
+    """The linears that read what each group quantizer puts out."""
+    readers = {}
+    for producer, names in find_shared_inputs(model).items():
+        module = model.get_submodule(producer)
+        quantizer = getattr(module, "output_quantizer", None) or getattr(module, "input_quantizer", None)
+        if quantizer is not None:
+            readers[quantizer] = [model.get_submodule(name) for name in names]
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and isinstance(module.input_quantizer, GroupActivationQuantizer):
+            readers[module.input_quantizer] = [module]
+    return readers
+
+
+@torch.no_grad()
+def channel_importance(layers: list[nn.Linear]) -> Tensor:
+    """`Σ_o w_oc²` over the outputs o of all `layers`, `(channels,)`: what an error of channel c adds to theirs, squared."""
+    return torch.stack([layer.weight.float().square().sum(0) for layer in layers]).sum(0)
+
+
 def check_num_groups(model: nn.Module, num_groups: int) -> None:
     """Raise ValueError where a layer has fewer channels than there are groups."""
     for quantizer in group_quantizers(model):
@@ -214,6 +237,21 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             quantizer.enabled = enabled
 
 
+def pixel_values_of(batch: Tensor | Mapping[str, Any]) -> Tensor:
+    """The `pixel_values` `(batch, channels, height, width)` of a calibration batch.
+
+    Raises:
+        TypeError: neither a tensor nor a dictionary that holds one.
+    """
+    pixel_values = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+    if not isinstance(pixel_values, Tensor):
+        raise TypeError(
+            f"a calibration batch is a {type(batch).__name__}: give pixel_values tensors"
+            f" (batch, channels, height, width), or dictionaries with the key 'pixel_values'"
+        )
+    return pixel_values
+
+
 @torch.no_grad()
 def observe(
     model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], quantizers: list[ActivationQuantizer]
@@ -231,13 +269,7 @@ def observe(
     device = next(model.parameters()).device
     try:
         for batch in batches:
-            pixel_values = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
-            if not isinstance(pixel_values, Tensor):
-                raise TypeError(
-                    f"a calibration batch is a {type(batch).__name__}: give pixel_values tensors"
-                    f" (batch, channels, height, width), or dictionaries with the key 'pixel_values'"
-                )
-            model(pixel_values.to(device))
+            model(pixel_values_of(batch).to(device))
         seen = {}
         for quantizer in quantizers:
             try:
@@ -254,14 +286,42 @@ def observe(
         model.train(training)
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], centre_channels: bool = True) -> None:
     """Set every scale and offset from data, as the full-precision model sees it; weights from themselves."""
     with full_precision(model):
         seen = observe(model, batches, activation_quantizers(model))
+    for site in folding_sites(model, reading_layers(model)) if centre_channels else ():
+        seen[site.quantizer] = centre_site(site, seen[site.quantizer])
     for quantizer, quantiles in seen.items():
         quantizer.calibrate(quantiles)
     for layer in weight_quantized_layers(model):
         layer.weight_quantizer.calibrate(layer.weight)
+
+
+def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]]) -> None:
+    """Refit the weights of the block linears to what the quantized model's own activations are (`reconstruction.py`).
+
+    Raises:
+        TypeError, ValueError: as `pixel_values_of`; no batch at all.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    batches = [pixel_values_of(batch).to(device) for batch in batches]
+    if not batches:
+        raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
+    units = [m for m in model.modules() if hasattr(m, "layernorm_before") or hasattr(m, "reduction")]
+    readers = reading_layers(model)
+    with full_precision(model):
+        weights = [token_weights(model, batch, readers) for batch in batches]
+        with torch.no_grad():
+            inputs, arguments = unit_inputs(model, units, batches)
+    with torch.no_grad():
+        quantized_inputs, _ = unit_inputs(model, units, batches)
+        reconstruct_units(
+            units, readers, inputs, quantized_inputs, arguments, weights, functools.partial(full_precision, model)
+        )
+    model.train(training)
 
 
 def begin_search(
@@ -273,8 +333,9 @@ def begin_search(
     if batches is not None:
         for quantizer, quantiles in observe(model, batches, quantizers).items():
             quantizer.channel_quantiles.copy_(quantiles)
+    readers = reading_layers(model)
     for quantizer in quantizers:
-        quantizer.begin_search(num_groups)
+        quantizer.begin_search(num_groups, channel_importance(readers[quantizer]))
 
 
 def freeze_groups(model: nn.Module) -> None:

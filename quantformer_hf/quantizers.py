@@ -230,23 +230,20 @@ class GroupActivationQuantizer(ActivationQuantizer):
         self.channel_quantiles.copy_(quantiles)
 
     @torch.no_grad()
-    def begin_search(self, num_groups: int) -> None:
-        """Split the channels into groups by their ranges, and start α from the distances to the groups' centres.
+    def begin_search(self, num_groups: int, importance: Tensor | None = None) -> None:
+        """Split the channels into groups (`cluster_channels`), and start α from what each channel loses in each group.
 
-        A group that k-means leaves empty starts with the scale and offset that fit all channels together.
+        Args:
+            num_groups: G.
+            importance: `(channels,)`, what a squared error of each channel costs; by default the same for all.
         """
-        quantiles = self.channel_quantiles
-        index, distances = cluster_channels(quantiles, num_groups)
+        if importance is None:
+            importance = torch.ones(self.channels, device=self.scale.device)
+        scale, offset, errors = cluster_channels(self.channel_quantiles, importance, num_groups, self.grid)
         self.set_stage("search", num_groups)
-        weights = QUANTILE_WEIGHTS.to(quantiles.device)
-        for group in range(num_groups):
-            members = quantiles[index == group]
-            if len(members) == 0:
-                members = quantiles
-            scale, offset = fit_affine(members.flatten(), weights.expand_as(members).flatten(), self.grid)
-            self.scale[group] = scale
-            self.offset[group] = offset
-        self.assignment_logits.copy_(initial_assignment_logits(distances))
+        self.scale.copy_(scale)
+        self.offset.copy_(offset)
+        self.assignment_logits.copy_(initial_assignment_logits(errors))
 
     @torch.no_grad()
     def freeze_groups(self) -> None:

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .quantize import weight_quantized_layers
+from .attention import attention_modules, capture_attention
+from .grids import FULL_PRECISION_BITS
+from .quantize import reading_layers, weight_quantized_layers
 
 
 def weights_on_disk(folder: Path) -> int:
@@ -23,6 +26,75 @@ def bytes_at_bit_widths(model: nn.Module) -> int:
     bits = sum(layer.weight.numel() * layer.weight_quantizer.grid.bits for layer in layers)
     bits += sum(32 * parameter.numel() for parameter in model.parameters() if id(parameter) not in quantized)
     return -(-bits // 8)
+
+
+@torch.no_grad()
+def bit_operations(model: nn.Module, pixel_values: Tensor) -> int:
+    """`Σ multiplications * weight bits * activation bits` of one image: linears, patch embedding, attention products.
+
+    Full precision counts as 32 bits (Baskin et al., UNIQ, arXiv 1804.10969, for the measure).
+
+    Args:
+        model: an image classifier, quantized or not, that runs this package's attention function.
+        pixel_values: one image, `(1, channels, height, width)`.
+    """
+    input_bits = {layer: quantizer.grid.bits for quantizer, layers in reading_layers(model).items() for layer in layers}
+    total = 0
+
+    def count(layer: nn.Linear | nn.Conv2d, arguments: tuple, output: Tensor) -> None:
+        nonlocal total
+        weight_bits = _bits(getattr(layer, "weight_quantizer", None))
+        activation_bits = input_bits.get(layer) or _bits(getattr(layer, "input_quantizer", None))
+        positions = output.numel() // layer.weight.shape[0]
+        total += positions * layer.weight.numel() * weight_bits * activation_bits
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with capture_attention(model) as maps:
+            model(pixel_values=pixel_values)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for attention, probabilities in zip(attention_modules(model), maps, strict=True):
+        operands = getattr(attention, "operands", None)
+        bits = _bits(operands.query if operands is not None else None)
+        head_size = attention.q_proj.out_features // probabilities.shape[1]
+        total += 2 * probabilities.numel() * head_size * bits**2
+    return total
+
+
+def _bits(quantizer: nn.Module | None) -> int:
+    return FULL_PRECISION_BITS if quantizer is None else quantizer.grid.bits
+
+
+@torch.no_grad()
+def distinct_levels(model: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
+    """The most distinct values of any row of a block linear's weight, and of any channel of its input, counted.
+
+    Args:
+        model: a quantized model in the stage `pretrain` or `finetune` (a mixture of quantizers has more).
+        pixel_values: images to run, `(batch, channels, height, width)`.
+    """
+    most = 0
+
+    def count(quantizer: nn.Module, arguments: tuple, output: Tensor) -> None:
+        nonlocal most
+        most = max(most, _most_distinct(output.reshape(-1, output.shape[-1]).T))
+
+    readers = reading_layers(model)
+    handles = [quantizer.register_forward_hook(count) for quantizer in readers]
+    try:
+        model(pixel_values=pixel_values)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = [layer for group in readers.values() for layer in group if layer.weight_quantizer is not None]
+    return max((_most_distinct(layer.weight_quantizer(layer.weight)) for layer in layers), default=0), most
+
+
+def _most_distinct(rows: Tensor) -> int:
+    return (rows.sort(1).values.diff(dim=1) != 0).sum(1).max().item() + 1
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

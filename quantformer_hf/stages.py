@@ -123,15 +123,17 @@ class StageRun:
                 data.train, data, processor, train_transform(processor, arguments.data), training.seed
             ),
         )
-        if self.stage == "finetune":
+        trains = training.max_steps > 0 or training.num_train_epochs > 0
+        if self.stage == "finetune" and trains:
             results["frozen_accuracy"] = accuracy(trainer)
-        if self.stage == "pretrain" and teacher is not None:
+        if teacher is not None and not is_quantized(self.source):
             results["full_precision_accuracy"] = accuracy(make_trainer(teacher, training, data, processor))
-        train_result = trainer.train(resume_from_checkpoint=newest_checkpoint(self.folder))
+        if trains:
+            train_result = trainer.train(resume_from_checkpoint=newest_checkpoint(self.folder))
+            trainer.save_metrics("train", train_result.metrics)
         results[f"{self.stage}_accuracy"] = accuracy(trainer)
         trainer.save_model()
         trainer.save_state()
-        trainer.save_metrics("train", train_result.metrics)
         self._write(results)
         return results
 
@@ -151,27 +153,30 @@ class StageRun:
         quantized = isinstance(model, QuantformerPreTrainedModel)
         if quantized and self.stage in ("full_precision", "pretrain"):
             raise ValueError(f"{self.source} is quantized already: start it at the stage search or finetune")
-        if not quantized and self.stage in ("search", "finetune"):
-            raise ValueError(f"{self.source} is in full precision: begin with the stage pretrain")
         if self.stage == "full_precision":
             return model, None, processor
         batches = partial(
             calibration_batches,
             data,
             processor,
-            self.arguments.data.calibration_samples,
-            self.arguments.training.per_device_eval_batch_size,
-            self.arguments.training.seed,
+            samples=self.arguments.data.calibration_samples,
+            batch_size=self.arguments.training.per_device_eval_batch_size,
+            seed=self.arguments.training.seed,
         )
         teacher = None
-        if self.stage == "pretrain":
+        if not quantized:
+            # A later stage that starts here has the verbs of the earlier ones run, without their training.
             teacher = model
             model = QuantformerForImageClassification.from_full_precision(model, **arguments.quantization_arguments())
-            model.calibrate(batches())
+            model.calibrate(batches(), centre_channels=arguments.centre_channels)
+            if self.stage != "pretrain":
+                model.begin_search()
         elif self.stage == "search":
             model.begin_search(arguments.num_groups, batches())
-        else:
+        if self.stage == "finetune":
             model.freeze_groups()
+        if not quantized and arguments.reconstruction_samples > 0:
+            model.reconstruct(batches(samples=arguments.reconstruction_samples))
         if self.arguments.training.needs_teacher and (teacher is None or arguments.teacher_name_or_path is not None):
             teacher = self._load_teacher(model, data)
         return model, teacher, processor

@@ -1,6 +1,8 @@
 """`QuantformerTrainer`: a transformers Trainer with the method's losses and the search-then-freeze schedule."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .losses import (
     assignment_entropy,
     attention_rank_consistency,
     entropy_adaptive_degrees,
+    feature_distillation,
     logit_distillation,
 )
 from .modeling_quantformer import QuantformerPreTrainedModel
@@ -26,6 +29,20 @@ logger = logging.getLogger(__name__)
 
 #: How far the adaptive concentration degree moves towards each batch's own.
 DEGREE_MOMENTUM = 0.02
+
+
+def _move_to_own_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
+    """Give `parameters` a learning rate of their own, and no weight decay."""
+    ids = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+    optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": 0.0})
+
+
+@contextlib.contextmanager
+def _capture_nothing(model: nn.Module) -> Iterator[list[Tensor]]:
+    """In place of `capture_attention`, where no loss reads the maps."""
+    yield []
 
 
 class QuantformerTrainer(Trainer):
@@ -73,7 +90,7 @@ class QuantformerTrainer(Trainer):
         quantized = self._quantized_model()
         if quantized is not None and self.args.needs_teacher and self.teacher is None:
             raise ValueError(
-                "aux_weight and distillation_weight compare with a teacher: pass teacher=..., or set both to 0"
+                "aux_weight, distillation_weight and feature_weight compare with a teacher: pass teacher=..., or set all to 0"
             )
         if self.args.search_steps > 0 and (quantized is None or quantized.config.stage == "pretrain"):
             raise ValueError("search_steps needs a model in the stage 'search': run model.begin_search() first")
@@ -95,27 +112,29 @@ class QuantformerTrainer(Trainer):
             if model.training:
                 self._check_finite(loss, {"task": loss})
             return (loss, outputs) if return_outputs else loss
-        pixel_values = inputs["pixel_values"]
-        if self.args.aux_weight > 0:
-            with capture_attention(quantized) as student_maps:
-                task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-            with torch.no_grad(), capture_attention(self.teacher) as teacher_maps:
-                teacher_logits = self.teacher(pixel_values=pixel_values).logits
-        else:
+        capture = capture_attention if self.args.aux_weight > 0 else _capture_nothing
+        wants_features = self.args.feature_weight > 0
+        if wants_features:
+            inputs = inputs | {"output_hidden_states": True}
+        with capture(quantized) as student_maps:
             task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-            if self.args.distillation_weight > 0:
-                with torch.no_grad():
-                    teacher_logits = self.teacher(pixel_values=pixel_values).logits
+        if self.args.needs_teacher:
+            with torch.no_grad(), capture(self.teacher) as teacher_maps:
+                taught = self.teacher(pixel_values=inputs["pixel_values"], output_hidden_states=wants_features)
 
         terms = {"task": self.args.task_weight * task_loss}
         if self.args.aux_weight > 0:
             degrees = self._concentration_degrees(quantized, student_maps, teacher_maps)
             terms["attention"] = self.args.aux_weight * attention_rank_consistency(
-                student_maps, teacher_maps, degrees, len(pixel_values)
+                student_maps, teacher_maps, degrees, len(inputs["pixel_values"])
             )
         if self.args.distillation_weight > 0:
             terms["distillation"] = self.args.distillation_weight * logit_distillation(
-                outputs.logits, teacher_logits, self.args.distillation_temperature
+                outputs.logits, taught.logits, self.args.distillation_temperature
+            )
+        if wants_features:
+            terms["features"] = self.args.feature_weight * feature_distillation(
+                outputs.hidden_states, taught.hidden_states
             )
         if self.args.dm_weight > 0 and quantized.config.stage == "search":
             probabilities = [quantizer.assignment_probabilities() for quantizer in group_quantizers(quantized)]
@@ -207,23 +226,30 @@ class QuantformerTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in quantizer_parameters]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Trainer, with the assignment logits in a last group that has its own learning rate.
+        """As in Trainer, with groups of their own for scales and offsets, and for the assignment logits, the last.
 
         A run that was resumed after its freeze has no logits left: parameters without gradient keep their places, so
         that the optimizer's state, saved before or after the freeze, fits.
         """
-        if self.optimizer is not None or not self._searches():
+        quantized = self._quantized_model()
+        if self.optimizer is not None or quantized is None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        logits = []
-        for quantizer in group_quantizers(self.model if model is None else model):
-            shape = quantizer.scale.numel(), quantizer.channels
-            placeholder = nn.Parameter(torch.zeros(shape, device=quantizer.scale.device), requires_grad=False)
-            logits.append(getattr(quantizer, "assignment_logits", placeholder))
-        ids = {id(parameter) for parameter in logits}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-        optimizer.add_param_group({"params": logits, "lr": self.args.assignment_learning_rate, "weight_decay": 0.0})
+        model = self.model if model is None else model
+        if self.args.scale_learning_rate is not None:
+            scales = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and name.rpartition(".")[2] in ("scale", "offset")
+            ]
+            _move_to_own_group(optimizer, scales, self.args.scale_learning_rate)
+        if self._searches():
+            logits = []
+            for quantizer in group_quantizers(model):
+                shape = quantizer.scale.numel(), quantizer.channels
+                placeholder = nn.Parameter(torch.zeros(shape, device=quantizer.scale.device), requires_grad=False)
+                logits.append(getattr(quantizer, "assignment_logits", placeholder))
+            _move_to_own_group(optimizer, logits, self.args.assignment_learning_rate)
         return optimizer
 
     def _searches(self) -> bool:

@@ -28,9 +28,19 @@ class QuantformerTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the logit distillation loss. Needs a teacher."}
     )
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the logit distillation."})
+    feature_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the hidden states' distance from the teacher's. Needs a teacher."}
+    )
     task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
     assignment_learning_rate: float = field(
         default=1e-4, metadata={"help": "Learning rate of the assignment logits, in the search stage."}
+    )
+    scale_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of scales and offsets. They are small numbers, of which Adam's steps are a large"
+            " share. Default: learning_rate."
+        },
     )
     search_steps: int = field(
         default=-1,
@@ -55,7 +65,7 @@ class QuantformerTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("aux_weight", "dm_weight", "distillation_weight", "task_weight"):
+        for name in ("aux_weight", "dm_weight", "distillation_weight", "feature_weight", "task_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")
         if self.distillation_temperature <= 0:
@@ -77,4 +87,4 @@ class QuantformerTrainingArguments(TrainingArguments):
     @property
     def needs_teacher(self) -> bool:
         """Whether some loss compares with the full-precision model."""
-        return self.aux_weight > 0 or self.distillation_weight > 0
+        return self.aux_weight > 0 or self.distillation_weight > 0 or self.feature_weight > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quantformer_hf.arguments import ARGUMENT_CLASSES, RUN_STAGES, DataArguments, RunArguments
+from quantformer_hf.arguments import ARGUMENT_CLASSES, PRESETS, RUN_STAGES, DataArguments, RunArguments
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -30,6 +30,32 @@ def test_a_flag_wins_over_the_file_and_a_stage_over_all_stages(tmp_path):
     rates = {stage: arguments.training.learning_rate for stage, arguments in by_stage.items()}
     assert rates == {"full_precision": 1e-3, "pretrain": 1e-3, "search": 2e-3, "finetune": 5e-4}
     assert {arguments.training.weight_decay for arguments in by_stage.values()} == {0.1}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_parses_and_lies_under_file_and_flags(preset, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("dataset_name: digits\noutput_dir: x\ncalibration_samples: 7\n")
+    run = RunArguments([str(path), "--preset", preset, "--num_groups", "3", "--learning_rate", "0.5"])
+    for stage in run.model_arguments().stages:
+        told = run.for_stage(stage)
+        assert told.data.calibration_samples == 7
+        assert told.model.num_groups == 3
+        assert told.training.learning_rate == 0.5
+    assert run.model_arguments().preset == preset
+
+
+def test_a_flag_wins_over_a_presets_section_of_a_stage():
+    flags = ["--preset", "lightning", "--dataset_name", "digits", "--output_dir", "x"]
+    run = RunArguments([*flags, "--search.max_steps", "3"])
+    assert run.for_stage("search").training.max_steps == 3
+    assert run.for_stage("finetune").training.max_steps == 700
+    assert RunArguments([*flags, "--max_steps", "5"]).for_stage("finetune").training.max_steps == 5
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="preset is 'fast': choose one of ptq, lightning, best"):
+        RunArguments(["--preset", "fast", "--dataset_name", "digits"])
 
 
 def test_flags_alone_are_enough():

@@ -10,6 +10,7 @@ from quantformer_hf.losses import (
     attention_rank_consistency,
     entropy_adaptive_degrees,
     entropy_matching_degree,
+    feature_distillation,
     logit_distillation,
     mean_row_entropy,
 )
@@ -116,3 +117,16 @@ def test_each_layer_gets_a_degree_of_its_own():
     sharper = teacher.pow(2) / teacher.pow(2).sum(-1, keepdim=True)
     degrees = entropy_adaptive_degrees([teacher, sharper], [teacher, teacher])
     torch.testing.assert_close(degrees, torch.tensor([1.0, 2.0]), rtol=1e-2, atol=1e-2)
+
+
+def test_feature_loss_sees_direction_and_not_size():
+    teacher = [torch.randn(2, 3, 8), torch.randn(2, 3, 8)]
+    assert feature_distillation([2 * t + 1 for t in teacher], teacher).item() == pytest.approx(0, abs=1e-4)
+    assert feature_distillation([-t for t in teacher], teacher).item() == pytest.approx(4, rel=1e-3)
+    # One of two states is opposite, the other equal.
+    assert feature_distillation([teacher[0], -teacher[1]], teacher).item() == pytest.approx(2, rel=1e-3)
+
+
+def test_feature_loss_of_different_depths_is_refused():
+    with pytest.raises(ValueError, match="1 hidden states and the teacher 2"):
+        feature_distillation([torch.zeros(1, 1, 2)], [torch.zeros(1, 1, 2)] * 2)

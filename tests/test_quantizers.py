@@ -166,20 +166,53 @@ def test_an_observer_without_data_says_so():
         Observer(2).quantiles()
 
 
+def clusters(num_groups: int = 3, importance: torch.Tensor | None = None, **arguments):
+    importance = torch.ones(CHANNELS) if importance is None else importance
+    quantiles = quantiles_of(channels_of_different_ranges())
+    return cluster_channels(quantiles, importance, num_groups, Grid(4, signed=False), **arguments)
+
+
 def test_groups_separate_channels_of_different_ranges():
-    index, distances = cluster_channels(quantiles_of(channels_of_different_ranges()), 3)
+    scale, _, errors = clusters()
+    index = errors.argmin(0)
     for kind in range(3):
         assert index[kind::3].unique().numel() == 1
     assert index.unique().numel() == 3
-    assert torch.equal(distances.argmin(0), index)
+    assert scale.unique().numel() == 3
+
+
+def test_lloyds_iteration_lowers_the_error_that_counts():
+    importance = torch.rand(CHANNELS, generator=torch.Generator().manual_seed(0)) + 0.1
+    costs = [(clusters(2, importance, iterations=n)[2].min(0).values * importance).sum().item() for n in (0, 20)]
+    assert costs[1] <= costs[0]
+    # Twice the groups: no worse, and here much better.
+    assert (clusters(4, importance)[2].min(0).values * importance).sum() < costs[1]
+
+
+def test_important_channels_are_served_better():
+    narrow = torch.zeros(CHANNELS)
+    narrow[0::3] = 1
+    errors = [clusters(1, importance)[2][0, 0::3].mean() for importance in (narrow, torch.ones(CHANNELS))]
+    assert errors[0] < errors[1]
+
+
+def test_each_row_of_weights_is_fitted_by_itself():
+    grid = Grid(2, signed=False)
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0)) ** 3
+    weights = torch.rand(3, 50)
+    weights[1, 10:] = 0
+    scale, offset = fit_affine(values, weights, grid)
+    for row in range(3):
+        alone = fit_affine(values[weights[row] > 0], weights[row][weights[row] > 0], grid)
+        torch.testing.assert_close((scale[row], offset[row]), alone)
 
 
 def test_first_logits_belong_to_the_nearest_group_with_the_entropy_asked_for():
-    _, distances = cluster_channels(quantiles_of(channels_of_different_ranges()), 3)
-    logits = initial_assignment_logits(distances + torch.rand_like(distances) * distances.mean())
+    errors = clusters()[2]
+    logits = initial_assignment_logits(errors + torch.rand_like(errors) * errors.mean())
     entropy = assignment_entropy([logits.softmax(0)])
     assert entropy.item() == pytest.approx(INITIAL_ENTROPY * torch.log(torch.tensor(3.0)).item(), rel=1e-3)
-    assert torch.equal(initial_assignment_logits(distances).argmax(0), distances.argmin(0))
+    assert torch.equal(initial_assignment_logits(errors).argmax(0), errors.argmin(0))
 
 
 def test_identical_channels_leave_groups_empty_and_usable():

@@ -172,6 +172,25 @@ def test_swin_and_flags_without_a_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_ptq_needs_no_training_step_and_no_earlier_stage(finished, tmp_path):
+    folder, _ = finished
+    recipe = write_recipe(tmp_path, model_name_or_path=str(folder / "out" / "full_precision"))
+    # The preset's own stages, and nothing trained.
+    content = yaml.safe_load(recipe.read_text())
+    for name in ("stages", "num_train_epochs"):
+        del content[name]
+    recipe.write_text(yaml.safe_dump(content))
+    done = run(recipe, "--preset", "ptq", "--reconstruction_samples", "32")
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert set(results) == {"full_precision_accuracy", "finetune_accuracy", "reloaded_accuracy"}
+    assert results["reloaded_accuracy"] == results["finetune_accuracy"]
+    assert "after stage" in done.stdout
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "finetune")
+    assert model.config.stage == "finetune"
+    assert not list((tmp_path / "out" / "finetune").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
 def test_evaluation_alone(finished, tmp_path):
     folder, _ = finished
     expected = json.loads((folder / "out" / "all_results.json").read_text())["finetune_accuracy"]
@@ -186,12 +205,6 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_earlier_stages_whole(fini
     folder, _ = finished
     before = weights(folder / "out" / "pretrain")
     cases = {
-        (
-            "--stages",
-            "search",
-            "--model_name_or_path",
-            folder / "out" / "full_precision",
-        ): "begin with the stage pretrain",
         ("--stages", "finetune", "--model_name_or_path", folder / "out" / "pretrain"): "run model.begin_search() first",
         ("--stages", "search"): "starts from a checkpoint",
         ("--stages", "pretrain", "--model_name_or_path", folder / "nowhere"): "nowhere",

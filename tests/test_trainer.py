@@ -52,7 +52,14 @@ def logged(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
-ALL_LOSSES = {"aux_weight": 1.0, "dm_weight": 0.1, "distillation_weight": 1.0, "pnorm": "entropy"}
+ALL_LOSSES = {
+    "aux_weight": 1.0,
+    "dm_weight": 0.1,
+    "distillation_weight": 1.0,
+    "feature_weight": 1.0,
+    "pnorm": "entropy",
+    "scale_learning_rate": 1e-4,
+}
 
 
 # Losses and the teacher
@@ -71,6 +78,16 @@ def test_the_teacher_is_neither_trained_nor_saved(backbone, tmp_path):
     assert list(saved.state_dict()) == list(model.state_dict())
 
 
+def test_scales_and_logits_have_learning_rates_of_their_own(tmp_path):
+    model = make_quantized("vit", "search")
+    arguments = {"learning_rate": 1e-3, "scale_learning_rate": 1e-5, "assignment_learning_rate": 1e-2}
+    optimizer = make_trainer(tmp_path, model, **arguments).create_optimizer()
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    expected = {"scale": 1e-5, "offset": 1e-5, "assignment_logits": 1e-2}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == expected.get(name.rpartition(".")[2], 1e-3), name
+
+
 def test_the_log_has_each_term_and_its_share_of_the_gradient(backbone, tmp_path):
     trainer = make_trainer(
         tmp_path,
@@ -81,7 +98,7 @@ def test_the_log_has_each_term_and_its_share_of_the_gradient(backbone, tmp_path)
         **ALL_LOSSES,
     )
     trainer.train()
-    terms = ("task", "attention", "distillation", "assignment")
+    terms = ("task", "attention", "distillation", "features", "assignment")
     for step, entry in enumerate(entry for entry in trainer.state.log_history if "loss" in entry):
         assert entry["loss"] == pytest.approx(sum(entry[f"loss_{term}"] for term in terms), rel=1e-4)
         assert all(entry[f"loss_{term}"] > 0 for term in terms)
@@ -90,7 +107,7 @@ def test_the_log_has_each_term_and_its_share_of_the_gradient(backbone, tmp_path)
             assert sum(shares) == pytest.approx(1.0, abs=1e-5)
             assert min(shares) > 0
         else:
-            assert shares == [None] * 4
+            assert shares == [None] * len(terms)
 
 
 def test_the_adaptive_degree_moves_and_is_saved(tmp_path):

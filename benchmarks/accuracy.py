@@ -1,0 +1,258 @@
+"""Accuracy of the method, its parts and plain LSQ, all by `run_quantformer.py` from one full-precision checkpoint.
+
+    python benchmarks/accuracy.py imagenet --shared ../shared --steps 100 [--bits 4 3 2] [--rows ours lsq_distilled]
+    python benchmarks/accuracy.py cifar10 --shared ../shared --steps 300 [--seeds 0 1 2]
+
+Subject `imagenet`: the ViT-Tiny of `models/`, calibrated and trained on `data/imagenet-sample` (with `imagenette` too from
+1,000 steps on), evaluated on `data/imagenet-val650`. Subject `cifar10`: a small ViT or Swin that is trained here first, on
+`--train_samples` images. Each row starts from the same checkpoint, with the same images in the same order, the same
+augmentation and number of steps. Finished runs are kept in `--output_dir` and not repeated, so that a longer list of rows can be
+typed later; the table holds all of this subject and number of steps that are there.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from _machine import describe_machine
+from transformers import AutoModelForImageClassification
+
+import quantformer_hf  # noqa: F401  registers the model type
+from quantformer_hf.arguments import RunArguments
+from quantformer_hf.attention import ATTENTION_IMPLEMENTATION
+from quantformer_hf.data import TransformedImages, load_image_data, with_crop
+from quantformer_hf.quantize import group_quantizers
+from quantformer_hf.report import bit_operations, distinct_levels, format_table
+from quantformer_hf.stages import load_classifier
+
+
+ROOT = Path(__file__).parents[1]
+
+#: Share of the steps that the search has.
+SEARCH_SHARE = 0.3
+
+PLAIN = ["--preset", "lightning", "--centre_channels", "False", "--feature_weight", "0", "--aux_weight", "0"]
+ONE_GROUP = ["--stages", "pretrain"]
+
+#: What each row tells `run_quantformer.py`.
+ROWS = {
+    "ptq_one_group": ["--preset", "ptq", "--stages", "pretrain"],
+    "ptq": ["--preset", "ptq"],
+    "lsq": [*PLAIN, *ONE_GROUP, "--task_weight", "1", "--distillation_weight", "0"],
+    "lsq_distilled": [*PLAIN, *ONE_GROUP],
+    "ours": ["--preset", "lightning"],
+    "ours_one_group": ["--preset", "lightning", *ONE_GROUP],
+    "ours_not_searched": ["--preset", "lightning", "--stages", "finetune"],
+    "ours_no_attention": ["--preset", "lightning", "--aux_weight", "0"],
+    "ours_no_entropy": ["--preset", "lightning", "--search.dm_weight", "0"],
+    "ours_fixed_degree": ["--preset", "lightning", "--pnorm", "2"],
+    "ours_no_features": ["--preset", "lightning", "--feature_weight", "0"],
+    "ours_not_centred": ["--preset", "lightning", "--centre_channels", "False"],
+}
+
+#: Architectures of subject `cifar10`: 32 px, for a run on two cores.
+CIFAR_BACKBONES = {
+    "vit": {
+        "model_type": "vit",
+        "image_size": 32,
+        "patch_size": 4,
+        "hidden_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "intermediate_size": 384,
+    },
+    "swin": {
+        "model_type": "swin",
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 48,
+        "depths": [2, 4],
+        "num_heads": [3, 6],
+        "window_size": 4,
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subject", choices=["imagenet", "cifar10"])
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--backbone", choices=list(CIFAR_BACKBONES), default="vit", help="of subject cifar10")
+    parser.add_argument("--train_samples", type=int, default=10_000, help="of subject cifar10")
+    parser.add_argument("--full_precision_epochs", type=int, default=20, help="of subject cifar10")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "accuracy")
+    arguments = parser.parse_args()
+
+    if arguments.subject == "imagenet":
+        name, common = f"imagenet_{arguments.steps}", imagenet_flags(arguments)
+    else:
+        name, common = f"cifar10_{arguments.backbone}_{arguments.steps}", cifar_flags(arguments)
+    folder = arguments.output_dir / name
+    for bits in arguments.bits:
+        for row in arguments.rows:
+            for seed in arguments.seeds:
+                path = folder / f"{row}_w{bits}a{bits}_seed{seed}"
+                if not (path / "measured.json").exists():
+                    flags = [*ROWS[row], *budget_flags(row, arguments), *common]
+                    flags += ["--bit_width", str(bits), "--seed", str(seed), "--output_dir", str(path)]
+                    print(f"{row} W{bits}A{bits} seed {seed}", flush=True)
+                    run(flags)
+                    (path / "measured.json").write_text(json.dumps(measure(path, flags)))
+    print(f"\n{describe_machine()}\n{name}, batches of {arguments.batch_size}\n")
+    print(table(folder))
+
+
+def run(flags: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_quantformer.py"), *flags], capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        raise RuntimeError(f"run_quantformer.py {' '.join(flags)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+def imagenet_flags(arguments: argparse.Namespace) -> list[str]:
+    """The model, and a folder with the links that make one data set of the training and the validation images."""
+    data = arguments.shared / "data"
+    parts = {"test-val650.parquet": data / "imagenet-val650" / "test-00000-of-00001.parquet"}
+    parts["train-sample.parquet"] = data / "imagenet-sample" / "train-00000-of-00001.parquet"
+    if arguments.steps >= 1000:
+        parts["train-imagenette.parquet"] = data / "imagenette" / "train-00000-of-00001.parquet"
+    # The images are crops already: a crop of 1.0 sees them whole.
+    flags = ["--model_name_or_path", str(arguments.shared / "models" / "vit_tiny_patch16_224"), "--crop_pct", "1.0"]
+    return [
+        *flags,
+        "--dataset_dir",
+        str(link(arguments.output_dir / f"data_{len(parts)}", parts)),
+        "--crop_scale",
+        "0.35",
+    ]
+
+
+def cifar_flags(arguments: argparse.Namespace) -> list[str]:
+    """The data, and a full-precision model that is trained on it here the first time."""
+    data = arguments.shared / "data" / "cifar10"
+    parts = {f"{split}.parquet": data / f"{split}-00000-of-00001.parquet" for split in ("train", "test")}
+    flags = ["--dataset_dir", str(link(arguments.output_dir / "data_cifar10", parts)), "--crop_scale", "0.6"]
+    flags += ["--max_train_samples", str(arguments.train_samples)]
+    folder = arguments.output_dir / f"cifar10_{arguments.backbone}_full_precision"
+    if not (folder / "all_results.json").exists():
+        print("full precision", flush=True)
+        epochs = str(arguments.full_precision_epochs)
+        training = ["--num_train_epochs", epochs, "--learning_rate", "1e-3", "--per_device_train_batch_size", "64"]
+        training += ["--weight_decay", "0.05", "--warmup_steps", "100", "--lr_scheduler_type", "cosine"]
+        training += ["--stages", "full_precision", "--output_dir", str(folder), "--save_strategy", "no"]
+        run([*flags, *training, "--backbone_config", json.dumps(CIFAR_BACKBONES[arguments.backbone])])
+    return [*flags, "--model_name_or_path", str(folder / "full_precision")]
+
+
+def link(folder: Path, parts: dict[str, Path]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in parts.items():
+        if not target.exists():
+            raise FileNotFoundError(f"{target} is not there: give the folder that holds data/ by --shared")
+        if not (folder / name).exists():
+            (folder / name).symlink_to(target.resolve())
+    return folder
+
+
+def budget_flags(row: str, arguments: argparse.Namespace) -> list[str]:
+    """The steps of a row, all in one stage or split between search and finetuning."""
+    flags = ["--save_strategy", "no", "--report_to", "none", "--per_device_train_batch_size", str(arguments.batch_size)]
+    if "ptq" in ROWS[row]:
+        return flags
+    if "--stages" in ROWS[row]:
+        return [*flags, "--max_steps", str(arguments.steps)]
+    search = round(SEARCH_SHARE * arguments.steps)
+    return [*flags, "--search.max_steps", str(search), "--finetune.max_steps", str(arguments.steps - search)]
+
+
+@torch.no_grad()
+def measure(folder: Path, flags: list[str]) -> dict:
+    """What the table says of a finished run, from the model that it saved."""
+    run_arguments = RunArguments(flags)
+    told = run_arguments.for_stage(None)
+    results = json.loads((folder / "all_results.json").read_text())
+    data = load_image_data(told.data, told.training.seed)
+    teacher, processor = load_classifier(told.model.model_name_or_path, data, told.model)
+    teacher.set_attn_implementation(ATTENTION_IMPLEMENTATION)
+    model = AutoModelForImageClassification.from_pretrained(folder / told.model.stages[-1]).eval()
+    images = TransformedImages(data.validation, data, with_crop(processor, told.data.crop_pct))
+    classes, taught, labels = [], [], []
+    for start in range(0, len(images), 50):
+        rows = images.__getitems__(range(start, min(start + 50, len(images))))
+        pixel_values = torch.stack([row["pixel_values"] for row in rows])
+        labels += [row["labels"] for row in rows]
+        classes.append(model(pixel_values=pixel_values).logits.argmax(1))
+        taught.append(teacher.eval()(pixel_values=pixel_values).logits.argmax(1))
+    classes, taught = torch.cat(classes), torch.cat(taught)
+    weight_levels, activation_levels = distinct_levels(model, pixel_values)
+    in_use = [len(q.group_index.unique()) if model.config.stage == "finetune" else 1 for q in group_quantizers(model)]
+    return {
+        "accuracy": 100 * (classes == torch.tensor(labels)).float().mean().item(),
+        "full_precision": 100 * (taught == torch.tensor(labels)).float().mean().item(),
+        "agreement": 100 * (classes == taught).float().mean().item(),
+        "levels": [weight_levels, activation_levels],
+        "bit_operations": bit_operations(model, pixel_values[:1]),
+        "full_precision_bit_operations": bit_operations(teacher, pixel_values[:1]),
+        "groups_in_use": statistics.median(in_use),
+        "results": results,
+    }
+
+
+def table(folder: Path) -> str:
+    """All rows of `folder`, mean ± standard deviation over the seeds that are there."""
+    found: dict[tuple[int, int, str], list[dict]] = {}
+    for path in folder.glob("*/measured.json"):
+        name, width, _ = path.parent.name.rsplit("_", 2)
+        found.setdefault((-int(width[1]), list(ROWS).index(name), name), []).append(json.loads(path.read_text()))
+    lines = []
+    for (bits, _, name), runs in sorted(found.items()):
+        first = runs[0]
+        lost = [
+            100 * (r["results"]["frozen_accuracy"] - r["results"]["search_accuracy"])
+            for r in runs
+            if "search_accuracy" in r["results"]
+        ]
+        lines.append(
+            [
+                f"W{-bits}A{-bits} {name}",
+                spread([r["accuracy"] for r in runs]),
+                spread([r["agreement"] for r in runs]),
+                "/".join(map(str, first["levels"])),
+                f"{first['bit_operations'] / 1e9:.1f} G",
+                f"{first['groups_in_use']:g}",
+                spread(lost) if lost else "",
+            ]
+        )
+        full = first
+    lines.insert(
+        0,
+        [
+            "full precision",
+            f"{full['full_precision']:.1f}",
+            "100.0",
+            "",
+            f"{full['full_precision_bit_operations'] / 1e9:.1f} G",
+            "",
+            "",
+        ],
+    )
+    return format_table(["", "top-1", "agreement", "levels w/a", "BitOps", "groups in use", "freezing"], lines)
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Weights refitted to calibration data, layer by layer, without training.
+
+Each linear is to give on the quantized inputs that it will see what the full-precision one gives on its own: a regression
+with a strong pull to the old weight, then rounding column by column, where the columns not yet rounded make up for the
+error of those that are (GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). Tokens count by how
+much the model's output depends on them (FIMA-Q, arXiv 2506.11543, weighs errors by the Fisher information): without that
+the few tokens with huge values, which cannot be met, spoil the fit of all others.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .grids import Grid, fit_row_scales
+from .quantizers import GroupActivationQuantizer, LSQWeightQuantizer
+
+
+#: Ridge of the regression, pulling to the old weight, as a share of the inputs' mean variance.
+REGRESSION_DAMPING = 1.0
+
+#: Ridge of the rounding, likewise.
+ROUNDING_DAMPING = 0.1
+
+#: Power of a token's Fisher information that becomes its weight.
+TOKEN_WEIGHT_POWER = 0.5
+
+Readers = Mapping[GroupActivationQuantizer, Sequence[nn.Linear]]
+
+
+@dataclass
+class Moments:
+    """Weighted second moments of a layer's inputs, quantized (x̂) and in full precision (x), about their means.
+
+    Attributes:
+        quantized: `E[x̂ x̂ᵀ]`, `(channels, channels)`, float64.
+        cross: `E[x x̂ᵀ]`, likewise.
+        mean, quantized_mean: `(channels,)`.
+    """
+
+    quantized: Tensor
+    cross: Tensor
+    mean: Tensor
+    quantized_mean: Tensor
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "Moments":
+        """From x, x̂ `(rows, channels)` and the rows' weights `(rows,)`, in parts."""
+        sums: list[Tensor] | None = None
+        for x, x_hat, weights in parts:
+            weighted, weighted_hat = x * weights.unsqueeze(1), x_hat * weights.unsqueeze(1)
+            part = (weighted_hat.T @ x_hat, weighted.T @ x_hat, weighted.sum(0), weighted_hat.sum(0), weights.sum())
+            part = [tensor.double() for tensor in part]
+            sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
+        quantized, cross, mean, quantized_mean = (tensor / sums[4] for tensor in sums[:4])
+        return cls(
+            quantized - torch.outer(quantized_mean, quantized_mean),
+            cross - torch.outer(mean, quantized_mean),
+            mean,
+            quantized_mean,
+        )
+
+    def damping(self, share: float) -> Tensor:
+        """`share` of the mean variance, on a diagonal."""
+        variance = self.quantized.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return share * variance * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
+
+
+def refit_weight(weight: Tensor, moments: Moments) -> Tensor:
+    """`argmin_V E‖W x - V x̂‖² + λ‖W - V‖²`, `(out, in)`: what the layer should be, before it is rounded."""
+    wide = weight.double()
+    damped = moments.quantized + moments.damping(REGRESSION_DAMPING)
+    return wide + torch.linalg.solve(damped, wide @ (moments.cross - moments.quantized), left=False)
+
+
+def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """Round a weight column by column, those of the largest curvature first (GPTQ, arXiv 2210.17323, algorithm 1).
+
+    Args:
+        weight: `(out, in)`, float32.
+        scale: `(out,)`.
+        grid: signed grid.
+        hessian: `(in, in)`, float64, positive definite.
+        block: columns whose effect on all later ones is added at once.
+
+    Returns:
+        the rounded weight, and the weight as it was when each column was rounded: it rounds to the same.
+    """
+    order = hessian.diagonal().argsort(descending=True)
+    factor = torch.linalg.cholesky(hessian[order][:, order])
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(weight)
+    latent = weight[:, order].clone()
+    rounded = torch.empty_like(latent)
+    for start in range(0, latent.shape[1], block):
+        end = min(start + block, latent.shape[1])
+        errors = latent.new_empty(len(latent), end - start)
+        for column in range(start, end):
+            codes = (latent[:, column] / scale).round().clamp(grid.qmin, grid.qmax)
+            rounded[:, column] = codes * scale
+            error = (latent[:, column] - rounded[:, column]) / factor[column, column]
+            latent[:, column + 1 : end] -= torch.outer(error, factor[column, column + 1 : end])
+            errors[:, column - start] = error
+        latent[:, end:] -= errors @ factor[start:end, end:]
+    back = order.argsort()
+    return rounded[:, back], latent[:, back]
+
+
+@torch.no_grad()
+def refit_layer(layer: nn.Linear, moments: Moments) -> None:
+    """Refit and round the weight of `layer`, set its scales, and let its bias take up the mean of the error."""
+    before = layer.weight.double()
+    target = refit_weight(layer.weight, moments).float()
+    quantizer = layer.weight_quantizer
+    scale = fit_row_scales(target, quantizer.grid)
+    hessian = moments.quantized + moments.damping(ROUNDING_DAMPING)
+    rounded, latent = round_columns(target, scale, quantizer.grid, hessian)
+    layer.weight.copy_(latent)
+    quantizer.scale.copy_(scale)
+    if layer.bias is not None:
+        layer.bias += (before @ moments.mean - rounded.double() @ moments.quantized_mean).to(layer.bias)
+
+
+def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> dict[GroupActivationQuantizer, Tensor]:
+    """How much each row that a quantizer sees matters: `‖∂ log p(y)/∂(outputs of its readers)‖`, `(rows,)`, of mean one.
+
+    y is drawn from the model's own prediction, so that no labels are needed.
+
+    Args:
+        model: an image classifier in full precision.
+        pixel_values: `(batch, channels, height, width)`.
+        readers: the linears that read what each quantizer puts out.
+    """
+    outputs: dict[GroupActivationQuantizer, list[Tensor]] = {quantizer: [] for quantizer in readers}
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, quantizer=quantizer: outputs[quantizer].append(output))
+        for quantizer, layers in readers.items()
+        for layer in layers
+    ]
+    try:
+        with torch.enable_grad():
+            logits = model(pixel_values=pixel_values).logits.float()
+            # The same draw for the same images, on every process.
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+            loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            flat = [output for group in outputs.values() for output in group]
+            gradients = iter(torch.autograd.grad(loss, flat))
+    finally:
+        for handle in handles:
+            handle.remove()
+    weights = {}
+    for quantizer, group in outputs.items():
+        information = sum(next(gradients).float().square().sum(-1).flatten() for _ in group)
+        weight = information.pow(TOKEN_WEIGHT_POWER)
+        weights[quantizer] = weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
+    return weights
+
+
+def reconstruct_units(
+    units: Sequence[nn.Module],
+    readers: Readers,
+    full_precision_inputs: list[Tensor],
+    quantized_inputs: list[Tensor],
+    arguments: Sequence[tuple[tuple, dict]],
+    weights: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
+    full_precision: Callable[[], Any],
+) -> None:
+    """Refit the linears of each unit in the order in which they run, each on what the refitted ones before it give.
+
+    Args:
+        units: modules of which each one's output is the next one's input (blocks, patch merging).
+        readers: as in `token_weights`.
+        full_precision_inputs, quantized_inputs: of the first unit, a tensor a batch.
+        arguments: what else each unit is called with, positional and by keyword.
+        weights: `token_weights` of each batch.
+        full_precision: context manager that turns all quantizers off.
+    """
+    for unit, (positional, named) in zip(units, arguments, strict=True):
+
+        def run(hidden: Tensor, unit=unit, positional=positional, named=named) -> Tensor:
+            output = unit(hidden, *positional, **named)
+            return output[0] if isinstance(output, tuple) else output
+
+        inside = [module for module in unit.modules() if module in readers]
+        expected = []
+        with full_precision():
+            for batch, hidden in enumerate(full_precision_inputs):
+                with captured_outputs(inside) as seen:
+                    full_precision_inputs[batch] = run(hidden)
+                expected.append(seen)
+        # In the order in which they ran.
+        for quantizer in list(expected[0]):
+            _refit_readers(quantizer, readers[quantizer], run, expected, quantized_inputs, weights)
+        quantized_inputs[:] = [run(hidden) for hidden in quantized_inputs]
+
+
+def _refit_readers(quantizer, layers, run, expected, inputs, weights) -> None:
+    layers = [layer for layer in layers if isinstance(layer.weight_quantizer, LSQWeightQuantizer)]
+    if not layers:
+        return
+
+    def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch, hidden in enumerate(inputs):
+            with captured_outputs([quantizer]) as seen:
+                run(hidden)
+            yield expected[batch][quantizer], seen[quantizer], weights[batch][quantizer]
+
+    moments = Moments.of(parts())
+    for layer in layers:
+        refit_layer(layer, moments)
+
+
+class captured_outputs:
+    """Collect what `modules` put out inside the `with` block, as `(rows, channels)` float32, in the order of their calls."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self.modules = list(modules)
+
+    def __enter__(self) -> dict[nn.Module, Tensor]:
+        seen: dict[nn.Module, Tensor] = {}
+
+        def keep(module: nn.Module, _, output: Tensor) -> None:
+            seen[module] = output.detach().reshape(-1, output.shape[-1]).float()
+
+        self.handles = [module.register_forward_hook(keep) for module in self.modules]
+        return seen
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def unit_inputs(
+    model: nn.Module, units: Sequence[nn.Module], batches: Iterable[Tensor]
+) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
+    """What enters the first unit, a tensor a batch, and what else each unit is called with."""
+    first: list[Tensor] = []
+    arguments: dict[nn.Module, tuple[tuple, dict]] = {}
+
+    def keep(unit: nn.Module, positional: tuple, named: dict) -> None:
+        if unit is units[0]:
+            first.append(positional[0])
+        arguments[unit] = positional[1:], named
+
+    handles = [unit.register_forward_pre_hook(keep, with_kwargs=True) for unit in units]
+    try:
+        for batch in batches:
+            model(pixel_values=batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first, [arguments[unit] for unit in units]

@@ -1,0 +1,54 @@
+"""Shifts of channels that are folded into the layers around them."""
+
+import pytest
+import torch
+from conftest import make_batches, make_full_precision
+
+from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf.folding import channel_centres, folding_sites
+from quantformer_hf.quantize import full_precision, group_quantizers, reading_layers
+
+
+def calibrated(backbone: str, centre_channels: bool = True, **arguments):
+    model = QuantformerForImageClassification.from_full_precision(make_full_precision(backbone), **arguments)
+    return model.calibrate(make_batches(), centre_channels=centre_channels).eval()
+
+
+def test_in_full_precision_the_model_computes_what_it_did(backbone):
+    original, model = make_full_precision(backbone), calibrated(backbone)
+    with torch.no_grad(), full_precision(model):
+        for batch in make_batches(seed=5):
+            # Swin pads here, and must not be shifted there.
+            torch.testing.assert_close(model(batch).logits, original(batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_sites_leave_out_padding_gelu_and_layers_without_bias():
+    names = {}
+    for kind in ("vit", "swin"):
+        model = calibrated(kind)
+        names[kind] = {site.quantizer.name.split(".", 3)[-1] for site in folding_sites(model, reading_layers(model))}
+    assert names["vit"] == {"attention.q_proj", "attention.o_proj", "mlp.fc1"}
+    assert not any("q_proj" in name or "fc2" in name or "reduction" in name for name in names["swin"])
+    assert any(name.endswith("o_proj") for name in names["swin"])
+
+
+def test_shifted_channels_are_centred_and_others_are_not():
+    grids = {}
+    for centre in (False, True):
+        model = calibrated("vit", centre)
+        quantizer = model.backbone.vit.layers[0].layernorm_before.output_quantizer
+        grids[centre] = channel_centres(quantizer.channel_quantiles, quantizer.grid)
+    assert grids[True].abs().max() < 1e-4 < 1e-2 < grids[False].abs().max()
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit"])
+def test_one_group_fits_centred_channels_better(kind):
+    errors = []
+    for centre in (False, True):
+        model = calibrated(kind, centre, bit_width=3)
+        error = 0.0
+        for quantizer in group_quantizers(model):
+            quantiles = quantizer.channel_quantiles.T
+            error += (quantizer.quantize(quantiles, 1.0) - quantiles).square().mean().item()
+        errors.append(error)
+    assert errors[1] < errors[0]

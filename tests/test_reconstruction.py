@@ -1,0 +1,108 @@
+"""Weights refitted without training."""
+
+import pytest
+import torch
+from conftest import make_batches, make_full_precision, make_quantized
+
+from quantformer_hf import QuantformerForImageClassification, StageError
+from quantformer_hf.grids import Grid, fit_row_scales
+from quantformer_hf.quantize import reading_layers
+from quantformer_hf.reconstruction import Moments, refit_weight, round_columns, token_weights
+
+
+def correlated_rows(rows: int = 400, channels: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(channels, channels, generator=generator)
+    return torch.randn(rows, channels, generator=generator) @ mixing
+
+
+def test_moments_do_not_depend_on_the_parts():
+    x = correlated_rows()
+    x_hat, weights = x.round(), torch.rand(len(x), generator=torch.Generator().manual_seed(1))
+    whole = Moments.of([(x, x_hat, weights)])
+    parts = Moments.of([(x[i::3], x_hat[i::3], weights[i::3]) for i in range(3)])
+    share = (weights / weights.sum()).double()
+    expected = torch.cov(x_hat.double().T, correction=0, aweights=share)
+    torch.testing.assert_close(whole.quantized, parts.quantized, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.quantized, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.quantized_mean, (share @ x_hat.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_rounding_column_by_column_beats_rounding_to_nearest_and_latents_round_to_the_same():
+    x, grid = correlated_rows(), Grid(3, signed=True)
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
+    scale = fit_row_scales(weight, grid)
+    moments = Moments.of([(x, x, torch.ones(len(x)))])
+    rounded, latent = round_columns(weight, scale, grid, moments.quantized + moments.damping(0.01), block=5)
+
+    def on_grid(values):
+        return (values / scale.unsqueeze(1)).round().clamp(grid.qmin, grid.qmax) * scale.unsqueeze(1)
+
+    errors = [((other - weight) @ (x - x.mean(0)).T).square().sum() for other in (rounded, on_grid(weight))]
+    assert errors[0] < 0.8 * errors[1]
+    torch.testing.assert_close(on_grid(latent), rounded)
+
+
+def test_the_refitted_weight_makes_up_for_noisy_inputs():
+    x = correlated_rows()
+    x_hat = 3 * (x / 3).round()
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
+    refitted = refit_weight(weight, Moments.of([(x, x_hat, torch.ones(len(x)))])).float()
+    target = (x - x.mean(0)) @ weight.T
+    errors = [((x_hat - x_hat.mean(0)) @ w.T - target).square().sum() for w in (refitted, weight)]
+    assert errors[0] < errors[1]
+
+
+def test_identical_inputs_change_no_weight():
+    x = correlated_rows()
+    weight = torch.randn(8, 16)
+    refitted = refit_weight(weight, Moments.of([(x, x, torch.ones(len(x)))]))
+    torch.testing.assert_close(refitted.float(), weight)
+
+
+def test_token_weights_are_positive_of_mean_one_and_find_the_token_that_is_read():
+    model = make_full_precision("vit")
+    quantized = make_quantized("vit")
+    readers = reading_layers(quantized)
+    weights = token_weights(quantized, make_batches(1)[0], readers)
+    assert weights.keys() == readers.keys()
+    for weight in weights.values():
+        assert (weight >= 0).all()
+        assert weight.mean().item() == pytest.approx(1.0, rel=1e-4)
+    # Only the class token leaves the last block.
+    tokens = (model.config.image_size // model.config.patch_size) ** 2 + 1
+    last = quantized.backbone.vit.layers[-1].mlp.fc2.input_quantizer
+    per_token = weights[last].view(-1, tokens)
+    assert (per_token[:, 0] > 0).all()
+    assert (per_token[:, 1:] == 0).all()
+
+
+def output_error(model, backbone) -> float:
+    original = make_full_precision(backbone)
+    with torch.no_grad():
+        differences = [model(batch).logits - original(batch).logits for batch in make_batches(8, seed=9)]
+    return torch.cat(differences).square().mean().item()
+
+
+def test_a_reconstructed_model_is_nearer_to_full_precision(backbone):
+    # Random networks pass on the noise of their activations chaotically: at eight bits there is little of it.
+    model = make_quantized(backbone, "finetune", weight_bits=2, activation_bits=8)
+    before = output_error(model, backbone)
+    model.reconstruct(make_batches(8, batch_size=8))
+    assert output_error(model, backbone) < before
+    assert model.config.stage == "finetune"
+
+
+def test_reconstruction_works_in_every_stage_and_is_the_same_each_time(stage):
+    models = [make_quantized("vit", stage).reconstruct(make_batches()) for _ in range(2)]
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(parameter.grad is None for parameter in models[0].parameters())
+
+
+def test_reconstruction_needs_calibration_and_batches():
+    model = QuantformerForImageClassification.from_full_precision(make_full_precision())
+    with pytest.raises(StageError, match=r"run model\.calibrate\(batches\) first"):
+        model.reconstruct(make_batches())
+    with pytest.raises(ValueError, match="give model.reconstruct\\(\\) batches of images"):
+        make_quantized().reconstruct([])
