@@ -6,8 +6,8 @@
 Subject `imagenet`: the ViT-Tiny of `models/`, calibrated and trained on `data/imagenet-sample` (with `imagenette` too from
 1,000 steps on), evaluated on `data/imagenet-val650`. Subject `cifar10`: a small ViT or Swin that is trained here first, on
 `--train_samples` images. Each row starts from the same checkpoint, with the same images in the same order, the same
-augmentation and number of steps. Finished runs are kept in `--output_dir` and not repeated, so that a longer list of rows can be
-typed later; the table holds all of this subject and number of steps that are there.
+augmentation and number of steps. Finished runs are kept in `--output_dir` and not repeated, so that a longer list of rows
+can be typed later; the table holds all of this subject and number of steps that are there.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from _machine import describe_machine
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 import quantformer_hf  # noqa: F401  registers the model type
 from quantformer_hf.arguments import RunArguments
@@ -105,7 +105,8 @@ def main() -> None:
                     flags = [*ROWS[row], *budget_flags(row, arguments), *common]
                     flags += ["--bit_width", str(bits), "--seed", str(seed), "--output_dir", str(path)]
                     print(f"{row} W{bits}A{bits} seed {seed}", flush=True)
-                    run(flags)
+                    # Evaluated once, below, and not after each stage.
+                    run([*flags, "--max_eval_samples", "16"])
                     (path / "measured.json").write_text(json.dumps(measure(path, flags)))
     print(f"\n{describe_machine()}\n{name}, batches of {arguments.batch_size}\n")
     print(table(folder))
@@ -177,35 +178,53 @@ def budget_flags(row: str, arguments: argparse.Namespace) -> list[str]:
 
 @torch.no_grad()
 def measure(folder: Path, flags: list[str]) -> dict:
-    """What the table says of a finished run, from the model that it saved."""
-    run_arguments = RunArguments(flags)
-    told = run_arguments.for_stage(None)
-    results = json.loads((folder / "all_results.json").read_text())
+    """What the table says of a finished run, from the models that it saved."""
+    told = RunArguments(flags).for_stage(None)
     data = load_image_data(told.data, told.training.seed)
     teacher, processor = load_classifier(told.model.model_name_or_path, data, told.model)
     teacher.set_attn_implementation(ATTENTION_IMPLEMENTATION)
-    model = AutoModelForImageClassification.from_pretrained(folder / told.model.stages[-1]).eval()
     images = TransformedImages(data.validation, data, with_crop(processor, told.data.crop_pct))
-    classes, taught, labels = [], [], []
-    for start in range(0, len(images), 50):
-        rows = images.__getitems__(range(start, min(start + 50, len(images))))
-        pixel_values = torch.stack([row["pixel_values"] for row in rows])
-        labels += [row["labels"] for row in rows]
-        classes.append(model(pixel_values=pixel_values).logits.argmax(1))
-        taught.append(teacher.eval()(pixel_values=pixel_values).logits.argmax(1))
-    classes, taught = torch.cat(classes), torch.cat(taught)
-    weight_levels, activation_levels = distinct_levels(model, pixel_values)
+    labels = torch.tensor(data.validation[data.label_column])
+
+    # All runs of a folder have the same teacher and images.
+    remembered = folder.parent / "full_precision_classes.pt"
+    if not remembered.exists():
+        torch.save(classes_of(teacher, images), remembered)
+    taught = torch.load(remembered)
+
+    model = AutoModelForImageClassification.from_pretrained(folder / told.model.stages[-1]).eval()
+    classes = classes_of(model, images)
+    some = torch.stack([row["pixel_values"] for row in images.__getitems__(range(16))])
     in_use = [len(q.group_index.unique()) if model.config.stage == "finetune" else 1 for q in group_quantizers(model)]
-    return {
-        "accuracy": 100 * (classes == torch.tensor(labels)).float().mean().item(),
-        "full_precision": 100 * (taught == torch.tensor(labels)).float().mean().item(),
-        "agreement": 100 * (classes == taught).float().mean().item(),
-        "levels": [weight_levels, activation_levels],
-        "bit_operations": bit_operations(model, pixel_values[:1]),
-        "full_precision_bit_operations": bit_operations(teacher, pixel_values[:1]),
+    measured = {
+        "accuracy": percent(classes == labels),
+        "full_precision": percent(taught == labels),
+        "agreement": percent(classes == taught),
+        "levels": distinct_levels(model, some),
+        "bit_operations": bit_operations(model, some[:1]),
+        "full_precision_bit_operations": bit_operations(teacher.eval(), some[:1]),
         "groups_in_use": statistics.median(in_use),
-        "results": results,
     }
+    if "search" in told.model.stages:
+        searched = AutoModelForImageClassification.from_pretrained(folder / "search").eval()
+        before = percent(classes_of(searched, images) == labels)
+        measured["freezing"] = percent(classes_of(searched.freeze_groups(), images) == labels) - before
+    return measured
+
+
+@torch.no_grad()
+def classes_of(model: PreTrainedModel, images: TransformedImages, batch_size: int = 50) -> torch.Tensor:
+    """The most probable class of each image, `(images,)`."""
+    model.eval()
+    classes = []
+    for start in range(0, len(images), batch_size):
+        rows = images.__getitems__(range(start, min(start + batch_size, len(images))))
+        classes.append(model(pixel_values=torch.stack([row["pixel_values"] for row in rows])).logits.argmax(1))
+    return torch.cat(classes)
+
+
+def percent(hits: torch.Tensor) -> float:
+    return 100 * hits.float().mean().item()
 
 
 def table(folder: Path) -> str:
@@ -217,36 +236,26 @@ def table(folder: Path) -> str:
     lines = []
     for (bits, _, name), runs in sorted(found.items()):
         first = runs[0]
-        lost = [
-            100 * (r["results"]["frozen_accuracy"] - r["results"]["search_accuracy"])
-            for r in runs
-            if "search_accuracy" in r["results"]
-        ]
+        freezing = [r["freezing"] for r in runs if "freezing" in r]
         lines.append(
             [
                 f"W{-bits}A{-bits} {name}",
                 spread([r["accuracy"] for r in runs]),
                 spread([r["agreement"] for r in runs]),
                 "/".join(map(str, first["levels"])),
-                f"{first['bit_operations'] / 1e9:.1f} G",
+                giga(first["bit_operations"]),
                 f"{first['groups_in_use']:g}",
-                spread(lost) if lost else "",
+                spread(freezing) if freezing else "",
             ]
         )
-        full = first
-    lines.insert(
-        0,
-        [
-            "full precision",
-            f"{full['full_precision']:.1f}",
-            "100.0",
-            "",
-            f"{full['full_precision_bit_operations'] / 1e9:.1f} G",
-            "",
-            "",
-        ],
-    )
+    if lines:
+        operations = giga(first["full_precision_bit_operations"])
+        lines.insert(0, ["full precision", f"{first['full_precision']:.1f}", "100.0", "", operations, "", ""])
     return format_table(["", "top-1", "agreement", "levels w/a", "BitOps", "groups in use", "freezing"], lines)
+
+
+def giga(operations: int) -> str:
+    return f"{operations / 1e9:.1f} G"
 
 
 def spread(values: list[float]) -> str:

@@ -126,8 +126,9 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, QuantformerTrainingArguments)
 class RunArguments:
     """What the user typed: a YAML file, flags that override it, and both again for single stages.
 
-    A preset lies under both. In the file, a section with the name of a stage holds what differs in that stage; as a flag, `--search.learning_rate
-    1e-5` is the same. A flag wins over the file, and what is said of one stage wins over what is said of all.
+    A preset lies under both. In the file, a section with the name of a stage holds what differs in that stage; as a flag,
+    `--search.learning_rate 1e-5` is the same. A flag wins over the file, and what is said of one stage
+    wins over what is said of all.
 
     Args:
         arguments: the command line without the program's name; by default that of this process. A first argument that

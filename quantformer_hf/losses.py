@@ -1,6 +1,7 @@
 """The losses of the method, each a plain function of tensors.
 
-`L = L_task + aux_weight * L_attention + dm_weight * L_assignment + distillation_weight * L_distillation + feature_weight * L_features`
+`L = L_task + aux_weight * L_attention + dm_weight * L_assignment + distillation_weight * L_distillation
++ feature_weight * L_features`
 """
 
 from collections.abc import Sequence

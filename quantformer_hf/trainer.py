@@ -90,7 +90,8 @@ class QuantformerTrainer(Trainer):
         quantized = self._quantized_model()
         if quantized is not None and self.args.needs_teacher and self.teacher is None:
             raise ValueError(
-                "aux_weight, distillation_weight and feature_weight compare with a teacher: pass teacher=..., or set all to 0"
+                "aux_weight, distillation_weight and feature_weight compare with a teacher: pass teacher=..., or set all"
+                " to 0"
             )
         if self.args.search_steps > 0 and (quantized is None or quantized.config.stage == "pretrain"):
             raise ValueError("search_steps needs a model in the stage 'search': run model.begin_search() first")

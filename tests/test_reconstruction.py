@@ -104,5 +104,5 @@ def test_reconstruction_needs_calibration_and_batches():
     model = QuantformerForImageClassification.from_full_precision(make_full_precision())
     with pytest.raises(StageError, match=r"run model\.calibrate\(batches\) first"):
         model.reconstruct(make_batches())
-    with pytest.raises(ValueError, match="give model.reconstruct\\(\\) batches of images"):
+    with pytest.raises(ValueError, match=r"give model\.reconstruct\(\) batches of images"):
         make_quantized().reconstruct([])
