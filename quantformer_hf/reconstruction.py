@@ -198,7 +198,7 @@ def reconstruct_units(
 
 
 def _refit_readers(quantizer, layers, run, expected, inputs, weights) -> None:
-    layers = [layer for layer in layers if isinstance(layer.weight_quantizer, LSQWeightQuantizer)]
+    layers = [layer for layer in layers if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer)]
     if not layers:
         return
 

@@ -89,7 +89,9 @@ def distinct_levels(model: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
     finally:
         for handle in handles:
             handle.remove()
-    layers = [layer for group in readers.values() for layer in group if layer.weight_quantizer is not None]
+    layers = [
+        layer for group in readers.values() for layer in group if getattr(layer, "weight_quantizer", None) is not None
+    ]
     return max((_most_distinct(layer.weight_quantizer(layer.weight)) for layer in layers), default=0), most
 
 

@@ -100,6 +100,15 @@ def test_reconstruction_works_in_every_stage_and_is_the_same_each_time(stage):
     assert all(parameter.grad is None for parameter in models[0].parameters())
 
 
+def test_layers_in_floating_point_are_passed_over():
+    model = make_quantized("vit", layer_bits={"*.fc1": {"weight_bits": 32}, "vit.layers.1.*": 32})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.reconstruct(make_batches())
+    for name, tensor in model.state_dict().items():
+        if name.endswith("weight") and ("fc1" in name or "layers.1." in name):
+            assert torch.equal(tensor, before[name]), name
+
+
 def test_reconstruction_needs_calibration_and_batches():
     model = QuantformerForImageClassification.from_full_precision(make_full_precision())
     with pytest.raises(StageError, match=r"run model\.calibrate\(batches\) first"):
