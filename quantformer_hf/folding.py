@@ -2,7 +2,7 @@
 
 Where one layer with a bias makes a tensor and linears with biases read it, `x_c - r_c` may stand for `x_c`: the maker's
 bias takes `-r`, the readers' biases take `+W r`, and the network computes what it did before. The shift costs nothing at
-inference, and groups have only the widths of the channels left to share (after RepQ-ViT, arXiv 2212.08254, section 3.2,
+inference, and groups have only the widths of the channels left to share (after RepQ-ViT, arXiv 2212.08254,
 which folds scales as well, at the cost of weights that are harder to quantize).
 """
 

@@ -71,7 +71,7 @@ def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperatu
 def feature_distillation(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
     """`mean over blocks, samples, tokens and channels of (n(h_q) - n(h_fp))²`; `n` is LayerNorm without weights.
 
-    Hidden states matched block by block, as hints (FitNets, arXiv 1412.6550, equation 3). Normalised like the input of the
+    Hidden states matched block by block, as hints (FitNets, arXiv 1412.6550). Normalised like the input of the
     next block, so that the few tokens with huge values do not outweigh all others. It lies in [0, 4].
 
     Args:

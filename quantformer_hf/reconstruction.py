@@ -77,7 +77,7 @@ def refit_weight(weight: Tensor, moments: Moments) -> Tensor:
 
 
 def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """Round a weight column by column, those of the largest curvature first (GPTQ, arXiv 2210.17323, algorithm 1).
+    """Round a weight column by column, those of the largest curvature first (GPTQ, arXiv 2210.17323).
 
     Args:
         weight: `(out, in)`, float32.
