@@ -21,7 +21,6 @@ import torch
 from _machine import describe_machine
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-import quantformer_hf  # noqa: F401  registers the model type
 from quantformer_hf.arguments import RunArguments
 from quantformer_hf.attention import ATTENTION_IMPLEMENTATION
 from quantformer_hf.data import TransformedImages, load_image_data, with_crop

@@ -169,8 +169,10 @@ class RunArguments:
         said_for_all = set(self.common)
         for key, value in yaml.safe_load((files(__package__) / "presets" / f"{preset}.yaml").read_text()).items():
             if key in RUN_STAGES:
-                section = {name: v for name, v in value.items() if name not in said_for_all}
-                self.by_stage[key] = section | self.by_stage[key]
+                said = said_for_all | set(self.by_stage[key])
+                # Trainer lets max_steps win over epochs: it must not win over epochs that somebody asked for.
+                said |= {"max_steps"} if "num_train_epochs" in said else set()
+                self.by_stage[key] |= {name: v for name, v in value.items() if name not in said}
             else:
                 self.common.setdefault(key, value)
 

@@ -11,6 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _check_same_depth(student: Sequence[Tensor], teacher: Sequence[Tensor], what: str) -> None:
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"the quantized model has {len(student)} {what} and the teacher {len(teacher)}: the teacher must have the same"
+            f" architecture"
+        )
+
+
 def attention_rank_consistency(
     student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], degrees: Tensor, batch_size: int
 ) -> Tensor:
@@ -29,11 +37,7 @@ def attention_rank_consistency(
     Raises:
         ValueError: the two models have different numbers of attention blocks.
     """
-    if len(student_maps) != len(teacher_maps):
-        raise ValueError(
-            f"the quantized model has {len(student_maps)} attention blocks and the teacher {len(teacher_maps)}: the"
-            f" teacher must have the same architecture"
-        )
+    _check_same_depth(student_maps, teacher_maps, "attention blocks")
     distances = []
     for student, teacher, degree in zip(student_maps, teacher_maps, degrees.unbind(), strict=True):
         sharpened = teacher.detach().float().pow(degree)
@@ -82,11 +86,7 @@ def feature_distillation(student_features: Sequence[Tensor], teacher_features: S
     Raises:
         ValueError: the two models have different numbers of hidden states.
     """
-    if len(student_features) != len(teacher_features):
-        raise ValueError(
-            f"the quantized model has {len(student_features)} hidden states and the teacher {len(teacher_features)}: the"
-            f" teacher must have the same architecture"
-        )
+    _check_same_depth(student_features, teacher_features, "hidden states")
     distances = []
     for student, teacher in zip(student_features, teacher_features, strict=True):
         channels = student.shape[-1:]

@@ -141,7 +141,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
     """A ViT, DeiT or Swin image classifier with low-bit weights and activations.
 
     `backbone` is the stock transformers model whose layers carry quantizers. Five verbs make its life:
-    `from_full_precision`, `calibrate`, `begin_search`, `freeze_groups` and, in time, `pack`. Each works in place, returns
+    `from_full_precision`, `calibrate`, `begin_search`, `freeze_groups` and, in time, `pack`; `reconstruct` may follow any of
+    them but the first. Each works in place, returns
     the model, and says which verb is missing when it comes out of order.
     """
 
@@ -273,7 +274,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         is not `lsq` keep their weights.
 
         Args:
-            batches: as in `calibrate`. The 128 images of a small data set's calibration are enough for a start.
+            batches: as in `calibrate`. README's figures are with 128 images.
 
         Raises:
             StageError: not calibrated.

@@ -312,16 +312,17 @@ def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]])
         raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
     units = [m for m in model.modules() if hasattr(m, "layernorm_before") or hasattr(m, "reduction")]
     readers = reading_layers(model)
-    with full_precision(model):
-        weights = [token_weights(model, batch, readers) for batch in batches]
+    try:
+        with full_precision(model):
+            weights = [token_weights(model, batch, readers) for batch in batches]
+            with torch.no_grad():
+                inputs, arguments = unit_inputs(model, units, batches)
         with torch.no_grad():
-            inputs, arguments = unit_inputs(model, units, batches)
-    with torch.no_grad():
-        quantized_inputs, _ = unit_inputs(model, units, batches)
-        reconstruct_units(
-            units, readers, inputs, quantized_inputs, arguments, weights, functools.partial(full_precision, model)
-        )
-    model.train(training)
+            quantized_inputs, _ = unit_inputs(model, units, batches)
+            off = functools.partial(full_precision, model)
+            reconstruct_units(units, readers, inputs, quantized_inputs, arguments, weights, off)
+    finally:
+        model.train(training)
 
 
 def begin_search(

@@ -7,6 +7,7 @@ much the model's output depends on them (FIMA-Q, arXiv 2506.11543, weighs errors
 the few tokens with huge values, which cannot be met, spoil the fit of all others.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,7 +198,15 @@ def reconstruct_units(
         quantized_inputs[:] = [run(hidden) for hidden in quantized_inputs]
 
 
-def _refit_readers(quantizer, layers, run, expected, inputs, weights) -> None:
+def _refit_readers(
+    quantizer: GroupActivationQuantizer,
+    layers: Sequence[nn.Linear],
+    run: Callable[[Tensor], Tensor],
+    expected: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
+) -> None:
+    """Refit what reads `quantizer`: `expected` is what it puts out in full precision, `inputs` enter the quantized unit."""
     layers = [layer for layer in layers if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer)]
     if not layers:
         return
@@ -213,23 +222,19 @@ def _refit_readers(quantizer, layers, run, expected, inputs, weights) -> None:
         refit_layer(layer, moments)
 
 
-class captured_outputs:
+@contextlib.contextmanager
+def captured_outputs(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
     """Collect what `modules` put out inside the `with` block, as `(rows, channels)` float32, in the order of their calls."""
+    seen: dict[nn.Module, Tensor] = {}
 
-    def __init__(self, modules: Iterable[nn.Module]):
-        self.modules = list(modules)
+    def keep(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+        seen[module] = output.detach().reshape(-1, output.shape[-1]).float()
 
-    def __enter__(self) -> dict[nn.Module, Tensor]:
-        seen: dict[nn.Module, Tensor] = {}
-
-        def keep(module: nn.Module, _, output: Tensor) -> None:
-            seen[module] = output.detach().reshape(-1, output.shape[-1]).float()
-
-        self.handles = [module.register_forward_hook(keep) for module in self.modules]
-        return seen
-
-    def __exit__(self, *_) -> None:
-        for handle in self.handles:
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
             handle.remove()
 
 

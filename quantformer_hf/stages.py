@@ -138,7 +138,7 @@ class StageRun:
         return results
 
     def _build_model(self, data: ImageData) -> tuple[PreTrainedModel, PreTrainedModel | None, BaseImageProcessor]:
-        """The model that the stage trains, its teacher if some loss needs one (or pretrain its accuracy), its processor."""
+        """The model that the stage trains, its teacher if some loss needs one or it starts there, its processor."""
         arguments = self.arguments.model
         if self.source is None and self.stage == "full_precision":
             model, processor = build_full_precision(arguments.backbone_config, data)

@@ -53,6 +53,14 @@ def test_a_flag_wins_over_a_presets_section_of_a_stage():
     assert RunArguments([*flags, "--max_steps", "5"]).for_stage("finetune").training.max_steps == 5
 
 
+def test_epochs_that_were_asked_for_win_over_a_presets_steps():
+    flags = ["--preset", "lightning", "--dataset_name", "digits", "--output_dir", "x"]
+    run = RunArguments([*flags, "--search.num_train_epochs", "2"])
+    assert (run.for_stage("search").training.max_steps, run.for_stage("search").training.num_train_epochs) == (-1, 2)
+    assert run.for_stage("finetune").training.max_steps == 700
+    assert RunArguments([*flags, "--num_train_epochs", "2"]).for_stage("finetune").training.max_steps == -1
+
+
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="preset is 'fast': choose one of ptq, lightning, best"):
         RunArguments(["--preset", "fast", "--dataset_name", "digits"])

@@ -185,7 +185,6 @@ def test_lloyds_iteration_lowers_the_error_that_counts():
     importance = torch.rand(CHANNELS, generator=torch.Generator().manual_seed(0)) + 0.1
     costs = [(clusters(2, importance, iterations=n)[2].min(0).values * importance).sum().item() for n in (0, 20)]
     assert costs[1] <= costs[0]
-    # Twice the groups: no worse, and here much better.
     assert (clusters(4, importance)[2].min(0).values * importance).sum() < costs[1]
 
 
