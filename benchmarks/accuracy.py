@@ -36,6 +36,7 @@ SEARCH_SHARE = 0.3
 
 PLAIN = ["--preset", "lightning", "--centre_channels", "False", "--feature_weight", "0", "--aux_weight", "0"]
 ONE_GROUP = ["--stages", "pretrain"]
+SEARCHED = ["--preset", "lightning", "--stages", "search", "finetune"]
 
 #: What each row tells `run_quantformer.py`.
 ROWS = {
@@ -45,12 +46,13 @@ ROWS = {
     "lsq_distilled": [*PLAIN, *ONE_GROUP],
     "ours": ["--preset", "lightning"],
     "ours_one_group": ["--preset", "lightning", *ONE_GROUP],
-    "ours_not_searched": ["--preset", "lightning", "--stages", "finetune"],
     "ours_no_attention": ["--preset", "lightning", "--aux_weight", "0"],
-    "ours_no_entropy": ["--preset", "lightning", "--search.dm_weight", "0"],
     "ours_fixed_degree": ["--preset", "lightning", "--pnorm", "2"],
     "ours_no_features": ["--preset", "lightning", "--feature_weight", "0"],
     "ours_not_centred": ["--preset", "lightning", "--centre_channels", "False"],
+    "ours_searched": [*SEARCHED],
+    "ours_searched_no_attention": [*SEARCHED, "--aux_weight", "0"],
+    "ours_searched_no_entropy": [*SEARCHED, "--search.dm_weight", "0"],
 }
 
 #: Architectures of subject `cifar10`: 32 px, for a run on two cores.
@@ -169,7 +171,7 @@ def budget_flags(row: str, arguments: argparse.Namespace) -> list[str]:
     flags = ["--save_strategy", "no", "--report_to", "none", "--per_device_train_batch_size", str(arguments.batch_size)]
     if "ptq" in ROWS[row]:
         return flags
-    if "--stages" in ROWS[row]:
+    if "search" not in ROWS[row]:
         return [*flags, "--max_steps", str(arguments.steps)]
     search = round(SEARCH_SHARE * arguments.steps)
     return [*flags, "--search.max_steps", str(search), "--finetune.max_steps", str(arguments.steps - search)]

@@ -49,7 +49,7 @@ def test_a_flag_wins_over_a_presets_section_of_a_stage():
     flags = ["--preset", "lightning", "--dataset_name", "digits", "--output_dir", "x"]
     run = RunArguments([*flags, "--search.max_steps", "3"])
     assert run.for_stage("search").training.max_steps == 3
-    assert run.for_stage("finetune").training.max_steps == 700
+    assert run.for_stage("finetune").training.max_steps == 1000
     assert RunArguments([*flags, "--max_steps", "5"]).for_stage("finetune").training.max_steps == 5
 
 
@@ -57,7 +57,7 @@ def test_epochs_that_were_asked_for_win_over_a_presets_steps():
     flags = ["--preset", "lightning", "--dataset_name", "digits", "--output_dir", "x"]
     run = RunArguments([*flags, "--search.num_train_epochs", "2"])
     assert (run.for_stage("search").training.max_steps, run.for_stage("search").training.num_train_epochs) == (-1, 2)
-    assert run.for_stage("finetune").training.max_steps == 700
+    assert run.for_stage("finetune").training.max_steps == 1000
     assert RunArguments([*flags, "--num_train_epochs", "2"]).for_stage("finetune").training.max_steps == -1
 
 
