@@ -193,6 +193,11 @@ def bit_widths(model: nn.Module) -> dict[str, int]:
     }
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Transformer blocks and Swin's patch mergings, each one's output the next one's input."""
+    return [m for m in model.modules() if hasattr(m, "layernorm_before") or hasattr(m, "reduction")]
+
+
 def reading_layers(model: nn.Module) -> dict[GroupActivationQuantizer, list[nn.Linear]]:
     """The linears that read what each group quantizer puts out."""
     readers = {}
@@ -310,7 +315,7 @@ def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]])
     batches = [pixel_values_of(batch).to(device) for batch in batches]
     if not batches:
         raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
-    units = [m for m in model.modules() if hasattr(m, "layernorm_before") or hasattr(m, "reduction")]
+    units = blocks(model)
     readers = reading_layers(model)
     try:
         with full_precision(model):

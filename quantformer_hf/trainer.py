@@ -20,7 +20,8 @@ from .losses import (
     logit_distillation,
 )
 from .modeling_quantformer import QuantformerPreTrainedModel
-from .quantize import group_quantizers
+from .ops import scale_gradient
+from .quantize import blocks, group_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .training_args import QuantformerTrainingArguments
 
@@ -95,7 +96,24 @@ class QuantformerTrainer(Trainer):
             )
         if self.args.search_steps > 0 and (quantized is None or quantized.config.stage == "pretrain"):
             raise ValueError("search_steps needs a model in the stage 'search': run model.begin_search() first")
-        return super().train(*args, **kwargs)
+        with self._damped_gradients(quantized):
+            return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _damped_gradients(self, quantized: QuantformerPreTrainedModel | None) -> Iterator[None]:
+        """Scale what each block hands back to the one before it by `block_gradient_scale`."""
+        factor = self.args.block_gradient_scale
+        damped = blocks(quantized) if quantized is not None and factor < 1 else []
+
+        def damp(module: nn.Module, arguments: tuple) -> tuple:
+            return (scale_gradient(arguments[0], factor), *arguments[1:])
+
+        handles = [block.register_forward_pre_hook(damp) for block in damped]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     # Losses
 

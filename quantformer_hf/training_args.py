@@ -10,8 +10,8 @@ class QuantformerTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` and what the losses and the search need.
 
     Raises:
-        ValueError: a weight below zero, a `pnorm` that is neither a number of at least 1 nor `entropy`, or a
-            `search_steps` that leaves nothing to finetune.
+        ValueError: a weight below zero, a `block_gradient_scale` outside (0, 1], a `pnorm` that is neither a number of at
+            least 1 nor `entropy`, or a `search_steps` that leaves nothing to finetune.
     """
 
     aux_weight: float = field(
@@ -30,6 +30,13 @@ class QuantformerTrainingArguments(TrainingArguments):
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the logit distillation."})
     feature_weight: float = field(
         default=0.0, metadata={"help": "Weight of the hidden states' distance from the teacher's. Needs a teacher."}
+    )
+    block_gradient_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor on the gradient that a block hands to the one before it, in (0, 1]. Below 1, a block listens"
+            " more to the loss terms near it: straight-through gradients are worth less with each block they pass."
+        },
     )
     task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
     assignment_learning_rate: float = field(
@@ -70,6 +77,10 @@ class QuantformerTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")
         if self.distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature is {self.distillation_temperature}: choose more than 0")
+        if not 0 < self.block_gradient_scale <= 1:
+            raise ValueError(
+                f"block_gradient_scale is {self.block_gradient_scale}: choose more than 0 and at most 1 (off)"
+            )
         self.pnorm = str(self.pnorm)
         if self.pnorm != "entropy":
             try:

@@ -8,7 +8,7 @@ from conftest import IMAGE_SIZE, NUM_LABELS, make_full_precision, make_quantized
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from quantformer_hf import QuantformerCallback, QuantformerTrainer, QuantformerTrainingArguments
-from quantformer_hf.quantize import group_quantizers
+from quantformer_hf.quantize import blocks, group_quantizers
 
 
 SAMPLES = 24
@@ -63,6 +63,32 @@ ALL_LOSSES = {
 
 
 # Losses and the teacher
+
+
+def test_each_block_hands_back_a_share_of_the_gradient(backbone, tmp_path):
+    gradients, factor = {}, 0.5
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            units = blocks(model)
+            first, last = (next(unit.parameters()).grad.norm().item() for unit in (units[0], units[-1]))
+            gradients[args.block_gradient_scale] = first, last, len(units)
+
+    for scale in (1.0, factor):
+        trainer = make_trainer(
+            tmp_path,
+            make_quantized(backbone),
+            callbacks=[Look()],
+            max_steps=1,
+            block_gradient_scale=scale,
+            max_grad_norm=0,
+        )
+        trainer.train()
+    (first, last, number), (damped_first, damped_last, _) = gradients[1.0], gradients[factor]
+    assert damped_last == pytest.approx(last, rel=1e-4)
+    assert damped_first == pytest.approx(first * factor ** (number - 1), rel=1e-4)
+    assert first > 0
+    assert not any(module._forward_pre_hooks for module in blocks(trainer.model))
 
 
 def test_the_teacher_is_neither_trained_nor_saved(backbone, tmp_path):
@@ -315,6 +341,7 @@ def test_a_checkpoint_of_a_stage_that_the_model_does_not_lead_to_is_refused(tmp_
     ("arguments", "message"),
     [
         ({"aux_weight": -1.0}, "aux_weight is -1.0: choose 0"),
+        ({"block_gradient_scale": 0.0}, "block_gradient_scale is 0.0: choose more than 0"),
         ({"pnorm": "sharp"}, "pnorm is 'sharp': choose a number of at least 1, or 'entropy'"),
         ({"pnorm": 0.5}, "pnorm is '0.5'"),
         ({"distillation_temperature": 0.0}, "distillation_temperature is 0.0"),

@@ -3,6 +3,7 @@
 from .activation import PRODUCERS, fake_quantize_groups, fake_quantize_mixture
 from .attention import quantized_attention
 from .compiling import eager_functions
+from .gradients import scale_gradient
 from .scales import positive
 from .weight import fake_quantize_rows
 
@@ -15,4 +16,5 @@ __all__ = [
     "fake_quantize_rows",
     "positive",
     "quantized_attention",
+    "scale_gradient",
 ]
