@@ -133,20 +133,15 @@ def entropy_matching_degree(
 
 
 @torch.no_grad()
-def entropy_adaptive_degrees(
-    student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], most_rows: int = 512
-) -> Tensor:
-    """`entropy_matching_degree` of each layer on this batch, from evenly spaced rows: `(layers,)`.
+def evenly_spaced_rows(maps: Tensor, images: int, rows_per_image: int) -> Tensor:
+    """Rows of attention maps, as many from each image wherever it is processed: `(images * rows_per_image, tokens)`.
 
     Args:
-        student_maps, teacher_maps: as in `attention_rank_consistency`.
-        most_rows: rows looked at in each layer.
+        maps: attention probabilities, `(batch, heads, tokens, tokens)`; Swin's batch counts windows, those of one image
+            together.
+        images: number of images in the batch.
+        rows_per_image: at most; fewer where an image has not so many.
     """
-    degrees = []
-    for student, teacher in zip(student_maps, teacher_maps, strict=True):
-        rows = teacher.numel() // teacher.shape[-1]
-        step = max(1, rows // most_rows)
-        student_rows = student.detach().float().reshape(rows, -1)[::step]
-        teacher_rows = teacher.detach().float().reshape(rows, -1)[::step]
-        degrees.append(entropy_matching_degree(teacher_rows, mean_row_entropy(student_rows)))
-    return torch.stack(degrees)
+    rows = maps.detach().float().reshape(images, -1, maps.shape[-1])
+    step = max(1, rows.shape[1] // rows_per_image)
+    return rows[:, ::step][:, :rows_per_image].reshape(-1, maps.shape[-1])

@@ -15,9 +15,11 @@ from .callbacks import FreezeGroupsCallback
 from .losses import (
     assignment_entropy,
     attention_rank_consistency,
-    entropy_adaptive_degrees,
+    entropy_matching_degree,
+    evenly_spaced_rows,
     feature_distillation,
     logit_distillation,
+    mean_row_entropy,
 )
 from .modeling_quantformer import QuantformerPreTrainedModel
 from .ops import scale_gradient
@@ -28,8 +30,14 @@ from .training_args import QuantformerTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-#: How far the adaptive concentration degree moves towards each batch's own.
-DEGREE_MOMENTUM = 0.02
+#: The adaptive concentration degree is looked at every so many steps, ...
+DEGREE_STEPS = 10
+
+#: ... moves so far towards the batch's own, ...
+DEGREE_MOMENTUM = 0.2
+
+#: ... and so many rows of each layer's attention maps, over all processes, are looked at.
+DEGREE_ROWS = 512
 
 
 def _move_to_own_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
@@ -143,9 +151,10 @@ class QuantformerTrainer(Trainer):
 
         terms = {"task": self.args.task_weight * task_loss}
         if self.args.aux_weight > 0:
-            degrees = self._concentration_degrees(quantized, student_maps, teacher_maps)
+            images = len(inputs["pixel_values"])
+            degrees = self._concentration_degrees(quantized, student_maps, teacher_maps, images)
             terms["attention"] = self.args.aux_weight * attention_rank_consistency(
-                student_maps, teacher_maps, degrees, len(inputs["pixel_values"])
+                student_maps, teacher_maps, degrees, images
             )
         if self.args.distillation_weight > 0:
             terms["distillation"] = self.args.distillation_weight * logit_distillation(
@@ -164,15 +173,24 @@ class QuantformerTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _concentration_degrees(
-        self, quantized: QuantformerPreTrainedModel, student_maps: list[Tensor], teacher_maps: list[Tensor]
+        self,
+        quantized: QuantformerPreTrainedModel,
+        student_maps: list[Tensor],
+        teacher_maps: list[Tensor],
+        images: int,
     ) -> Tensor:
         """p of each layer, `(layers,)`: the fixed one, or the running average of the entropy-adaptive one."""
         degrees = quantized.concentration_degree
         if self.args.pnorm != "entropy":
             return torch.full_like(degrees, float(self.args.pnorm))
-        # Every process takes the mean over all of them, so that they agree.
-        found = self.accelerator.reduce(entropy_adaptive_degrees(student_maps, teacher_maps), reduction="mean")
-        degrees.lerp_(found.to(degrees), DEGREE_MOMENTUM)
+        if self.state.global_step % DEGREE_STEPS == 0 and self.accelerator.sync_gradients:
+            # The same rows however the images are spread over processes, and on each of them.
+            rows_per_image = max(1, DEGREE_ROWS // (images * self.accelerator.num_processes))
+            found = []
+            for pair in zip(student_maps, teacher_maps, strict=True):
+                rows = [self.accelerator.gather(evenly_spaced_rows(maps, images, rows_per_image)) for maps in pair]
+                found.append(entropy_matching_degree(rows[1], mean_row_entropy(rows[0])))
+            degrees.lerp_(torch.stack(found).to(degrees), DEGREE_MOMENTUM)
         # The loss must not see the change that the next step makes in place.
         return degrees.clone()
 

@@ -8,8 +8,8 @@ import torch
 from quantformer_hf.losses import (
     assignment_entropy,
     attention_rank_consistency,
-    entropy_adaptive_degrees,
     entropy_matching_degree,
+    evenly_spaced_rows,
     feature_distillation,
     logit_distillation,
     mean_row_entropy,
@@ -112,11 +112,16 @@ def test_adaptive_degree_stays_within_its_range():
     assert entropy_matching_degree(teacher, torch.tensor(0.0), largest=6.0).item() == pytest.approx(6.0, abs=1e-3)
 
 
-def test_each_layer_gets_a_degree_of_its_own():
-    teacher = torch.randn(2, 2, 30, 30).softmax(-1)
-    sharper = teacher.pow(2) / teacher.pow(2).sum(-1, keepdim=True)
-    degrees = entropy_adaptive_degrees([teacher, sharper], [teacher, teacher])
-    torch.testing.assert_close(degrees, torch.tensor([1.0, 2.0]), rtol=1e-2, atol=1e-2)
+def test_the_rows_looked_at_do_not_depend_on_how_images_are_spread():
+    windows = torch.rand(4 * 3, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    together = evenly_spaced_rows(windows, images=4, rows_per_image=7)
+    apart = torch.cat([evenly_spaced_rows(part, images=2, rows_per_image=7) for part in windows.split(6)])
+    assert together.shape == (4 * 7, 5)
+    assert torch.equal(together, apart)
+
+
+def test_no_more_rows_than_there_are():
+    assert evenly_spaced_rows(torch.rand(2, 1, 3, 3), images=2, rows_per_image=100).shape == (6, 3)
 
 
 def test_feature_loss_sees_direction_and_not_size():
