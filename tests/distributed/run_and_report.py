@@ -1,0 +1,36 @@
+"""`run_quantformer.py`, and each process writes what its model was when the main one saved it."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import run_quantformer
+from quantformer_hf import QuantformerTrainer
+
+
+def fingerprint(model) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+class ReportingTrainer(QuantformerTrainer):
+    def save_model(self, *args, **kwargs):
+        super().save_model(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        path = (
+            Path(os.environ["REPORT_DIR"]) / f"{self.args.output_dir.replace('/', '_')}_{PartialState().process_index}"
+        )
+        path.write_text(json.dumps(fingerprint(model)))
+
+
+run_quantformer.make_trainer.__globals__["QuantformerTrainer"] = ReportingTrainer
+run_quantformer.main()
