@@ -34,7 +34,15 @@ ROOT = Path(__file__).parents[1]
 #: Share of the steps that the search has.
 SEARCH_SHARE = 0.3
 
-PLAIN = ["--preset", "lightning", "--centre_channels", "False", "--feature_weight", "0", "--aux_weight", "0"]
+#: Smallest share of an image in a random crop, for every row. With so few steps, crops like the evaluation's teach most.
+CROP_SCALE = "0.7"
+
+#: LSQ, from the weights as they are, at the learning rate that suited it better than that of ours.
+PLAIN = [
+    *("--preset", "lightning", "--centre_channels", "False", "--reconstruction_samples", "0"),
+    *("--feature_weight", "0", "--aux_weight", "0", "--block_gradient_scale", "1"),
+    *("--learning_rate", "2e-4", "--scale_learning_rate", "2e-5"),
+]
 ONE_GROUP = ["--stages", "pretrain"]
 SEARCHED = ["--preset", "lightning", "--stages", "search", "finetune"]
 
@@ -50,6 +58,8 @@ ROWS = {
     "ours_fixed_degree": ["--preset", "lightning", "--pnorm", "2"],
     "ours_no_features": ["--preset", "lightning", "--feature_weight", "0"],
     "ours_not_centred": ["--preset", "lightning", "--centre_channels", "False"],
+    "ours_not_reconstructed": ["--preset", "lightning", "--reconstruction_samples", "0"],
+    "ours_not_damped": ["--preset", "lightning", "--block_gradient_scale", "1"],
     "ours_searched": [*SEARCHED],
     "ours_searched_no_attention": [*SEARCHED, "--aux_weight", "0"],
     "ours_searched_no_entropy": [*SEARCHED, "--search.dm_weight", "0"],
@@ -135,7 +145,7 @@ def imagenet_flags(arguments: argparse.Namespace) -> list[str]:
         "--dataset_dir",
         str(link(arguments.output_dir / f"data_{len(parts)}", parts)),
         "--crop_scale",
-        "0.35",
+        CROP_SCALE,
     ]
 
 
@@ -143,7 +153,7 @@ def cifar_flags(arguments: argparse.Namespace) -> list[str]:
     """The data, and a full-precision model that is trained on it here the first time."""
     data = arguments.shared / "data" / "cifar10"
     parts = {f"{split}.parquet": data / f"{split}-00000-of-00001.parquet" for split in ("train", "test")}
-    flags = ["--dataset_dir", str(link(arguments.output_dir / "data_cifar10", parts)), "--crop_scale", "0.6"]
+    flags = ["--dataset_dir", str(link(arguments.output_dir / "data_cifar10", parts)), "--crop_scale", CROP_SCALE]
     flags += ["--max_train_samples", str(arguments.train_samples)]
     folder = arguments.output_dir / f"cifar10_{arguments.backbone}_full_precision"
     if not (folder / "all_results.json").exists():

@@ -17,7 +17,10 @@ FLAGS = [
     *("--bit_width", "2", "--per_device_train_batch_size", "64", "--learning_rate", "1e-3", "--save_strategy", "no"),
     *("--report_to", "none", "--seed", "0", "--use_cpu", "True"),
 ]
-PLAIN_LSQ = ["--stages", "pretrain", "--centre_channels", "False", "--feature_weight", "0", "--aux_weight", "0"]
+PLAIN_LSQ = [
+    *("--stages", "pretrain", "--centre_channels", "False", "--reconstruction_samples", "0"),
+    *("--feature_weight", "0", "--aux_weight", "0", "--block_gradient_scale", "1"),
+]
 
 
 @torch.no_grad()
