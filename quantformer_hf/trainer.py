@@ -83,6 +83,11 @@ class QuantformerTrainer(Trainer):
             teacher.set_attn_implementation(ATTENTION_IMPLEMENTATION)
             teacher.requires_grad_(False).eval()
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if args.search_steps > 0 and self._is_sharded():
+            raise ValueError(
+                f"search_steps is {args.search_steps}, and FSDP or DeepSpeed hold parameters that the freeze would remove:"
+                f" run the stages search and finetune one after the other"
+            )
         if args.search_steps > 0:
             self.add_callback(FreezeGroupsCallback(self._announce_stage))
         self._term_sums: dict[str, Tensor] = {}
@@ -202,6 +207,9 @@ class QuantformerTrainer(Trainer):
                 f" weight of that term, and resume from the last checkpoint in {self.args.output_dir}"
             )
 
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _quantized_model(self) -> QuantformerPreTrainedModel | None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model if isinstance(model, QuantformerPreTrainedModel) else None
@@ -213,7 +221,8 @@ class QuantformerTrainer(Trainer):
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
         self._term_count += 1
-        every = self.args.gradient_share_steps
+        # Sharded parameters are not what the graph holds: no gradient could be taken with respect to them.
+        every = 0 if self._is_sharded() else self.args.gradient_share_steps
         if len(terms) > 1 and every > 0 and self.state.global_step % every == 0 and self.accelerator.sync_gradients:
             self._last_shares = self._gradient_shares(terms, quantized)
 
@@ -327,7 +336,7 @@ class QuantformerTrainer(Trainer):
         Trainer's own way is `load_state_dict(strict=False)`, which restores nothing under another name and says so in a
         warning at most.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         model = self.model if model is None else model

@@ -115,3 +115,17 @@ def test_the_shipped_configurations_are_what_accelerate_reads(name):
     config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
     assert config.num_processes == 4 * config.num_machines
     assert config.mixed_precision == "bf16"
+
+
+@pytest.mark.slow
+def test_parameters_spread_by_fsdp2_have_the_gradients_of_whole_ones():
+    """accelerate turns FSDP on for accelerators only; this is what it would call, on gloo."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(HERE / "fsdp2_gradients.py")],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-3:] == ["pretrain: same", "search: same", "finetune: same"]

@@ -381,3 +381,9 @@ def test_mixed_precision_trains(kind, tmp_path):
         losses[bf16] = logged(trainer)
     assert losses[True] == pytest.approx(losses[False], rel=0.1)
     assert losses[True] != losses[False]
+
+
+def test_a_freeze_under_way_is_refused_where_parameters_are_sharded(tmp_path, monkeypatch):
+    monkeypatch.setattr(QuantformerTrainer, "_is_sharded", lambda self: True)
+    with pytest.raises(ValueError, match="search_steps is 2, and FSDP or DeepSpeed"):
+        make_trainer(tmp_path, make_quantized(stage="search"), max_steps=4, search_steps=2)

@@ -1,0 +1,28 @@
+"""What is said of a run before it starts."""
+
+import torch
+from torch import nn
+
+from quantformer_hf.estimate import Estimate
+
+
+def model(width: int) -> nn.Module:
+    layer = nn.Linear(width, width, bias=False)
+    layer.register_buffer("count", torch.zeros(8, dtype=torch.uint8))
+    return layer
+
+
+def test_the_estimate_counts_steps_images_and_bytes():
+    frozen = model(16).requires_grad_(False)
+    estimate = Estimate.of(model(32), frozen, images_per_epoch=100, global_batch=8, epochs=2.5)
+    assert (estimate.steps, estimate.images) == (33, 33 * 8)
+    assert estimate.model_bytes == 32 * 32 * 4 + 8
+    assert estimate.training_bytes == 3 * 32 * 32 * 4
+    assert estimate.teacher_bytes == 16 * 16 * 4 + 8
+    assert "33 steps of 8 images: 264 images, of 100 an epoch" in str(estimate)
+
+
+def test_max_steps_wins_and_no_teacher_is_not_mentioned():
+    estimate = Estimate.of(model(4), None, images_per_epoch=100, global_batch=8, epochs=300, max_steps=7)
+    assert estimate.steps == 7
+    assert "teacher" not in str(estimate)
