@@ -15,7 +15,9 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers.utils import logging
 
 from quantformer_hf.arguments import RunArguments, StageArguments
-from quantformer_hf.data import load_image_data, with_crop
+from quantformer_hf.bad_images import decode
+from quantformer_hf.data import first, load_image_data
+from quantformer_hf.images import undecoded, with_crop
 from quantformer_hf.modeling_quantformer import QuantformerPreTrainedModel, StageError
 from quantformer_hf.report import bytes_at_bit_widths, format_table, megabytes, weights_on_disk
 from quantformer_hf.stages import StageRun, accuracy, delete_stage, load_classifier, make_trainer
@@ -93,11 +95,16 @@ def show_predictions(name: str, arguments: StageArguments) -> None:
     """Classify a few held-out images the way a user of transformers does."""
     data = load_image_data(arguments.data, arguments.training.seed)
     classify = pipeline("image-classification", model=name)
-    examples = data.validation.select(range(min(SHOWN_IMAGES, len(data.validation))))
-    images = [image.convert("RGB") for image in examples[data.image_column]]
+    examples = [
+        (image, row[data.label_column])
+        for row in first(undecoded(data.validation, data), SHOWN_IMAGES)
+        if (image := decode(row[data.image_column])) is not None
+    ]
     rows = [
         [str(i), data.label_names[label], f"{best[0]['label']} ({100 * best[0]['score']:.0f} %)"]
-        for i, (label, best) in enumerate(zip(examples[data.label_column], classify(images, top_k=1), strict=True))
+        for i, ((_, label), best) in enumerate(
+            zip(examples, classify([image for image, _ in examples], top_k=1), strict=True)
+        )
     ]
     print("\n" + format_table(["held-out image", "label", "pipeline says"], rows))
     print(f"\nThe model is in {name}")
