@@ -19,6 +19,10 @@ from .images import evaluation_rows, processor_size, undecoded
 from .modeling_quantformer import IGNORED_LABEL
 
 
+#: Shards for each reader from which on they are dealt out whole, though one may have one more than another: single images
+#: are dealt out evenly, but then everybody reads everything.
+MIN_SHARDS = 4
+
 #: Bad images in a row at which a worker gives up.
 MAX_BAD_RUN = 1000
 
@@ -52,9 +56,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
 class StreamedTrainingImages(StreamedImages):
     """A stream as augmented training rows, shuffled anew each epoch; an epoch has a known length.
 
-    Shards are dealt out to the workers of all processes (`split_dataset_by_node`), or single images where there are not
-    enough shards. Each worker makes its share of the epoch's batches. Shards are not equally long: a worker that comes to
-    the end of its part begins again, and one with more leaves the rest for another epoch.
+    Shards are dealt out to the workers of all processes (`split_dataset_by_node`), or single images where shards are few.
+    Each worker makes its share of the epoch's batches. Parts may differ in length: a worker that comes to the end of its
+    part begins again, and one with more leaves the rest; the next epoch deals the shards out anew.
     Bad images are left out for the next one, so that batches keep their size.
 
     Random numbers follow from the seed, the epoch, the worker's place and the image's position: a run that is resumed with
@@ -131,7 +135,8 @@ class StreamedTrainingImages(StreamedImages):
 
     def _rows(self, reader: int, readers: int, epoch: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """This reader's part of the stream, over and over, with the position of each row in it."""
-        strategy = "shards" if self.stream.num_shards >= readers else "examples"
+        shards = self.stream.num_shards
+        strategy = "shards" if shards % readers == 0 or shards >= MIN_SHARDS * readers else "examples"
         part = split_dataset_by_node(self.stream, reader, readers, strategy)
         part.set_epoch(epoch)
         while True:
