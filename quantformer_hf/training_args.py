@@ -78,8 +78,8 @@ class QuantformerTrainingArguments(TrainingArguments):
     on_bad_image: str = field(
         default="skip",
         metadata={
-            "help": "Of an image that cannot be decoded: 'skip' takes another one and reports it, unless they are more than"
-            " 1 %; 'error' stops."
+            "help": "Of an image that cannot be decoded: 'skip' takes another one and reports it, unless they are more"
+            " than one in a hundred; 'error' stops."
         },
     )
     gradient_share_steps: int = field(
