@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from PIL import Image as PILImage
+from timm.data.auto_augment import AugmentOp
 from transformers import ViTImageProcessor
 
 from quantformer_hf.augmentation import Collator, random_numbers_of, train_transform
@@ -91,3 +93,11 @@ def test_a_key_may_end_in_zeros():
         short = torch.rand(1)
     with random_numbers_of(1, 2, 3, 0):
         assert torch.equal(short, torch.rand(1))
+
+
+def test_the_greatest_magnitude_of_posterize_is_no_error():
+    image = PILImage.new("RGB", (2, 2), (200, 100, 50))
+    black = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)(image)
+    assert black.getextrema() == ((0, 0),) * 3
+    one_bit = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=9)(image)
+    assert one_bit.getextrema() == ((128, 128), (0, 0), (0, 0))
