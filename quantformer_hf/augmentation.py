@@ -24,7 +24,7 @@ _MIXING = 1
 
 
 def _posterize(image: PILImage.Image, bits_to_keep: int, **options: Any) -> PILImage.Image:
-    """timm's, which asks for no bit at all at the greatest magnitude: Pillow 13 refuses that, where earlier ones made black."""
+    """timm's, which asks for no bit at the greatest magnitude: Pillow 13 refuses that, where earlier ones made black."""
     return image.point(lambda _: 0) if bits_to_keep < 1 else posterize(image, bits_to_keep, **options)
 
 
