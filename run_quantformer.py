@@ -15,10 +15,12 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers.utils import logging
 
 from quantformer_hf.arguments import RunArguments, StageArguments
-from quantformer_hf.data import load_image_data, with_crop
+from quantformer_hf.bad_images import decode
+from quantformer_hf.data import first, load_image_data
+from quantformer_hf.images import undecoded, with_crop
 from quantformer_hf.modeling_quantformer import QuantformerPreTrainedModel, StageError
 from quantformer_hf.report import bytes_at_bit_widths, format_table, megabytes, weights_on_disk
-from quantformer_hf.stages import StageRun, accuracy, delete_stage, load_classifier, make_trainer
+from quantformer_hf.stages import StageRun, delete_stage, load_classifier, make_trainer
 
 
 #: Held-out images that the end of a run classifies through `pipeline`.
@@ -43,7 +45,7 @@ def main() -> None:
         stage_run = StageRun(run.for_stage(stage), source, output_dir)
         results |= stage_run.run()
         source = str(stage_run.folder)
-    results["reloaded_accuracy"] = evaluate_checkpoint(source, run.for_stage(stage))
+    results["reloaded_accuracy"] = evaluate_checkpoint(source, run.for_stage(stage))["eval_accuracy"]
     if PartialState().is_main_process:
         (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
         print_report(results, output_dir, source)
@@ -54,19 +56,21 @@ def evaluate_only(arguments: StageArguments) -> None:
     """`--stages` without a stage and `--do_eval`: the accuracy of `--model_name_or_path`, written and printed."""
     if not arguments.training.do_eval or arguments.model.model_name_or_path is None:
         raise ValueError("no stage to run: name some in --stages, or give --do_eval with --model_name_or_path")
-    results = {"eval_accuracy": evaluate_checkpoint(arguments.model.model_name_or_path, arguments)}
+    results = evaluate_checkpoint(arguments.model.model_name_or_path, arguments)
     if PartialState().is_main_process:
         output_dir = Path(arguments.training.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "eval_results.json").write_text(json.dumps(results, indent=1))
-        print(f"accuracy {100 * results['eval_accuracy']:.2f} %")
+        for name, value in results.items():
+            print(f"{name.removeprefix('eval_').replace('_', ' ')} {100 * value:.2f} %")
 
 
-def evaluate_checkpoint(name: str, arguments: StageArguments) -> float:
-    """Load `name` as any user would and return its accuracy on the validation images."""
+def evaluate_checkpoint(name: str, arguments: StageArguments) -> dict[str, float]:
+    """Load `name` as any user would and return its top-1 and top-5 accuracy on the validation images."""
     data = load_image_data(arguments.data, arguments.training.seed)
     model, processor = load_classifier(name, data, arguments.model)
-    return accuracy(make_trainer(model, arguments.training, data, with_crop(processor, arguments.data.crop_pct)))
+    trainer = make_trainer(model, arguments.training, data, with_crop(processor, arguments.data.crop_pct))
+    return {name: value for name, value in trainer.evaluate().items() if name.endswith("accuracy")}
 
 
 def print_report(results: dict[str, float], output_dir: Path, final: str) -> None:
@@ -93,11 +97,16 @@ def show_predictions(name: str, arguments: StageArguments) -> None:
     """Classify a few held-out images the way a user of transformers does."""
     data = load_image_data(arguments.data, arguments.training.seed)
     classify = pipeline("image-classification", model=name)
-    examples = data.validation.select(range(min(SHOWN_IMAGES, len(data.validation))))
-    images = [image.convert("RGB") for image in examples[data.image_column]]
+    examples = [
+        (image, row[data.label_column])
+        for row in first(undecoded(data.validation, data), SHOWN_IMAGES)
+        if (image := decode(row[data.image_column])) is not None
+    ]
     rows = [
         [str(i), data.label_names[label], f"{best[0]['label']} ({100 * best[0]['score']:.0f} %)"]
-        for i, (label, best) in enumerate(zip(examples[data.label_column], classify(images, top_k=1), strict=True))
+        for i, ((_, label), best) in enumerate(
+            zip(examples, classify([image for image, _ in examples], top_k=1), strict=True)
+        )
     ]
     print("\n" + format_table(["held-out image", "label", "pipeline says"], rows))
     print(f"\nThe model is in {name}")

@@ -23,7 +23,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from quantformer_hf.arguments import RunArguments
 from quantformer_hf.attention import ATTENTION_IMPLEMENTATION
-from quantformer_hf.data import TransformedImages, load_image_data, with_crop
+from quantformer_hf.data import load_image_data
+from quantformer_hf.images import TransformedImages, with_crop
 from quantformer_hf.quantize import group_quantizers
 from quantformer_hf.report import bit_operations, distinct_levels, format_table
 from quantformer_hf.stages import load_classifier

@@ -1,5 +1,7 @@
 """Callbacks: the event that announces a new stage, and the one that brings it about."""
 
+from collections.abc import Callable
+
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -16,6 +18,25 @@ class QuantformerCallback(TrainerCallback):
 
         `control` may ask for an evaluation or a checkpoint as in any other event.
         """
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the trainer where each epoch begins and ends.
+
+    Args:
+        begin: called with the number of the epoch, also where a run is resumed within it.
+        end: called without arguments.
+    """
+
+    def __init__(self, begin: Callable[[int], None], end: Callable[[], None]):
+        self.begin = begin
+        self.end = end
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.begin(int(state.epoch or 0))
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.end()
 
 
 class FreezeGroupsCallback(TrainerCallback):

@@ -1,26 +1,33 @@
-"""Images and labels for training, calibration and evaluation."""
+"""Where images and labels come from: data sets of `datasets`, their splits, columns and classes."""
 
-import contextlib
-import copy
-import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+)
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
-from torch import Tensor
-from transformers import BaseImageProcessor
 
 from .configuration_quantformer import nearest
-from .modeling_quantformer import check_labels
+
+
+#: What the evaluation's split is looked for as, in this order.
+EVAL_SPLITS = ("validation", "val", "valid", "dev", "test")
+
+#: Pieces that a map-style data set is streamed in.
+STREAM_SHARDS = 8
 
 
 @dataclass
@@ -34,10 +41,26 @@ class DataArguments:
     dataset_dir: str | None = field(
         default=None, metadata={"help": "Folder of images (split/class/file) or of parquet files (split-*.parquet)."}
     )
+    data_files: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Parquet files by split, local or remote, as JSON: {'train': 'https://.../train-*.parquet', ...}."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the images as they are needed, instead of downloading them first."}
+    )
+    train_samples_per_epoch: int | None = field(
+        default=None,
+        metadata={"help": "Images of an epoch of a stream. Default: what the data set says of its split."},
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "Images of a stream to draw from at random, in each worker."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train and calibrate on."})
     eval_split: str | None = field(
         default=None,
-        metadata={"help": "Split to evaluate on. Default: validation, else test, else eval_fraction of train_split."},
+        metadata={"help": "Split to evaluate on. Default: validation or val, else test, else eval_fraction."},
     )
     eval_fraction: float = field(
         default=0.2, metadata={"help": "Share of the training images held out, see eval_split."}
@@ -58,26 +81,67 @@ class DataArguments:
         default=0.75, metadata={"help": "Smallest aspect ratio of a crop; its inverse the largest."}
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
-    color_jitter: float = field(default=0.0, metadata={"help": "Strength of the colour jitter."})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Strength of the colour jitter. timm leaves it out beside auto_augment."}
+    )
     auto_augment: str | None = field(
         default=None, metadata={"help": "timm's augmentation policy, such as rand-m9-mstd0.5-inc1."}
     )
     random_erasing: float = field(default=0.0, metadata={"help": "Probability of random erasing."})
 
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup, 0.8 in DeiT. 0: off."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix, 1.0 in DeiT. 0: off."})
+
     def __post_init__(self):
-        if (self.dataset_name is None) == (self.dataset_dir is None):
-            raise ValueError("give the images by one of dataset_name ('digits' needs no download) and dataset_dir")
+        if isinstance(self.data_files, str):
+            try:
+                self.data_files = json.loads(self.data_files)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"data_files is not JSON ({error}): {self.data_files}") from error
+        if sum(given is not None for given in (self.dataset_name, self.dataset_dir, self.data_files)) != 1:
+            raise ValueError(
+                "give the images by one of dataset_name ('digits' needs no download), dataset_dir and data_files"
+            )
+        for name in ("mixup", "cutmix", "color_jitter"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")
+        for name in ("random_erasing", "horizontal_flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose a probability, 0 to 1")
+        for name in ("crop_scale", "crop_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose more than 0 and at most 1")
+        for name in ("train_samples_per_epoch", "shuffle_buffer_size", "max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose at least 1")
+        if self.train_samples_per_epoch is not None and not self.streaming:
+            raise ValueError("train_samples_per_epoch is for --streaming: give --max_train_samples instead")
+        if self.auto_augment is not None:
+            try:
+                create_transform(224, is_training=True, auto_augment=self.auto_augment)
+            except (AssertionError, KeyError, ValueError) as error:
+                raise ValueError(
+                    f"auto_augment is {self.auto_augment!r}, which timm does not know ({type(error).__name__}"
+                    f" {error}): try rand-m9-mstd0.5-inc1"
+                ) from error
 
 
 @dataclass
 class ImageData:
-    """A data set with its columns found: `train` and `validation` may each be missing."""
+    """A data set with its columns found: `train` and `validation` may each be missing.
 
-    train: Dataset | None
-    validation: Dataset | None
+    Attributes:
+        train_samples: images of an epoch, where it is known.
+        shuffle_buffer_size: of a stream.
+    """
+
+    train: Dataset | IterableDataset | None
+    validation: Dataset | IterableDataset | None
     image_column: str
     label_column: str
     label_names: list[str]
+    train_samples: int | None
+    shuffle_buffer_size: int
 
 
 def load_digits_dataset() -> DatasetDict:
@@ -98,37 +162,100 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
     """Load the data set of `arguments`, with its splits, columns and class names.
 
     Raises:
-        ValueError: a split or column that is not there, with those that are.
+        ValueError: a split or column that is not there, with those that are; splits whose classes differ.
         FileNotFoundError: no such folder.
     """
-    if arguments.dataset_name == "digits":
-        splits = load_digits_dataset()
-    elif arguments.dataset_name is not None:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    else:
-        if not Path(arguments.dataset_dir).is_dir():
-            raise FileNotFoundError(f"dataset_dir {arguments.dataset_dir!r} is not a folder")
-        splits = load_dataset(str(arguments.dataset_dir))
-
-    features = next(iter(splits.values())).features
-    image_column = _find_column(features, "image", arguments.image_column, Image)
-    label_column = _find_column(features, "label", arguments.label_column, ClassLabel)
+    splits = _load_splits(arguments)
     train = splits.get(arguments.train_split)
     eval_split = arguments.eval_split
     if eval_split is None:
-        eval_split = next((name for name in ("validation", "test") if name in splits), None)
-    if eval_split is None and train is not None:
+        eval_split = next((name for name in EVAL_SPLITS if name in splits and name != arguments.train_split), None)
+    if eval_split is not None and eval_split not in splits:
+        raise ValueError(f"the data set has no split {eval_split!r}{nearest(str(eval_split), splits)}")
+    if eval_split is None and train is None:
+        raise ValueError(
+            f"the data set has neither the split {arguments.train_split!r} nor one to evaluate on, only"
+            f" {', '.join(map(str, splits))}: name them by train_split and eval_split"
+        )
+
+    features = (splits[eval_split] if train is None else train).features
+    image_column = _find_column(features, "image", arguments.image_column, Image)
+    label_column = _find_column(features, "label", arguments.label_column, ClassLabel)
+    label_names = features[label_column].names
+    if eval_split is None:
+        if arguments.streaming:
+            raise ValueError("a stream cannot be split: name another split to evaluate on by eval_split")
         parts = train.train_test_split(arguments.eval_fraction, seed=seed, stratify_by_column=label_column)
         train, validation = parts["train"], parts["test"]
-    elif eval_split not in splits:
-        raise ValueError(f"the data set has no split {eval_split!r}{nearest(str(eval_split), splits)}")
     else:
         validation = splits[eval_split]
-    if train is not None and arguments.max_train_samples is not None:
-        train = train.shuffle(seed=seed).select(range(min(arguments.max_train_samples, len(train))))
+        _check_same_classes(validation.features, label_column, label_names, eval_split, arguments.train_split)
+
+    train_samples = None
+    if train is not None:
+        if arguments.streaming:
+            declared = (train.info.splits or {}).get(arguments.train_split)
+            train_samples = arguments.train_samples_per_epoch or getattr(declared, "num_examples", None)
+        else:
+            train_samples = len(train)
+        if arguments.max_train_samples is not None:
+            # Of a stream the first ones: to shuffle before would make others of them in each epoch.
+            train = train if arguments.streaming else train.shuffle(seed=seed)
+            train = first(train, arguments.max_train_samples)
+            train_samples = min(train_samples or arguments.max_train_samples, arguments.max_train_samples)
     if arguments.max_eval_samples is not None:
-        validation = validation.shuffle(seed=seed).select(range(min(arguments.max_eval_samples, len(validation))))
-    return ImageData(train, validation, image_column, label_column, features[label_column].names)
+        validation = validation if arguments.streaming else validation.shuffle(seed=seed)
+        validation = first(validation, arguments.max_eval_samples)
+    return ImageData(
+        train, validation, image_column, label_column, label_names, train_samples, arguments.shuffle_buffer_size
+    )
+
+
+def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
+    streaming = arguments.streaming
+    if arguments.dataset_name == "digits":
+        splits = load_digits_dataset()
+        if streaming:
+            shards = {name: rows.to_iterable_dataset(STREAM_SHARDS) for name, rows in splits.items()}
+            splits = IterableDatasetDict(shards)
+    elif arguments.dataset_name is not None:
+        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name, streaming=streaming)
+    elif arguments.data_files is not None:
+        splits = load_dataset("parquet", data_files=arguments.data_files, streaming=streaming)
+    else:
+        if not Path(arguments.dataset_dir).is_dir():
+            raise FileNotFoundError(f"dataset_dir {arguments.dataset_dir!r} is not a folder")
+        splits = load_dataset(str(arguments.dataset_dir), streaming=streaming)
+    # A stream without a description of its columns has to be looked into.
+    if streaming and any(rows.features is None for rows in splits.values()):
+        splits = IterableDatasetDict({name: rows._resolve_features() for name, rows in splits.items()})
+    return splits
+
+
+def _check_same_classes(
+    features: Features, label_column: str, label_names: list[str], eval_split: str, train_split: str
+) -> None:
+    found = features.get(label_column)
+    names = found.names if isinstance(found, ClassLabel) else []
+    if names != label_names:
+        differing = sorted(set(names) ^ set(label_names))
+        raise ValueError(
+            f"the splits {train_split!r} and {eval_split!r} do not have the same classes in {label_column!r}"
+            f" ({len(label_names)} and {len(names)}; {', '.join(differing[:5]) or 'in another order'}): their labels would"
+            f" not mean the same"
+        )
+
+
+def first(rows: Dataset | IterableDataset, samples: int) -> Dataset | IterableDataset:
+    """The first `samples` rows, or as many as there are."""
+    return rows.take(samples) if isinstance(rows, IterableDataset) else rows.select(range(min(samples, len(rows))))
+
+
+def shuffled(rows: Dataset | IterableDataset, seed: int, buffer_size: int) -> Dataset | IterableDataset:
+    """The rows in random order: of a stream, its shards, and what a buffer of `buffer_size` rows can do."""
+    if isinstance(rows, IterableDataset):
+        return rows.shuffle(seed=seed, buffer_size=buffer_size)
+    return rows.shuffle(seed=seed)
 
 
 def _find_column(features: Features, role: str, name: str | None, kind: type) -> str:
@@ -148,134 +275,3 @@ def _find_column(features: Features, role: str, name: str | None, kind: type) ->
             f" {role}_column"
         )
     return found[0]
-
-
-def processor_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of the images that `processor` makes."""
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    return size["height"], size["width"]
-
-
-def with_crop(processor: BaseImageProcessor, crop_pct: float | None) -> BaseImageProcessor:
-    """A copy of `processor` whose centre crop keeps `crop_pct` of the shorter edge, as timm counts; None changes nothing.
-
-    Raises:
-        ValueError: a share outside (0, 1], or a processor without a centre crop.
-    """
-    if crop_pct is None:
-        return processor
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct is {crop_pct}: choose more than 0 and at most 1")
-    if not getattr(processor, "do_center_crop", False):
-        raise ValueError(f"crop_pct is {crop_pct}, but the checkpoint's {type(processor).__name__} does not crop")
-    changed = copy.deepcopy(processor)
-    changed.size = type(processor.size)(shortest_edge=math.floor(min(processor_size(processor)) / crop_pct))
-    return changed
-
-
-def train_transform(processor: BaseImageProcessor, arguments: DataArguments) -> Callable[[PILImage.Image], Tensor]:
-    """timm's training augmentation, with the size, interpolation, mean and deviation of `processor`."""
-    return create_transform(
-        input_size=(3, *processor_size(processor)),
-        is_training=True,
-        scale=(arguments.crop_scale, 1.0),
-        ratio=(arguments.crop_ratio, 1 / arguments.crop_ratio),
-        hflip=arguments.horizontal_flip,
-        color_jitter=arguments.color_jitter or None,
-        auto_augment=arguments.auto_augment,
-        interpolation="bicubic",
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        re_prob=arguments.random_erasing,
-    )
-
-
-class TransformedImages(torch.utils.data.Dataset):
-    """Rows of a data set as `pixel_values` `(channels, height, width)` and `labels`, made as they are read.
-
-    The random numbers of an image's augmentation follow from seed, epoch and index alone, whichever process or worker
-    reads it and whatever was read before: a resumed run sees the images of an uninterrupted one.
-
-    Args:
-        rows: images and labels.
-        data: where `rows` comes from, for its columns.
-        processor: makes the pixel values, as at inference, where `augment` is None.
-        augment: training transform of a PIL image.
-        seed: of the augmentation.
-    """
-
-    def __init__(
-        self,
-        rows: Dataset,
-        data: ImageData,
-        processor: BaseImageProcessor,
-        augment: Callable[[PILImage.Image], Tensor] | None = None,
-        seed: int = 0,
-    ):
-        self.rows = rows.select_columns([data.image_column, data.label_column])
-        self.image_column, self.label_column = data.image_column, data.label_column
-        self.processor = processor
-        self.augment = augment
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        rows = self.rows[list(indices)]
-        images = [image.convert("RGB") for image in rows[self.image_column]]
-        if self.augment is None:
-            pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
-        else:
-            pixel_values = []
-            for index, image in zip(indices, images, strict=True):
-                with _random_numbers_of(self.seed, self.epoch, index):
-                    pixel_values.append(self.augment(image))
-        labels = rows[self.label_column]
-        return [{"pixel_values": p, "labels": label} for p, label in zip(pixel_values, labels, strict=True)]
-
-
-@contextlib.contextmanager
-def _random_numbers_of(*key: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's generators (timm draws from all three) from `key`, and put them back after."""
-    python, numpy, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seeds = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(int(seeds[2]))
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(tensor)
-
-
-def collate(rows: list[dict[str, Any]], num_labels: int) -> dict[str, Tensor]:
-    """`pixel_values` `(batch, channels, height, width)` and `labels` `(batch,)`.
-
-    Raises:
-        ValueError: a label outside `num_labels`.
-    """
-    labels = torch.tensor([row["labels"] for row in rows])
-    check_labels(labels, num_labels)
-    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
-
-
-def calibration_batches(
-    data: ImageData, processor: BaseImageProcessor, samples: int, batch_size: int, seed: int
-) -> Iterator[Tensor]:
-    """Batches of `pixel_values` from random training images without augmentation, the same in every process."""
-    chosen = data.train.shuffle(seed=seed).select(range(min(samples, len(data.train))))
-    images = TransformedImages(chosen, data, processor)
-    for start in range(0, len(images), batch_size):
-        rows = images.__getitems__(range(start, min(start + batch_size, len(images))))
-        yield torch.stack([row["pixel_values"] for row in rows])

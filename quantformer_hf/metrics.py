@@ -3,8 +3,11 @@
 import datasets
 import evaluate
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction
+
+from .modeling_quantformer import IGNORED_LABEL
 
 
 #: Ranks of which the top-k accuracies are reported.
@@ -31,11 +34,31 @@ class TopKAccuracy(evaluate.Metric):
         return {name: float(hits[:, :k].any(1).mean()) for k, name in names.items()}
 
 
-def most_probable_classes(logits: Tensor, labels: Tensor) -> Tensor:
-    """`(batch, classes)` logits to the indices that the metric needs, so that evaluation does not gather all logits."""
-    return logits.topk(min(max(TOP_K), logits.shape[-1])).indices
+def rank_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What `compute_metrics` needs of a batch, so that evaluation does not gather all logits.
+
+    Args:
+        logits: `(batch, classes)`.
+        labels: `(batch,)`.
+
+    Returns:
+        The most probable classes `(batch, 5)`, best first, and each image's cross-entropy `(batch,)`.
+    """
+    ranked = logits.topk(min(max(TOP_K), logits.shape[-1])).indices
+    return ranked, F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 (and with five or more classes top-5) accuracy of `most_probable_classes`."""
-    return TopKAccuracy().compute(predictions=prediction.predictions, references=prediction.label_ids)
+    """Top-1 (and with five or more classes top-5) accuracy, and the loss, of what `rank_and_loss` made.
+
+    Rows with `IGNORED_LABEL` do not count. `loss` takes the place of Trainer's own, which is a mean over batches of means.
+
+    Raises:
+        ValueError: no row that counts.
+    """
+    ranked, losses = prediction.predictions
+    counted = prediction.label_ids != IGNORED_LABEL
+    if not counted.any():
+        raise ValueError("there is no image to evaluate on")
+    accuracies = TopKAccuracy().compute(predictions=ranked[counted], references=prediction.label_ids[counted])
+    return accuracies | {"loss": float(losses[counted].mean())}

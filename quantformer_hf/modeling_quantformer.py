@@ -41,6 +41,10 @@ BACKBONE_CLASSES = {
 }
 
 
+#: Label of a row that no loss and no metric is to count: what PyTorch's cross-entropy ignores.
+IGNORED_LABEL = -100
+
+
 class StageError(RuntimeError):
     """A verb, or a checkpoint, that does not belong to the stage that the model is in."""
 
@@ -54,8 +58,8 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def check_labels(labels: Tensor, num_labels: int) -> None:
-    """Raise ValueError for a label outside `0 .. num_labels - 1`."""
-    outside = labels[(labels < 0) | (labels >= num_labels)]
+    """Raise ValueError for a label outside `0 .. num_labels - 1`, other than `IGNORED_LABEL`."""
+    outside = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_labels)]
     if outside.numel():
         raise ValueError(
             f"label {outside[0].item()} is outside 0..{num_labels - 1}: load the model with num_labels set to the number"

@@ -10,30 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from datasets import IterableDataset
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
+    TrainingArguments,
     ViTImageProcessor,
     set_seed,
 )
 
 from .arguments import RUN_STAGES, ModelArguments, StageArguments
+from .augmentation import Collator, train_transform
 from .checkpoints import load_full_precision
 from .configuration_quantformer import QuantformerConfig
-from .data import (
-    ImageData,
-    TransformedImages,
-    calibration_batches,
-    collate,
-    load_image_data,
-    train_transform,
-    with_crop,
-)
-from .metrics import compute_metrics, most_probable_classes
+from .data import ImageData, load_image_data
+from .images import TransformedImages, calibration_batches, with_crop
+from .metrics import compute_metrics, rank_and_loss
 from .modeling_quantformer import QuantformerForImageClassification, QuantformerPreTrainedModel
+from .streaming import StreamedEvaluationImages, StreamedTrainingImages
 from .trainer import QuantformerTrainer
 
 
@@ -58,6 +55,7 @@ NEUTRAL_ARGUMENTS = {
     "push_to_hub",
     "hub_model_id",
     "do_eval",
+    "on_bad_image",
 }
 
 
@@ -75,7 +73,11 @@ class StageRun:
         self.stage = arguments.stage
         self.source = source
         self.folder = output_dir / self.stage
-        self.told = {k: v for k, v in arguments.given.items() if k not in NEUTRAL_ARGUMENTS} | {"source": source}
+        neutral = NEUTRAL_ARGUMENTS
+        if arguments.data.streaming:
+            # Each worker reads its own part of a stream.
+            neutral = neutral - {"dataloader_num_workers"}
+        self.told = {k: v for k, v in arguments.given.items() if k not in neutral} | {"source": source}
 
     def earlier_results(self) -> dict[str, float] | None:
         """Results of this stage if an earlier run has completed it, else None.
@@ -119,8 +121,9 @@ class StageRun:
             data,
             processor,
             teacher=teacher,
-            train_dataset=TransformedImages(
-                data.train, data, processor, train_transform(processor, arguments.data), training.seed
+            train_dataset=images_to_train_on(data, processor, arguments),
+            data_collator=Collator(
+                model.config.num_labels, arguments.data.mixup, arguments.data.cutmix, training.label_smoothing_factor
             ),
         )
         trains = training.max_steps > 0 or training.num_train_epochs > 0
@@ -162,6 +165,7 @@ class StageRun:
             samples=self.arguments.data.calibration_samples,
             batch_size=self.arguments.training.per_device_eval_batch_size,
             seed=self.arguments.training.seed,
+            on_bad_image=self.arguments.training.on_bad_image,
         )
         teacher = None
         if not quantized:
@@ -297,15 +301,47 @@ def make_trainer(
     **kwargs,
 ) -> QuantformerTrainer:
     """A trainer that evaluates on `data.validation`."""
+    kwargs.setdefault("data_collator", Collator(model.config.num_labels))
     return QuantformerTrainer(
         model=model,
         args=training,
-        eval_dataset=TransformedImages(data.validation, data, processor),
+        eval_dataset=images_to_evaluate(data, processor, training),
         processing_class=processor,
-        data_collator=partial(collate, num_labels=model.config.num_labels),
         compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=most_probable_classes,
+        preprocess_logits_for_metrics=rank_and_loss,
         **kwargs,
+    )
+
+
+def images_to_train_on(
+    data: ImageData, processor: BaseImageProcessor, arguments: StageArguments
+) -> TransformedImages | StreamedTrainingImages:
+    """The training images of `data`, augmented."""
+    training, augment = arguments.training, train_transform(processor, arguments.data)
+    if not isinstance(data.train, IterableDataset):
+        return TransformedImages(data.train, data, processor, augment, training.seed)
+    return StreamedTrainingImages(
+        data,
+        augment,
+        training.seed,
+        batch_size=training.train_batch_size,
+        num_processes=training.world_size,
+        process_index=training.process_index,
+    )
+
+
+def images_to_evaluate(
+    data: ImageData, processor: BaseImageProcessor, training: TrainingArguments
+) -> TransformedImages | StreamedEvaluationImages:
+    """The validation images of `data`, as at inference."""
+    if not isinstance(data.validation, IterableDataset):
+        return TransformedImages(data.validation, data, processor)
+    return StreamedEvaluationImages(
+        data,
+        processor,
+        batch_size=training.eval_batch_size,
+        num_processes=training.world_size,
+        process_index=training.process_index,
     )
 
 

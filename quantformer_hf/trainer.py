@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import FreezeGroupsCallback
+from .image_trainer import ImageTrainer
 from .losses import (
     assignment_entropy,
     attention_rank_consistency,
@@ -25,6 +27,7 @@ from .modeling_quantformer import QuantformerPreTrainedModel
 from .ops import scale_gradient
 from .quantize import blocks, group_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
+from .stochastic_depth import stochastic_depth
 from .training_args import QuantformerTrainingArguments
 
 
@@ -54,7 +57,7 @@ def _capture_nothing(model: nn.Module) -> Iterator[list[Tensor]]:
     yield []
 
 
-class QuantformerTrainer(Trainer):
+class QuantformerTrainer(ImageTrainer):
     """Trains a quantized model in any stage, and a full-precision one as `Trainer` does.
 
     Args:
@@ -109,7 +112,7 @@ class QuantformerTrainer(Trainer):
             )
         if self.args.search_steps > 0 and (quantized is None or quantized.config.stage == "pretrain"):
             raise ValueError("search_steps needs a model in the stage 'search': run model.begin_search() first")
-        with self._damped_gradients(quantized):
+        with self._damped_gradients(quantized), stochastic_depth(self.model, self.args.drop_path_rate):
             return super().train(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -140,7 +143,7 @@ class QuantformerTrainer(Trainer):
         """As in Trainer while evaluating; while training, the task's loss plus the weighted terms of the method."""
         quantized = self._quantized_model()
         if not model.training or quantized is None:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = self._task_loss(model, inputs)
             if model.training:
                 self._check_finite(loss, {"task": loss})
             return (loss, outputs) if return_outputs else loss
@@ -149,7 +152,7 @@ class QuantformerTrainer(Trainer):
         if wants_features:
             inputs = inputs | {"output_hidden_states": True}
         with capture(quantized) as student_maps:
-            task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            task_loss, outputs = self._task_loss(model, inputs)
         if self.args.needs_teacher:
             with torch.no_grad(), capture(self.teacher) as teacher_maps:
                 taught = self.teacher(pixel_values=inputs["pixel_values"], output_hidden_states=wants_features)
@@ -176,6 +179,16 @@ class QuantformerTrainer(Trainer):
         self._check_finite(loss, terms)
         self._record(terms, quantized)
         return (loss, outputs) if return_outputs else loss
+
+    def _task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Trainer's loss, or the cross-entropy with the soft labels `(batch, classes)` of a mixed batch, and the outputs.
+
+        The models themselves would take soft labels for those of a multi-label problem.
+        """
+        if "labels" not in inputs or inputs["labels"].ndim == 1:
+            return super().compute_loss(model, inputs, return_outputs=True)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return F.cross_entropy(outputs.logits.float(), inputs["labels"]), outputs
 
     def _concentration_degrees(
         self,

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .bad_images import BAD_IMAGE_POLICIES
+
 
 @dataclass
 class QuantformerTrainingArguments(TrainingArguments):
@@ -11,7 +13,7 @@ class QuantformerTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: a weight below zero, a `block_gradient_scale` outside (0, 1], a `pnorm` that is neither a number of at
-            least 1 nor `entropy`, or a `search_steps` that leaves nothing to finetune.
+            least 1 nor `entropy`, a `search_steps` that leaves nothing to finetune, or another value out of its range.
     """
 
     aux_weight: float = field(
@@ -59,6 +61,27 @@ class QuantformerTrainingArguments(TrainingArguments):
     finetune_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate after the freeze of search_steps. Default: learning_rate."}
     )
+    drop_path_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stochastic depth: probability with which the last block drops a branch, 0.1 in DeiT. Default: the"
+            " checkpoint's own, which only Swin has."
+        },
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of an average of the weights, which is evaluated and kept; 0.99996 in DeiT. 0: none."},
+    )
+    repeated_augmentation: int = field(
+        default=1, metadata={"help": "Draws of an image in an epoch, which draws fewer images then. 3 in DeiT."}
+    )
+    on_bad_image: str = field(
+        default="skip",
+        metadata={
+            "help": "Of an image that cannot be decoded: 'skip' takes another one and reports it, unless they are more"
+            " than one in a hundred; 'error' stops."
+        },
+    )
     gradient_share_steps: int = field(
         default=500,
         metadata={"help": "Log each loss term's share of the gradient's norm every so many steps. 0: never."},
@@ -81,6 +104,20 @@ class QuantformerTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"block_gradient_scale is {self.block_gradient_scale}: choose more than 0 and at most 1 (off)"
             )
+        if self.drop_path_rate is not None and not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate is {self.drop_path_rate}: choose 0 (off) or more, and less than 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: choose 0 (off) or more, and less than 1")
+        if self.ema_decay > 0 and self.load_best_model_at_end:
+            raise ValueError(
+                "ema_decay ends with the averaged weights, load_best_model_at_end with others: leave out one"
+            )
+        if self.ema_decay > 0 and self.save_only_model:
+            raise ValueError("ema_decay cannot be resumed from checkpoints of save_only_model: leave out one")
+        if self.repeated_augmentation < 1:
+            raise ValueError(f"repeated_augmentation is {self.repeated_augmentation}: choose 1 (off) or more")
+        if self.on_bad_image not in BAD_IMAGE_POLICIES:
+            raise ValueError(f"on_bad_image is {self.on_bad_image!r}: choose one of {', '.join(BAD_IMAGE_POLICIES)}")
         self.pnorm = str(self.pnorm)
         if self.pnorm != "entropy":
             try:

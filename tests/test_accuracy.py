@@ -7,7 +7,8 @@ from test_run_quantformer import ROOT, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from quantformer_hf.arguments import DataArguments
-from quantformer_hf.data import TransformedImages, load_image_data
+from quantformer_hf.data import load_image_data
+from quantformer_hf.images import TransformedImages
 
 
 STEPS = 24

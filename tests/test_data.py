@@ -1,34 +1,36 @@
-"""Data sets, their columns, and images as tensors."""
+"""Data sets, their splits, columns and classes."""
+
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
-from transformers import EvalPrediction, ViTImageProcessor
+from transformers import ViTImageProcessor
 
-from quantformer_hf.data import (
-    DataArguments,
-    TransformedImages,
-    calibration_batches,
-    collate,
-    load_image_data,
-    train_transform,
-)
-from quantformer_hf.metrics import compute_metrics, most_probable_classes
+from quantformer_hf.data import DataArguments, load_digits_dataset, load_image_data
+from quantformer_hf.images import TransformedImages
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
 
 
-def write_images(folder, splits=("train", "val"), classes=("cat", "dog"), each=3):
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def write_images(folder, splits=("train", "val"), classes=("cat", "dog"), each=3, suffix="png"):
     generator = np.random.default_rng(0)
     for split in splits:
         for name in classes:
             (folder / split / name).mkdir(parents=True)
             for i in range(each):
                 pixels = generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)
-                PILImage.fromarray(pixels).save(folder / split / name / f"{i}.png")
+                PILImage.fromarray(pixels).save(folder / split / name / f"{i}.{suffix}")
 
 
 def write_parquet(folder, columns, split="train"):
@@ -106,43 +108,93 @@ def test_a_missing_folder_is_named():
         load_image_data(DataArguments(dataset_dir="no-such-folder"), seed=0)
 
 
-def test_training_images_are_augmented_and_evaluation_images_are_the_processors():
-    data = load_image_data(DataArguments(dataset_name="digits", max_train_samples=4), seed=0)
-    augment = train_transform(PROCESSOR, DataArguments(dataset_name="digits"))
-    augmented = TransformedImages(data.train, data, PROCESSOR, augment)
-    assert augmented[0]["pixel_values"].shape == (3, 16, 16)
-    state = torch.get_rng_state()
-    first = augmented[0]["pixel_values"]
-    # Seed, epoch and index decide, and nobody else's random numbers are used up.
-    assert torch.equal(first, augmented[0]["pixel_values"])
-    assert torch.equal(state, torch.get_rng_state())
-    augmented.set_epoch(1)
-    assert not torch.equal(first, augmented[0]["pixel_values"])
-    other_seed = TransformedImages(data.train, data, PROCESSOR, augment, seed=1)
-    assert not torch.equal(first, other_seed[0]["pixel_values"])
-    plain = TransformedImages(data.train, data, PROCESSOR)
-    expected = PROCESSOR(data.train[0]["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(plain[0]["pixel_values"], expected)
+def test_val_is_found_where_the_data_set_calls_it_so(monkeypatch):
+    images = load_digits_dataset()
+    splits = DatasetDict(train=images["train"].select(range(20)), val=images["validation"].select(range(10)))
+    monkeypatch.setattr("quantformer_hf.data.load_dataset", lambda *args, **kwargs: splits)
+    data = load_image_data(DataArguments(dataset_name="owner/name"), seed=0)
+    assert (len(data.train), len(data.validation)) == (20, 10)
 
 
-def test_calibration_batches_repeat():
-    data = load_image_data(DataArguments(dataset_name="digits"), seed=0)
-    first, second = (list(calibration_batches(data, PROCESSOR, 20, 8, seed=0)) for _ in range(2))
-    assert [len(batch) for batch in first] == [8, 8, 4]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def test_an_imagenet_folder_has_the_same_labels_in_both_splits(tmp_path):
+    # The validation folder lacks a class of the middle: its labels must not move up.
+    write_images(tmp_path, splits=("train",), classes=("n01440764", "n01443537", "n01484850"), suffix="JPEG")
+    write_images(tmp_path, splits=("val",), classes=("n01440764", "n01484850"), suffix="JPEG")
+    data = load_image_data(DataArguments(dataset_dir=str(tmp_path)), seed=0)
+    assert data.label_names == ["n01440764", "n01443537", "n01484850"]
+    assert set(data.train["label"]) == {0, 1, 2}
+    assert set(data.validation["label"]) == {0, 2}
 
 
-def test_a_label_outside_the_classes_is_named_before_it_reaches_the_device():
-    rows = [{"pixel_values": torch.zeros(3, 2, 2), "labels": label} for label in (0, 11)]
-    with pytest.raises(ValueError, match=r"label 11 is outside 0\.\.9"):
-        collate(rows, num_labels=10)
-    assert collate(rows, num_labels=12)["labels"].tolist() == [0, 11]
+def test_splits_with_other_classes_are_refused(tmp_path, monkeypatch):
+    one = Dataset.from_dict(
+        {"image": [PILImage.new("RGB", (4, 4))], "label": [0]},
+        features=Features({"image": Image(), "label": ClassLabel(names=["a", "b"])}),
+    )
+    other = one.cast_column("label", ClassLabel(names=["b", "a"]))
+    monkeypatch.setattr(
+        "quantformer_hf.data.load_dataset", lambda *args, **kwargs: DatasetDict(train=one, validation=other)
+    )
+    with pytest.raises(ValueError, match=r"do not have the same classes in .label. .* in another order"):
+        load_image_data(DataArguments(dataset_name="owner/name"), seed=0)
 
 
-def test_accuracies_by_hand():
-    logits = torch.tensor([[0.0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
-    labels = torch.tensor([5, 4, 1])
-    metrics = compute_metrics(EvalPrediction(most_probable_classes(logits, labels).numpy(), labels.numpy()))
-    assert metrics == {"accuracy": pytest.approx(2 / 3), "top5_accuracy": 1.0}
-    metrics = compute_metrics(EvalPrediction(most_probable_classes(logits[:, :3], labels).numpy(), labels.numpy()))
-    assert list(metrics) == ["accuracy"]
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_are_read_from_urls(streaming, tmp_path):
+    for split in ("train", "validation"):
+        write_parquet(tmp_path, ["image", "label"], split)
+    handler = partial(QuietHandler, directory=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        files = {split: f"{url}/{split}-00000-of-00001.parquet" for split in ("train", "validation")}
+        arguments = DataArguments(data_files=json.dumps(files), streaming=streaming)
+        data = load_image_data(arguments, seed=0)
+        assert [row["label"] for row in data.train] == [i % 2 for i in range(8)]
+        assert data.label_names == ["a", "b"]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_folder_is_streamed(tmp_path):
+    write_images(tmp_path)
+    data = load_image_data(DataArguments(dataset_dir=str(tmp_path), streaming=True, max_eval_samples=2), seed=0)
+    assert isinstance(data.train, IterableDataset)
+    assert [row["label"] for row in data.train] == [0, 0, 0, 1, 1, 1]
+    assert data.label_names == ["cat", "dog"]
+    assert data.train_samples is None
+    assert len(list(data.validation)) == 2
+    arguments = DataArguments(dataset_dir=str(tmp_path), streaming=True, train_samples_per_epoch=5)
+    assert load_image_data(arguments, seed=0).train_samples == 5
+
+
+def test_an_epoch_of_a_stream_has_the_length_that_the_data_set_declares(tmp_path):
+    write_parquet(tmp_path, ["image", "label"])
+    write_parquet(tmp_path, ["image", "label"], "test")
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': a\n          '1': b\n"
+        "  splits:\n  - name: train\n    num_examples: 8\n  - name: test\n    num_examples: 8\n---\n"
+    )
+    data = load_image_data(DataArguments(dataset_dir=str(tmp_path), streaming=True), seed=0)
+    assert data.train_samples == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mixup": -1}, "mixup is -1"),
+        ({"random_erasing": 1.5}, "random_erasing is 1.5: choose a probability"),
+        ({"crop_scale": 0}, "crop_scale is 0"),
+        ({"auto_augment": "rnd-m9"}, "auto_augment is 'rnd-m9', which timm does not know"),
+        ({"train_samples_per_epoch": 5}, "is for --streaming"),
+        ({"max_train_samples": 0}, "max_train_samples is 0: choose at least 1"),
+        ({"data_files": "x.parquet"}, "data_files is not JSON"),
+        ({"data_files": "{}"}, "by one of dataset_name"),
+    ],
+)
+def test_values_out_of_range_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(dataset_name="digits", **arguments)

@@ -1,0 +1,156 @@
+"""Images that cannot be decoded."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_LABELS, make_full_precision
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from transformers import TrainingArguments, ViTImageProcessor
+
+from quantformer_hf import QuantformerTrainer, QuantformerTrainingArguments
+from quantformer_hf.augmentation import Collator, train_transform
+from quantformer_hf.bad_images import BadImageError, BadImageTally, decode
+from quantformer_hf.data import DataArguments, ImageData
+from quantformer_hf.images import TransformedImages, calibration_batches
+from quantformer_hf.metrics import compute_metrics, rank_and_loss
+from quantformer_hf.modeling_quantformer import IGNORED_LABEL
+from quantformer_hf.sampling import Draw
+
+
+PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
+
+
+def write_images(folder, count, bad):
+    """A data set of `count` JPEG files: those at `bad` are cut off in the middle, or are no image at all."""
+    generator = np.random.default_rng(0)
+    paths = []
+    for i in range(count):
+        path = folder / f"{i}.jpg"
+        PILImage.fromarray(generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(path)
+        if i in bad:
+            path.write_bytes(path.read_bytes()[:400] if i % 2 else b"<html>404</html>")
+        paths.append(str(path))
+    features = Features({"image": Image(), "label": ClassLabel(NUM_LABELS)})
+    rows = Dataset.from_dict({"image": paths, "label": [i % NUM_LABELS for i in range(count)]}, features=features)
+    return ImageData(rows, rows, "image", "label", list(map(str, range(NUM_LABELS))), count, 10)
+
+
+def training_images(data):
+    augment = train_transform(PROCESSOR, DataArguments(dataset_name="digits"))
+    return TransformedImages(data.train, data, PROCESSOR, augment)
+
+
+def make_trainer(data, folder, **arguments):
+    return QuantformerTrainer(
+        make_full_precision(),
+        QuantformerTrainingArguments(folder, report_to="none", use_cpu=True, save_strategy="no", **arguments),
+        train_dataset=training_images(data),
+        eval_dataset=TransformedImages(data.validation, data, PROCESSOR),
+        data_collator=Collator(NUM_LABELS),
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=rank_and_loss,
+    )
+
+
+def test_what_is_cut_off_missing_or_no_image_is_bad(tmp_path):
+    data = write_images(tmp_path, 4, {1, 2})
+    cells = data.train.cast_column("image", Image(decode=False))["image"]
+    assert [decode(cell) is None for cell in cells] == [False, True, True, False]
+    assert decode({"path": str(tmp_path / "nowhere.jpg"), "bytes": None}) is None
+    assert decode({"path": None, "bytes": b""}) is None
+
+
+def test_another_image_takes_the_place_of_a_bad_one_in_training(tmp_path):
+    images = training_images(write_images(tmp_path, 6, {3}))
+    draws = [Draw(i) for i in range(6)]
+    rows = images.__getitems__(draws)
+    assert [row.get("bad_images") for row in rows] == [None] * 3 + [[f"{tmp_path / '3.jpg'} (image 3)"]] + [None] * 2
+    # The same one in whatever company it is read, and another one in another epoch.
+    assert torch.equal(rows[3]["pixel_values"], images[Draw(3)]["pixel_values"])
+    replacements = {images[Draw(3, epoch)]["labels"] for epoch in range(8)}
+    assert len(replacements) > 1
+    batch = Collator(NUM_LABELS)(rows)
+    assert batch["pixel_values"].shape == (6, 3, 16, 16)
+    assert batch["bad_images"] == rows[3]["bad_images"]
+
+
+def test_only_bad_images_are_an_error(tmp_path):
+    with pytest.raises(BadImageError, match="nearly all images are bad"):
+        training_images(write_images(tmp_path, 2, {0, 1}))[0]
+
+
+def test_a_bad_image_keeps_its_place_in_evaluation_and_does_not_count(tmp_path):
+    data = write_images(tmp_path, 4, {1})
+    rows = TransformedImages(data.validation, data, PROCESSOR).__getitems__(range(4))
+    assert [row["labels"] for row in rows] == [0, IGNORED_LABEL, 2, 3]
+    assert rows[1]["pixel_values"].shape == (3, 16, 16)
+
+
+def test_calibration_leaves_bad_images_out(tmp_path, caplog):
+    data = write_images(tmp_path, 101, {4})
+    with caplog.at_level(logging.WARNING):
+        batches = list(calibration_batches(data, PROCESSOR, 101, 50, seed=0))
+    assert sum(map(len, batches)) == 100
+    assert "1 of 101 calibration images could not be decoded" in caplog.text
+    with pytest.raises(BadImageError, match=r"cannot decode .*4\.jpg"):
+        list(calibration_batches(data, PROCESSOR, 101, 50, seed=0, on_bad_image="error"))
+
+
+def test_more_than_one_percent_stops():
+    tally = BadImageTally("training images", "skip")
+    tally.add(100, ["a.jpg"])
+    assert tally.finish() == 1
+    tally.add(100, ["a.jpg", "b.jpg", "a.jpg"])
+    with pytest.raises(BadImageError, match=r"2 of 100 training images .* more than 1%: .* a\.jpg, b\.jpg"):
+        tally.finish()
+    # As soon as no later image can make it less.
+    tally = BadImageTally("training images", "skip", total=300)
+    tally.add(4, ["a", "b", "c"])
+    with pytest.raises(BadImageError, match="4 of 300"):
+        tally.add(1, ["d"])
+
+
+def test_a_message_names_twenty():
+    tally = BadImageTally("images", "error")
+    with pytest.raises(BadImageError, match="t and 5 more: repair or remove it, or give --on_bad_image skip"):
+        tally.add(30, [chr(ord("a") + i) for i in range(25)])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_trainer_reports_training_and_evaluation(workers, tmp_path, caplog):
+    data = write_images(tmp_path, 120, {4})
+    trainer = make_trainer(
+        data,
+        tmp_path / "out",
+        num_train_epochs=1,
+        per_device_train_batch_size=40,
+        per_device_eval_batch_size=60,
+        dataloader_num_workers=workers,
+        learning_rate=1e-4,
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert f"1 of 120 training images could not be decoded: {tmp_path / '4.jpg'} (image 4)" in caplog.text
+    assert trainer.state.global_step == 3
+    metrics = trainer.evaluate()
+    assert metrics["eval_skipped_images"] == 1
+    assert np.isfinite(metrics["eval_loss"])
+    correct = metrics["eval_accuracy"] * 119
+    assert correct == pytest.approx(round(correct))
+    assert "1 of 120 evaluation images" in caplog.text
+
+
+def test_error_stops_the_training(tmp_path):
+    data = write_images(tmp_path, 8, {4})
+    trainer = make_trainer(data, tmp_path / "out", max_steps=2, on_bad_image="error", learning_rate=1e-4)
+    with pytest.raises(BadImageError, match=r"cannot decode .*4\.jpg"):
+        trainer.train()
+
+
+def test_the_policy_is_checked():
+    assert issubclass(QuantformerTrainingArguments, TrainingArguments)
+    with pytest.raises(ValueError, match="on_bad_image is 'ignore'"):
+        QuantformerTrainingArguments("out", on_bad_image="ignore")

@@ -1,0 +1,54 @@
+"""Which images an epoch draws, on one process and on several."""
+
+from collections import Counter
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import BatchSampler
+
+from quantformer_hf.sampling import Draw, EpochSampler
+
+
+def batches_of(sampler, batch_size, processes):
+    """Batches of each process, as accelerate deals them out."""
+    return [
+        list(BatchSamplerShard(BatchSampler(sampler, batch_size, drop_last=False), processes, rank))
+        for rank in range(processes)
+    ]
+
+
+def test_an_epoch_is_a_permutation_and_another_one_each_time():
+    sampler = EpochSampler(range(10), seed=3)
+    first = list(sampler)
+    assert sorted(draw.index for draw in first) == list(range(10))
+    assert first == list(sampler)
+    assert {draw.epoch for draw in first} == {0}
+    sampler.set_epoch(1)
+    assert [draw.index for draw in sampler] != [draw.index for draw in first]
+    assert {draw.epoch for draw in sampler} == {1}
+    # In the order of torch's and accelerate's own samplers.
+    expected = torch.randperm(10, generator=torch.Generator().manual_seed(4)).tolist()
+    assert [draw.index for draw in sampler] == expected
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_repeated_augmentation_gives_each_process_what_timm_gives_it(processes):
+    sampler = EpochSampler(range(24), seed=5, repeats=3, batch_size=4, num_processes=processes)
+    sampler.set_epoch(2)
+    for rank, batches in enumerate(batches_of(sampler, 4, processes)):
+        timm = RepeatAugSampler(range(24), processes, rank, num_repeats=3, selected_round=0)
+        timm.set_epoch(7)
+        assert [draw.index for batch in batches for draw in batch] == list(timm)
+
+
+def test_repeated_images_are_told_apart_by_their_copy():
+    draws = list(EpochSampler(range(24), seed=0, repeats=3, batch_size=4, num_processes=2))
+    assert len(draws) == len(set(draws)) == 24
+    assert set(Counter(draw.index for draw in draws).values()) == {3}
+    assert {draw.copy for draw in draws} == {0, 1, 2}
+
+
+def test_a_draw_counts_as_its_numbers():
+    assert Draw(3) == (3, 0, 0)
