@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers.utils import logging
 
 from quantformer_hf.arguments import RunArguments, StageArguments
+from quantformer_hf.checkpointing import check_writable
 from quantformer_hf.data import load_image_data, with_crop
 from quantformer_hf.modeling_quantformer import QuantformerPreTrainedModel, StageError
 from quantformer_hf.report import bytes_at_bit_widths, format_table, megabytes, weights_on_disk
@@ -32,6 +33,7 @@ def main() -> None:
     run = RunArguments()
     arguments = run.for_stage(None)
     output_dir = Path(arguments.training.output_dir)
+    check_writable(output_dir)
     if not arguments.model.stages:
         evaluate_only(arguments)
         return
@@ -57,7 +59,6 @@ def evaluate_only(arguments: StageArguments) -> None:
     results = {"eval_accuracy": evaluate_checkpoint(arguments.model.model_name_or_path, arguments)}
     if PartialState().is_main_process:
         output_dir = Path(arguments.training.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "eval_results.json").write_text(json.dumps(results, indent=1))
         print(f"accuracy {100 * results['eval_accuracy']:.2f} %")
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import FreezeGroupsCallback
+from .checkpointing import ResumableTrainer
 from .losses import (
     assignment_entropy,
     attention_rank_consistency,
@@ -46,7 +47,7 @@ def _capture_nothing(model: nn.Module) -> Iterator[list[Tensor]]:
     yield []
 
 
-class QuantformerTrainer(Trainer):
+class QuantformerTrainer(ResumableTrainer):
     """Trains a quantized model in any stage, and a full-precision one as `Trainer` does.
 
     Args:
@@ -302,6 +303,20 @@ class QuantformerTrainer(Trainer):
         return self.lr_scheduler
 
     # Checkpoints
+
+    def _unlogged(self) -> dict[str, Any]:
+        terms = {
+            name: self.accelerator.reduce(total.clone(), reduction="mean").item()
+            for name, total in self._term_sums.items()
+        }
+        shares = {name: share.item() for name, share in self._last_shares.items()}
+        return super()._unlogged() | {"terms": terms, "term_count": self._term_count, "shares": shares}
+
+    def _restore_unlogged(self, unlogged: dict[str, Any]) -> None:
+        super()._restore_unlogged(unlogged)
+        self._term_sums = {name: torch.tensor(t, device=self.args.device) for name, t in unlogged["terms"].items()}
+        self._term_count = unlogged["term_count"]
+        self._last_shares = {name: torch.tensor(share) for name, share in unlogged["shares"].items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load through `from_pretrained`, which knows every layout of the names and checks what it finds.
