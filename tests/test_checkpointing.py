@@ -102,7 +102,8 @@ def test_the_limit_keeps_the_best_checkpoint_and_remembers_where_it_is(tmp_path)
     trainer = quantized_trainer(tmp_path, save_total_limit=2, **arguments)
     trainer.train()
     best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
-    assert names(tmp_path) == sorted({best.name, "checkpoint-4", "checkpoint-5"})[-2:] or best.name in names(tmp_path)
+    assert {best.name, "checkpoint-5"} <= set(names(tmp_path))
+    assert len(names(tmp_path)) <= 2
     assert trainer.state.best_model_checkpoint == str(best)
     state = json.loads((newest_checkpoint(tmp_path) / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(best)
@@ -114,13 +115,15 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint_alone(tmp_path):
     class FillDisk(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
+                weights = (tmp_path / str(room) / "checkpoint-2" / "model.safetensors").stat().st_size
                 # Writing beyond is an error, as on a full disk: Python ignores the signal.
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (weights + room, hard))
 
-    for limit in (100, 60_000):
-        folder = tmp_path / str(limit)
+    # Too little for the weights (safetensors fails), or for the larger state of the optimizer (torch.save fails).
+    for room in (-1, 1):
+        folder = tmp_path / str(room)
         try:
-            with pytest.raises(OSError, match="the checkpoint of step 3 cannot be written to .* MB free"):
+            with pytest.raises(OSError, match=r"the checkpoint of step 3 cannot be written to .* MB free"):
                 quantized_trainer(folder, [FillDisk()], save_total_limit=1).train()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
