@@ -70,19 +70,22 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` and write to it, so that a run does not find out hours later that it cannot.
+    """Make `folder`, read and write it, so that a run does not find out hours later that it cannot.
 
     Raises:
         OSError: it cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        os.listdir(folder)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(f"the output folder {folder} cannot be written ({error}): give another --output_dir") from error
+        raise OSError(
+            f"the output folder {folder} cannot be read and written ({error}): give another --output_dir"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -111,8 +114,13 @@ def _free_space(folder: Path) -> str:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder` that are complete, in the order of their steps. Nothing in them is unpickled."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.fullmatch(r".*-\d+", path.name)]
-    return sorted((path for path in found if read_manifest(path) is not None), key=step_of)
+    return [path for path in _checkpoints(folder) if read_manifest(path) is not None]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    # Not glob, which takes a folder that it may not read for an empty one.
+    paths = folder.iterdir() if folder.exists() else ()
+    return sorted((path for path in paths if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -121,9 +129,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in `folder`."""
-    whole = whole_checkpoints(folder)
-    return whole[-1] if whole else None
+    """The last whole checkpoint in `folder`; says which newer ones are passed over."""
+    for path in reversed(_checkpoints(folder)):
+        if read_manifest(path) is not None:
+            return path
+        logger.warning(
+            f"{path} is not whole and is passed over: its {MANIFEST} or a file listed there is missing or cut"
+        )
+    return None
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:

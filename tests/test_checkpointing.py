@@ -136,7 +136,9 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint_alone(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match=f"the output folder {folder} cannot be written .* another --output_dir"):
+        with pytest.raises(
+            OSError, match=f"the output folder {folder} cannot be read and written .* another --output_dir"
+        ):
             check_writable(folder)
     check_writable(tmp_path / "new" / "deep")
     assert names(tmp_path / "new" / "deep") == []

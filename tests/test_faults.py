@@ -240,5 +240,5 @@ def test_an_output_folder_that_cannot_be_is_said_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     code, output, _ = finish(start(write_recipe(tmp_path), "--output_dir", tmp_path / "file" / "out"))
     assert code != 0
-    assert f"the output folder {tmp_path / 'file' / 'out'} cannot be written" in output
+    assert f"the output folder {tmp_path / 'file' / 'out'} cannot be read and written" in output
     assert "Traceback" not in output
