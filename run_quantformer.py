@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from quantformer_hf.arguments import RunArguments, StageArguments
 from quantformer_hf.bad_images import decode
+from quantformer_hf.checkpointing import check_writable
 from quantformer_hf.data import first, load_image_data
 from quantformer_hf.images import undecoded, with_crop
 from quantformer_hf.modeling_quantformer import QuantformerPreTrainedModel, StageError
@@ -34,6 +35,7 @@ def main() -> None:
     run = RunArguments()
     arguments = run.for_stage(None)
     output_dir = Path(arguments.training.output_dir)
+    check_writable(output_dir)
     if not arguments.model.stages:
         evaluate_only(arguments)
         return
@@ -59,7 +61,6 @@ def evaluate_only(arguments: StageArguments) -> None:
     results = evaluate_checkpoint(arguments.model.model_name_or_path, arguments)
     if PartialState().is_main_process:
         output_dir = Path(arguments.training.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "eval_results.json").write_text(json.dumps(results, indent=1))
         for name, value in results.items():
             print(f"{name.removeprefix('eval_').replace('_', ' ')} {100 * value:.2f} %")

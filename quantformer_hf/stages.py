@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import (
     AutoConfig,
@@ -24,6 +24,7 @@ from transformers import (
 
 from .arguments import RUN_STAGES, ModelArguments, StageArguments
 from .augmentation import Collator, train_transform
+from .checkpointing import flush_tree, newest_checkpoint, write_durably, writing
 from .checkpoints import load_full_precision
 from .configuration_quantformer import QuantformerConfig
 from .data import ImageData, load_image_data
@@ -56,6 +57,9 @@ NEUTRAL_ARGUMENTS = {
     "hub_model_id",
     "do_eval",
     "on_bad_image",
+    # Only their product with the number of processes matters, and is compared.
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
 }
 
 
@@ -78,6 +82,10 @@ class StageRun:
             # Each worker reads its own part of a stream.
             neutral = neutral - {"dataloader_num_workers"}
         self.told = {k: v for k, v in arguments.given.items() if k not in neutral} | {"source": source}
+        training = arguments.training
+        self.told["global_batch"] = (
+            training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        )
 
     def earlier_results(self) -> dict[str, float] | None:
         """Results of this stage if an earlier run has completed it, else None.
@@ -92,6 +100,13 @@ class StageRun:
         told = json.loads(json.dumps(self.told))
         for key in sorted(earlier["arguments"].keys() | told.keys()):
             before, now = earlier["arguments"].get(key), told.get(key)
+            if before != now and key == "global_batch":
+                raise ValueError(
+                    f"{self.folder} holds the stage '{self.stage}' of a run with {before} images a step, and this one has"
+                    f" {now}: choose --per_device_train_batch_size and --gradient_accumulation_steps so that their product"
+                    f" with the number of processes ({self.arguments.training.world_size}) is {before}, or another"
+                    f" --output_dir, or --overwrite_output_dir to delete it"
+                )
             if before != now:
                 raise ValueError(
                     f"{self.folder} holds the stage '{self.stage}' of a run with {key}={before!r}, and this one has"
@@ -132,12 +147,15 @@ class StageRun:
         if teacher is not None and not is_quantized(self.source):
             results["full_precision_accuracy"] = accuracy(make_trainer(teacher, training, data, processor))
         if trains:
-            train_result = trainer.train(resume_from_checkpoint=newest_checkpoint(self.folder))
+            # One process decides: another node's view of the folder may be older.
+            checkpoint = broadcast_object_list([newest_checkpoint(self.folder)])[0]
+            train_result = trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_metrics("train", train_result.metrics)
         results[f"{self.stage}_accuracy"] = accuracy(trainer)
-        trainer.save_model()
-        trainer.save_state()
-        self._write(results)
+        with writing(f"the model of the stage '{self.stage}'", self.folder):
+            trainer.save_model()
+            trainer.save_state()
+            self._write(results)
         return results
 
     def _build_model(self, data: ImageData) -> tuple[PreTrainedModel, PreTrainedModel | None, BaseImageProcessor]:
@@ -200,17 +218,11 @@ class StageRun:
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / STAGE_FILE
-            draft = path.with_suffix(".tmp")
-            draft.write_text(json.dumps({"arguments": self.told, "results": results}, indent=1))
-            os.replace(draft, path)
+            if results is not None:
+                # Not before the model that they belong to.
+                flush_tree(self.folder)
+            write_durably(self.folder / STAGE_FILE, json.dumps({"arguments": self.told, "results": results}, indent=1))
         PartialState().wait_for_everyone()
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The last `checkpoint-*` in `folder` that was written to its end (`trainer_state.json` comes last)."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def delete_stage(output_dir: Path, stage: str) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import FreezeGroupsCallback
+from .checkpointing import ResumableTrainer
 from .image_trainer import ImageTrainer
 from .losses import (
     assignment_entropy,
@@ -57,7 +58,7 @@ def _capture_nothing(model: nn.Module) -> Iterator[list[Tensor]]:
     yield []
 
 
-class QuantformerTrainer(ImageTrainer):
+class QuantformerTrainer(ResumableTrainer, ImageTrainer):
     """Trains a quantized model in any stage, and a full-precision one as `Trainer` does.
 
     Args:
@@ -342,6 +343,20 @@ class QuantformerTrainer(ImageTrainer):
         return self.lr_scheduler
 
     # Checkpoints
+
+    def _unlogged(self) -> dict[str, Any]:
+        terms = {
+            name: self.accelerator.reduce(total.clone(), reduction="mean").item()
+            for name, total in self._term_sums.items()
+        }
+        shares = {name: share.item() for name, share in self._last_shares.items()}
+        return super()._unlogged() | {"terms": terms, "term_count": self._term_count, "shares": shares}
+
+    def _restore_unlogged(self, unlogged: dict[str, Any]) -> None:
+        super()._restore_unlogged(unlogged)
+        self._term_sums = {name: torch.tensor(t, device=self.args.device) for name, t in unlogged["terms"].items()}
+        self._term_count = unlogged["term_count"]
+        self._last_shares = {name: torch.tensor(share) for name, share in unlogged["shares"].items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load through `from_pretrained`, which knows every layout of the names and checks what it finds.
