@@ -38,10 +38,11 @@ class ImageTrainer(Trainer):
             self.add_callback(self._ema)
         self.add_callback(EpochCallback(self._begin_epoch, self._end_epoch))
         self._train_sampler: EpochSampler | None = None
-        self._train_tally = BadImageTally("training images", args.on_bad_image, self._images_per_epoch())
+        self._train_tally = BadImageTally("training images", args.on_bad_image, self.images_per_epoch())
         self._eval_tally = BadImageTally("evaluation images", args.on_bad_image)
 
-    def _images_per_epoch(self) -> int | None:
+    def images_per_epoch(self) -> int | None:
+        """Training images that an epoch counts; None for data sets of other kinds than this package's."""
         if isinstance(self.train_dataset, StreamedTrainingImages):
             return self.train_dataset.samples
         return len(self.train_dataset) if isinstance(self.train_dataset, TransformedImages) else None

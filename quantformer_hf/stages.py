@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .checkpointing import flush_tree, newest_checkpoint, write_durably, writing
 from .checkpoints import load_full_precision
 from .configuration_quantformer import QuantformerConfig
 from .data import ImageData, load_image_data
+from .estimate import Estimate
 from .images import TransformedImages, calibration_batches, with_crop
 from .metrics import compute_metrics, rank_and_loss
 from .modeling_quantformer import QuantformerForImageClassification, QuantformerPreTrainedModel
@@ -147,16 +148,34 @@ class StageRun:
         if teacher is not None and not is_quantized(self.source):
             results["full_precision_accuracy"] = accuracy(make_trainer(teacher, training, data, processor))
         if trains:
+            self._announce(trainer, teacher)
             # One process decides: another node's view of the folder may be older.
             checkpoint = broadcast_object_list([newest_checkpoint(self.folder)])[0]
             train_result = trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_metrics("train", train_result.metrics)
-        results[f"{self.stage}_accuracy"] = accuracy(trainer)
+        metrics = trainer.evaluate()
+        results[f"{self.stage}_accuracy"] = metrics["eval_accuracy"]
         with writing(f"the model of the stage '{self.stage}'", self.folder):
+            trainer.save_metrics("eval", metrics)
             trainer.save_model()
             trainer.save_state()
             self._write(results)
         return results
+
+    def _announce(self, trainer: QuantformerTrainer, teacher: PreTrainedModel | None) -> None:
+        """Say, and write to `estimate.json`, what the training will take."""
+        training = self.arguments.training
+        estimate = Estimate.of(
+            trainer.model,
+            teacher,
+            images_per_epoch=trainer.images_per_epoch(),
+            global_batch=self.told["global_batch"],
+            epochs=training.num_train_epochs,
+            max_steps=training.max_steps,
+        )
+        logger.info(f"{self.stage}: {estimate}")
+        if PartialState().is_main_process:
+            write_durably(self.folder / "estimate.json", json.dumps(asdict(estimate), indent=1))
 
     def _build_model(self, data: ImageData) -> tuple[PreTrainedModel, PreTrainedModel | None, BaseImageProcessor]:
         """The model that the stage trains, its teacher if some loss needs one or it starts there, its processor."""

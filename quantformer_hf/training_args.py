@@ -86,6 +86,10 @@ class QuantformerTrainingArguments(TrainingArguments):
         default=500,
         metadata={"help": "Log each loss term's share of the gradient's norm every so many steps. 0: never."},
     )
+    report_to: str | list[str] | None = field(
+        default="tensorboard",
+        metadata={"help": "Trackers of the log, such as tensorboard, wandb, trackio or none; TensorBoard by default."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop columns that the model does not take. Image transforms need them."}
     )
