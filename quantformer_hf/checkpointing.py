@@ -231,7 +231,10 @@ class ResumableTrainer(Trainer):
         """As in Trainer; the workers outlive a SIGTERM to the whole process group, as the last step needs them."""
         loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers > 0:
-            loader.worker_init_fn = partial(_ignore_sigterm, then=loader.worker_init_fn)
+            worker_init_fn = partial(_ignore_sigterm, then=loader.worker_init_fn)
+            # accelerate iterates over the loader within its own, and copies its own to skip batches.
+            for part in (loader, loader.base_dataloader):
+                part.worker_init_fn = worker_init_fn
         return loader
 
     def _run_epoch(self, *args, **kwargs):

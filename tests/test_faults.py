@@ -179,7 +179,8 @@ def workers_of(process):
 
 @pytest.mark.slow
 def test_sigterm_to_a_run_and_its_loaders_writes_a_checkpoint_and_the_same_command_resumes(tmp_path):
-    recipe = write_recipe(tmp_path, **LONG, dataloader_num_workers=1)
+    # Long epochs, so that the signal finds the loaders at work.
+    recipe = write_recipe(tmp_path, **LONG | {"dataloader_num_workers": 2, "max_train_samples": 1000})
     folder = tmp_path / "out" / "full_precision"
     process = start(recipe)
     wait_for(folder / "checkpoint-4", process)
@@ -189,7 +190,7 @@ def test_sigterm_to_a_run_and_its_loaders_writes_a_checkpoint_and_the_same_comma
     step = newest_step(folder)
     assert f"SIGTERM: the checkpoint of step {step} is written" in output
     assert "Traceback" not in output
-    process = start(recipe, "--num_train_epochs", "40")
+    process = start(recipe)
     wait_for(folder / f"checkpoint-{step + 4 - step % 4}", process)
     process.kill()
     process.communicate()
