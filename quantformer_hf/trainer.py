@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, get_scheduler
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import FreezeGroupsCallback
-from .checkpointing import ResumableTrainer
 from .image_trainer import ImageTrainer
 from .losses import (
     assignment_entropy,
@@ -28,6 +27,7 @@ from .modeling_quantformer import QuantformerPreTrainedModel
 from .ops import scale_gradient
 from .quantize import blocks, group_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
+from .resumable_trainer import ResumableTrainer
 from .stochastic_depth import stochastic_depth
 from .training_args import QuantformerTrainingArguments
 
