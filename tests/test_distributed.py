@@ -118,6 +118,18 @@ def test_the_shipped_configurations_are_what_accelerate_reads(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate turns FSDP2 on for accelerators only: two GPUs")
+def test_all_stages_run_under_fsdp2(recipe):
+    config = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--mixed_precision", "no"]
+    start, out = recipe.parent / "start" / "full_precision", recipe.parent / "fsdp2"
+    flags = ["--stages", "pretrain", "search", "finetune", "--model_name_or_path", str(start), "--use_cpu", "False"]
+    batch = ["--per_device_train_batch_size", "8", "--output_dir", str(out)]
+    subprocess.run([*command, str(ROOT / "run_quantformer.py"), str(recipe), *flags, *batch], check=True, timeout=540)
+    assert all(losses(out / stage).isfinite().all() for stage in ("pretrain", "search", "finetune"))
+
+
+@pytest.mark.slow
 def test_parameters_spread_by_fsdp2_have_the_gradients_of_whole_ones():
     """accelerate turns FSDP on for accelerators only; this is what it would call, on gloo."""
     done = subprocess.run(
