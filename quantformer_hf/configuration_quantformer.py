@@ -15,7 +15,7 @@ from .quantizers import WEIGHT_QUANTIZERS
 BACKBONES = ("vit", "deit", "swin")
 
 #: The stages of a model's life, in order.
-STAGES = ("pretrain", "search", "finetune")
+STAGES = ("pretrain", "search", "finetune", "packed")
 
 
 @strict
@@ -39,7 +39,7 @@ class QuantformerConfig(PreTrainedConfig):
         num_groups: groups of channels that share a scale and an offset, from the search on.
         weight_quantizer: `lsq`, `statsq` or `minmax`, for the linears of the blocks. Patch embedding and classifier
             always use `lsq`, and 1-bit weights the binary quantizer.
-        stage: `pretrain`, `search` or `finetune`. The verbs of the model set it.
+        stage: `pretrain`, `search`, `finetune` or `packed`. The verbs of the model set it.
         calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
         full_precision_name_or_path: the checkpoint that the model was made from, its default teacher.
 
