@@ -10,17 +10,19 @@ import sys
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 from transformers.utils import logging
 
 from quantformer_hf.arguments import RunArguments, StageArguments
 from quantformer_hf.bad_images import decode
-from quantformer_hf.checkpointing import check_writable
+from quantformer_hf.checkpointing import check_writable, writing
+from quantformer_hf.configuration_quantformer import QuantformerConfig
 from quantformer_hf.data import first, load_image_data
 from quantformer_hf.images import undecoded, with_crop
-from quantformer_hf.modeling_quantformer import QuantformerPreTrainedModel, StageError
-from quantformer_hf.report import bytes_at_bit_widths, format_table, megabytes, weights_on_disk
+from quantformer_hf.modeling_quantformer import StageError, build_backbone
+from quantformer_hf.report import format_table, megabytes, weights_on_disk
 from quantformer_hf.stages import StageRun, delete_stage, load_classifier, make_trainer
 
 
@@ -47,11 +49,24 @@ def main() -> None:
         stage_run = StageRun(run.for_stage(stage), source, output_dir)
         results |= stage_run.run()
         source = str(stage_run.folder)
+    if stage == "finetune":
+        source = write_packed(source, output_dir / "packed")
     results["reloaded_accuracy"] = evaluate_checkpoint(source, run.for_stage(stage))["eval_accuracy"]
     if PartialState().is_main_process:
         (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
         print_report(results, output_dir, source)
         show_predictions(source, run.for_stage(stage))
+
+
+def write_packed(source: str, folder: Path) -> str:
+    """The model of `source` as integer codes in `folder`: what is shared and run. Returns `folder`."""
+    if PartialState().is_main_process:
+        model = AutoModelForImageClassification.from_pretrained(source)
+        model.image_processor = AutoImageProcessor.from_pretrained(source)
+        with writing("the packed model", folder):
+            model.pack().save_pretrained(folder)
+    PartialState().wait_for_everyone()
+    return str(folder)
 
 
 def evaluate_only(arguments: StageArguments) -> None:
@@ -79,18 +94,18 @@ def print_report(results: dict[str, float], output_dir: Path, final: str) -> Non
     rows = []
     for name in ACCURACIES:
         if f"{name}_accuracy" in results:
-            folder = output_dir / name
+            folder = Path(final) if name == "reloaded" else output_dir / name
             size = megabytes(weights_on_disk(folder)) if folder.exists() else ""
             rows.append([name.replace("_", " "), f"{100 * results[f'{name}_accuracy']:.2f} %", size])
     print("\n" + format_table(["after stage", "accuracy", "on disk"], rows))
-    model = AutoModelForImageClassification.from_pretrained(final)
-    if isinstance(model, QuantformerPreTrainedModel):
-        needed = bytes_at_bit_widths(model)
-        full = 4 * sum(parameter.numel() for parameter in model.backbone.parameters())
+    config = AutoConfig.from_pretrained(final)
+    if isinstance(config, QuantformerConfig):
+        with torch.device("meta"):
+            full = 4 * sum(parameter.numel() for parameter in build_backbone(config.backbone_config).parameters())
+        size = weights_on_disk(Path(final))
         print(
-            f"\nW{model.config.weight_bits}A{model.config.activation_bits}: {megabytes(needed)} at its bit widths, the"
-            f" rest in float32, against {megabytes(full)} in float32: compression {full / needed:.1f}."
-            f"\nThe files hold the weights in float32 until they are packed."
+            f"\nW{config.weight_bits}A{config.activation_bits}, {config.stage}: {megabytes(size)} on disk, and"
+            f" {megabytes(full)} in float32: 1/{full / size:.1f}"
         )
 
 

@@ -58,6 +58,31 @@ def write_durably(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+@contextlib.contextmanager
+def replaced_together(folder: Path, stale: str) -> Iterator[Path]:
+    """An empty folder to write into; what is there in the end takes its place in `folder`, after it is on the disk.
+
+    Args:
+        folder: made if need be. Files of other names stay.
+        stale: pattern of earlier files that go when they have no successor (shards of a larger model).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        yield draft
+        flush_tree(draft)
+        written = list(draft.iterdir())
+        names = {path.name for path in written}
+        for path in written:
+            os.replace(path, folder / path.name)
+        for path in folder.glob(stale):
+            if path.name not in names:
+                path.unlink()
+        flush(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def check_writable(folder: Path) -> None:
     """Make `folder`, read and write it, so that a run does not find out hours later that it cannot.
 

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .grids import FULL_PRECISION_BITS
+from .packing import LAYOUT_VERSION
 from .quantizers import WEIGHT_QUANTIZERS
 
 
@@ -40,11 +41,12 @@ class QuantformerConfig(PreTrainedConfig):
         weight_quantizer: `lsq`, `statsq` or `minmax`, for the linears of the blocks. Patch embedding and classifier
             always use `lsq`, and 1-bit weights the binary quantizer.
         stage: `pretrain`, `search`, `finetune` or `packed`. The verbs of the model set it.
+        packing_layout: version of the layout of packed weights (`packing.py`), in the stage `packed`. `pack()` sets it.
         calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
         full_precision_name_or_path: the checkpoint that the model was made from, its default teacher.
 
     Raises:
-        ValueError: a bit width, stage, quantizer, number of groups or backbone that does not exist.
+        ValueError: a bit width, stage, layout, quantizer, number of groups or backbone that does not exist.
     """
 
     model_type = "quantformer"
@@ -59,6 +61,7 @@ class QuantformerConfig(PreTrainedConfig):
     num_groups: int = 8
     weight_quantizer: str = "lsq"
     stage: str = "pretrain"
+    packing_layout: int | None = None
     calibrated: bool = False
     full_precision_name_or_path: str | None = None
 
@@ -77,6 +80,11 @@ class QuantformerConfig(PreTrainedConfig):
         _check_choice("backbone_config.model_type", self.backbone_config.model_type, BACKBONES)
         _check_choice("stage", self.stage, STAGES)
         _check_choice("weight_quantizer", self.weight_quantizer, tuple(WEIGHT_QUANTIZERS))
+        if self.stage == "packed" and self.packing_layout != LAYOUT_VERSION:
+            raise ValueError(
+                f"packing_layout is {self.packing_layout!r}, and this version of quantformer_hf reads {LAYOUT_VERSION}:"
+                f" install the version that wrote the checkpoint, or a newer one"
+            )
         check_weight_bits("weight_bits", self.weight_bits)
         check_activation_bits("activation_bits", self.activation_bits)
         check_activation_bits("embedding_bits", self.embedding_bits)

@@ -75,7 +75,8 @@ def _quantize_operands(layer: QuantLinear | QuantConv2d, x: Tensor) -> tuple[Ten
     if layer.input_quantizer is not None:
         x = layer.input_quantizer(x)
     weight = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
-    return x, weight
+    # One that is made from codes, and has no bias beside it, does not know the model's dtype.
+    return x, weight.to(x.dtype)
 
 
 class QuantLayerNorm(nn.LayerNorm):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import quantize
 from .attention import ATTENTION_IMPLEMENTATION, attention_modules
+from .checkpointing import replaced_together
 from .checkpoints import load_full_precision
 from .configuration_quantformer import (
     BACKBONES,
@@ -28,6 +30,9 @@ from .configuration_quantformer import (
     QuantformerConfig,
     check_quantization_arguments,
 )
+from .packed_checkpoint import DIGEST_NAME, LOCATION_ARGUMENTS, check_packed_files, digest_of_state
+from .packed_layers import PackedWeight
+from .packing import DIGEST_BYTES, LAYOUT_VERSION
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, LSQWeightQuantizer
 
 
@@ -88,8 +93,10 @@ class QuantformerPreTrainedModel(PreTrainedModel):
         # `_init_weights` is not called inside the nested backbone; what a checkpoint does not hold is set here.
         super().initialize_weights()
         for module in self.modules():
-            if isinstance(module, ActivationQuantizer | LSQWeightQuantizer):
+            if isinstance(module, ActivationQuantizer | LSQWeightQuantizer | PackedWeight):
                 init.ones_(module.scale)
+            if isinstance(module, PackedWeight):
+                init.zeros_(module.codes)
             if isinstance(module, ActivationQuantizer):
                 init.zeros_(module.offset)
             if isinstance(module, GroupActivationQuantizer):
@@ -99,16 +106,26 @@ class QuantformerPreTrainedModel(PreTrainedModel):
             if isinstance(module, QuantformerPreTrainedModel):
                 init.ones_(module.concentration_degree)
                 init.copy_(module.bit_widths, module.expected_bit_widths())
+                if module.config.stage == "packed":
+                    init.zeros_(getattr(module, DIGEST_NAME))
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As in transformers, with the parameters under the names that the modules have.
+        """As in transformers, with the parameters under the names that the modules have, and in one step.
 
-        The default there is the layout of older releases, which `Trainer` cannot resume from.
+        The default there is the layout of older releases, which `Trainer` cannot resume from. Everything is written
+        beside its place and flushed first: a crash while saving leaves what was there before.
         """
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
-        if self.image_processor is not None and kwargs.get("is_main_process", True):
-            self.image_processor.save_pretrained(save_directory)
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if self.config.stage == "packed":
+            getattr(self, DIGEST_NAME).copy_(digest_of_state(self.state_dict()))
+        kwargs.setdefault("repo_id", Path(save_directory).name)
+        with replaced_together(Path(save_directory), stale="*.safetensors*") as draft:
+            super().save_pretrained(draft, **kwargs)
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(draft)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Self:
@@ -118,6 +135,12 @@ class QuantformerPreTrainedModel(PreTrainedModel):
             ValueError: the file does not hold the model that its config describes.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if kwargs.get(name) is not None}
+        config = kwargs.get("config")
+        if not isinstance(config, QuantformerConfig):
+            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **location)
+        if config.stage == "packed":
+            check_packed_files(pretrained_model_name_or_path, **location)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -138,6 +161,7 @@ class QuantformerPreTrainedModel(PreTrainedModel):
                 f" restore the config.json that was saved with it"
             )
         model.check_bit_widths(str(pretrained_model_name_or_path))
+        quantize.check_group_indices(model, str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
 
 
@@ -145,8 +169,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
     """A ViT, DeiT or Swin image classifier with low-bit weights and activations.
 
     `backbone` is the stock transformers model whose layers carry quantizers. Five verbs make its life:
-    `from_full_precision`, `calibrate`, `begin_search`, `freeze_groups` and, in time, `pack`; `reconstruct` may follow any of
-    them but the first. Each works in place, returns
+    `from_full_precision`, `calibrate`, `begin_search`, `freeze_groups` and `pack`; `reconstruct` may follow `calibrate` and
+    the two after it, and `unpack` is the way back from the last. Each works in place, returns
     the model, and says which verb is missing when it comes out of order.
     """
 
@@ -159,7 +183,15 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         self.register_buffer("concentration_degree", torch.ones(len(attention_modules(self.backbone))))
         # What the file was quantized to, so that a config of other bits is found out.
         self.register_buffer("bit_widths", self.expected_bit_widths())
+        self._set_digest()
         self.post_init()
+
+    def _set_digest(self) -> None:
+        """The tensor that a packed model's file has, and no other stage's; `save_pretrained` fills it."""
+        if self.config.stage == "packed":
+            self.register_buffer(DIGEST_NAME, torch.zeros(DIGEST_BYTES, dtype=torch.uint8, device=self.device))
+        elif hasattr(self, DIGEST_NAME):
+            delattr(self, DIGEST_NAME)
 
     def expected_bit_widths(self) -> Tensor:
         """The bit width of each quantizer in the order of the modules, `(quantizers,)`, uint8."""
@@ -281,11 +313,13 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             batches: as in `calibrate`. README's figures are with 128 images.
 
         Raises:
-            StageError: not calibrated.
+            StageError: not calibrated, or packed.
             ValueError: no batch.
         """
         if not self.config.calibrated:
             raise StageError("reconstruct() needs a calibrated model: run model.calibrate(batches) first")
+        if self.config.stage == "packed":
+            raise StageError("reconstruct() changes weights, and the model is packed: run model.unpack() first")
         quantize.reconstruct(self, batches)
         return self
 
@@ -322,6 +356,35 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         self.config.stage = "finetune"
         return self
 
+    def pack(self) -> Self:
+        """Go to the stage `packed`: integer codes in the place of every quantized weight (`packing.py`), for inference.
+
+        The logits stay what they were. No full-precision copy of a weight is kept; each is made anew when its layer runs.
+
+        Raises:
+            StageError: not in the stage `finetune`.
+        """
+        self._require_stage("pack", "finetune")
+        quantize.pack(self.backbone)
+        self._go_to_packed(True)
+        return self.eval()
+
+    def unpack(self) -> Self:
+        """Go back to the stage `finetune`, to train on: the weights are the centres of their levels.
+
+        Raises:
+            StageError: not in the stage `packed`.
+        """
+        self._require_stage("unpack", "packed")
+        quantize.unpack(self.backbone, self.config)
+        self._go_to_packed(False)
+        return self
+
+    def _go_to_packed(self, packed: bool) -> None:
+        self.config.stage = "packed" if packed else "finetune"
+        self.config.packing_layout = LAYOUT_VERSION if packed else None
+        self._set_digest()
+
     def follow_stage(self, saved: QuantformerConfig) -> None:
         """Take the shape of a checkpoint that is about to be loaded: it may have been saved after the freeze.
 
@@ -345,6 +408,12 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         ways_out = {
             ("freeze_groups", "pretrain"): "run model.begin_search() first",
             ("freeze_groups", "finetune"): "the groups are frozen already",
+            ("pack", "pretrain"): "run model.begin_search() and model.freeze_groups() first",
+            ("pack", "search"): "run model.freeze_groups() first",
+            ("pack", "packed"): "it is packed already",
+            ("unpack", "pretrain"): "there is nothing to unpack",
+            ("unpack", "search"): "there is nothing to unpack",
+            ("unpack", "finetune"): "there is nothing to unpack",
             ("begin_search", "search"): "the search has begun already",
         }
         way_out = ways_out.get((verb, now), f"{verb}() comes before that; start again from the pretrained checkpoint")

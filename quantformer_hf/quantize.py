@@ -16,6 +16,7 @@ from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
 from .layers import QuantConv2d, QuantLayerNorm, QuantLinear
 from .ops import PRODUCERS
+from .packed_layers import packed_form, unpacked_form
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
 from .reconstruction import reconstruct_units, token_weights, unit_inputs
 
@@ -104,11 +105,7 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
     for name, width in bits.items():
         module = backbone.get_submodule(name)
         in_block = isinstance(module, nn.Linear) and name not in CLASSIFIERS
-        weight_quantizer = None
-        if width.weight_bits != FULL_PRECISION_BITS:
-            weight_quantizer = build_weight_quantizer(
-                config.weight_quantizer if in_block else "lsq", width.weight_bits, module.weight.shape[0]
-            )
+        weight_quantizer = _weight_quantizer(name, module, width, config)
         input_quantizer = None
         if in_block and name not in shared:
             input_quantizer = group_quantizer(name, _absorb_producer(backbone, name, width))
@@ -119,7 +116,9 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
             input_quantizer = ActivationQuantizer(width.activation_bits, name, config.calibrated, learned=learned)
         if weight_quantizer is not None or input_quantizer is not None:
             kind = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
-            backbone.set_submodule(name, kind.from_float(module, weight_quantizer, input_quantizer))
+            layer = kind.from_float(module, weight_quantizer, input_quantizer)
+            packs = config.stage == "packed" and weight_quantizer is not None
+            backbone.set_submodule(name, packed_form(layer) if packs else layer)
 
     for producer, quantizer in producers.items():
         if quantizer is None:
@@ -234,6 +233,17 @@ def check_num_groups(model: nn.Module, num_groups: int) -> None:
             raise ValueError(
                 f"num_groups is {num_groups}, but layer '{quantizer.name}' has only {quantizer.channels} channels:"
                 f" choose at most that"
+            )
+
+
+def check_group_indices(model: nn.Module, source: str) -> None:
+    """Raise ValueError where a loaded channel belongs to a group that there is not."""
+    for quantizer in group_quantizers(model):
+        index = getattr(quantizer, "group_index", None)
+        if index is not None and index.max() >= quantizer.scale.numel():
+            raise ValueError(
+                f"layer '{quantizer.name}' of the checkpoint '{source}' has a channel in group {index.max().item()}, and"
+                f" only {quantizer.scale.numel()} groups: get the file again from where it was written"
             )
 
 
@@ -357,3 +367,39 @@ def freeze_groups(model: nn.Module) -> None:
     """Give each channel to its most probable group."""
     for quantizer in group_quantizers(model):
         quantizer.freeze_groups()
+
+
+@torch.no_grad()
+def pack(backbone: nn.Module) -> None:
+    """Put integer codes in the place of every quantized weight, one layer after the other."""
+    for name, layer in _named_weight_quantized_layers(backbone):
+        packed = packed_form(layer)
+        packed.weight_quantizer.fill(layer.weight, layer.weight_quantizer)
+        backbone.set_submodule(name, packed)
+    for quantizer in group_quantizers(backbone):
+        quantizer.stage = "packed"
+
+
+def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
+    """The inverse of `pack`: floating-point weights that round to the codes."""
+    bits = resolve_layer_bits(backbone, config)
+    for name, layer in _named_weight_quantized_layers(backbone):
+        backbone.set_submodule(name, unpacked_form(layer, _weight_quantizer(name, layer, bits[name], config)))
+    for quantizer in group_quantizers(backbone):
+        quantizer.stage = "finetune"
+
+
+def _named_weight_quantized_layers(backbone: nn.Module) -> list[tuple[str, QuantLinear | QuantConv2d]]:
+    wanted = set(weight_quantized_layers(backbone))
+    return [(name, module) for name, module in backbone.named_modules() if module in wanted]
+
+
+def _weight_quantizer(
+    name: str, layer: nn.Module, width: LayerBits, config: QuantformerConfig
+) -> WeightQuantizer | None:
+    """The quantizer of one layer's weight: patch embedding and classifier always learn their scales."""
+    if width.weight_bits == FULL_PRECISION_BITS:
+        return None
+    in_block = isinstance(layer, nn.Linear) and name not in CLASSIFIERS
+    out_channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return build_weight_quantizer(config.weight_quantizer if in_block else "lsq", width.weight_bits, out_channels)

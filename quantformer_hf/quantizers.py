@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .grids import Grid, fit_affine, fit_row_scales
 from .groups import cluster_channels, initial_assignment_logits
 from .observers import QUANTILE_WEIGHTS, QUANTILES, Observer
-from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, fake_quantize_rows
+from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, fake_quantize_rows, positive
 
 
 class WeightQuantizer(nn.Module):
@@ -16,6 +16,9 @@ class WeightQuantizer(nn.Module):
         bits: 1 to 8.
         out_channels: rows of the weight, one scale each.
     """
+
+    #: 0 on a grid that holds zero, 0.5 on the half-shifted one.
+    shift = 0.0
 
     def __init__(self, bits: int, out_channels: int):
         super().__init__()
@@ -30,7 +33,25 @@ class WeightQuantizer(nn.Module):
         return self.quantize(weight)
 
     def quantize(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must say how it quantizes")
+        scale = self.step(weight)
+        return fake_quantize_rows(
+            weight, scale, self.grid.qmin, self.grid.qmax, shift=self.shift, gradient_scale=self.gradient_scale(weight)
+        )
+
+    def step(self, weight: Tensor) -> Tensor:
+        """The scale of each row, `(out,)`, whose magnitude counts."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its scales are")
+
+    def gradient_scale(self, weight: Tensor) -> float:
+        """Factor on the gradient of the scales."""
+        return 1.0
+
+    @torch.no_grad()
+    def integers(self, weight: Tensor) -> Tensor:
+        """q of `ŵ = scale * (q + shift)`, `(out, in)`, int32: `in` counts everything but the output channels."""
+        scale = positive(self.step(weight)).unsqueeze(1)
+        position = weight.flatten(1).to(scale.dtype) / scale - self.shift
+        return position.round().clamp(self.grid.qmin, self.grid.qmax).int()
 
     def calibrate(self, weight: Tensor) -> None:
         """Set what is learned from the full-precision weight. Nothing, for quantizers that compute their scale."""
@@ -49,9 +70,11 @@ class LSQWeightQuantizer(WeightQuantizer):
         super().__init__(bits, out_channels)
         self.scale = nn.Parameter(torch.ones(out_channels))
 
-    def quantize(self, weight: Tensor) -> Tensor:
-        gradient_scale = (weight[0].numel() * self.grid.qmax) ** -0.5
-        return fake_quantize_rows(weight, self.scale, self.grid.qmin, self.grid.qmax, gradient_scale=gradient_scale)
+    def step(self, weight: Tensor) -> Tensor:
+        return self.scale
+
+    def gradient_scale(self, weight: Tensor) -> float:
+        return (weight[0].numel() * self.grid.qmax) ** -0.5
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor) -> None:
@@ -65,18 +88,18 @@ class StatsQWeightQuantizer(WeightQuantizer):
     levels are used. At one bit this is `sign(w) * mean|w|`, the binary quantizer (XNOR-Net, arXiv 1603.05279).
     """
 
-    def quantize(self, weight: Tensor) -> Tensor:
-        step = 2 * weight.detach().float().flatten(1).abs().mean(1) / 2 ** (self.grid.bits - 1)
-        return fake_quantize_rows(weight, step, self.grid.qmin, self.grid.qmax, shift=0.5)
+    shift = 0.5
+
+    def step(self, weight: Tensor) -> Tensor:
+        return 2 * weight.detach().float().flatten(1).abs().mean(1) / 2 ** (self.grid.bits - 1)
 
 
 class MinMaxWeightQuantizer(WeightQuantizer):
     """The smallest scale that clips no weight of the row."""
 
-    def quantize(self, weight: Tensor) -> Tensor:
+    def step(self, weight: Tensor) -> Tensor:
         rows = weight.detach().float().flatten(1)
-        scale = torch.maximum(rows.amax(1) / self.grid.qmax, rows.amin(1) / self.grid.qmin)
-        return fake_quantize_rows(weight, scale, self.grid.qmin, self.grid.qmax)
+        return torch.maximum(rows.amax(1) / self.grid.qmax, rows.amin(1) / self.grid.qmin)
 
 
 #: Choices of `QuantformerConfig.weight_quantizer`.

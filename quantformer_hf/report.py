@@ -8,24 +8,12 @@ from torch import Tensor, nn
 
 from .attention import attention_modules, capture_attention
 from .grids import FULL_PRECISION_BITS
-from .quantize import reading_layers, weight_quantized_layers
+from .quantize import reading_layers
 
 
 def weights_on_disk(folder: Path) -> int:
     """Bytes of the weight files in `folder`."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
-def bytes_at_bit_widths(model: nn.Module) -> int:
-    """What the model's weights need at their bit widths, everything else in float32; without bookkeeping buffers.
-
-    `model` is a quantized model in any stage. Files are of this size once they are packed.
-    """
-    layers = weight_quantized_layers(model)
-    quantized = {id(layer.weight) for layer in layers}
-    bits = sum(layer.weight.numel() * layer.weight_quantizer.grid.bits for layer in layers)
-    bits += sum(32 * parameter.numel() for parameter in model.parameters() if id(parameter) not in quantized)
-    return -(-bits // 8)
 
 
 @torch.no_grad()

@@ -215,7 +215,10 @@ class StageRun:
         elif self.stage == "search":
             model.begin_search(arguments.num_groups, batches())
         if self.stage == "finetune":
-            model.freeze_groups()
+            if model.config.stage == "packed":
+                model.unpack()
+            else:
+                model.freeze_groups()
         if not quantized and arguments.reconstruction_samples > 0:
             model.reconstruct(batches(samples=arguments.reconstruction_samples))
         if self.arguments.training.needs_teacher and (teacher is None or arguments.teacher_name_or_path is not None):

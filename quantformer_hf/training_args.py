@@ -86,7 +86,8 @@ class QuantformerTrainingArguments(TrainingArguments):
         default=500,
         metadata={"help": "Log each loss term's share of the gradient's norm every so many steps. 0: never."},
     )
-    report_to: str | list[str] | None = field(
+    # In the order of TrainingArguments: HfArgumentParser reads no other.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="tensorboard",
         metadata={"help": "Trackers of the log, such as tensorboard, wandb, trackio or none; TensorBoard by default."},
     )

@@ -91,14 +91,14 @@ def test_all_stages_leave_loadable_models_and_the_results(finished):
     assert set(results) == {f"{name}_accuracy" for name in names}
     assert all(0 <= value <= 1 for value in results.values())
     assert results["reloaded_accuracy"] == results["finetune_accuracy"]
-    for stage in RECIPE["stages"]:
+    for stage in [*RECIPE["stages"], "packed"]:
         model = AutoModelForImageClassification.from_pretrained(folder / "out" / stage)
         assert model.config.id2label[3] == "3"
         if stage != "full_precision":
             assert model.config.stage == stage
             assert model.config.full_precision_name_or_path == str(folder / "out" / "full_precision")
         assert AutoImageProcessor.from_pretrained(folder / "out" / stage).size["height"] == 16
-    for text in ("after stage", "compression", "pipeline says"):
+    for text in ("after stage", "packed", "pipeline says"):
         assert text in done.stdout
 
 

@@ -1,0 +1,65 @@
+"""What a packed checkpoint is checked for before it is loaded: a damaged file never gives a wrong result."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .packing import digest
+
+
+#: Name of the tensor that holds the digest of all others.
+DIGEST_NAME = "packed_digest"
+
+#: Arguments of `from_pretrained` that say where files are.
+LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def digest_of_state(state: dict[str, Tensor]) -> Tensor:
+    """The digest of a packed model's tensors, without the one that holds it."""
+    return digest([name for name in state if name != DIGEST_NAME], state.__getitem__)
+
+
+def check_packed_files(name: str | os.PathLike, **location: Any) -> None:
+    """Read the weight files of a packed checkpoint, one tensor at a time, and compare their digest.
+
+    Raises:
+        ValueError: a file is missing, cut short or damaged.
+    """
+    repair = "get the files again from where they were written"
+    with ExitStack() as opened:
+        tensors = {}
+        for path in _weight_files(name, location):
+            try:
+                file = opened.enter_context(safe_open(path, framework="pt"))
+                tensors |= dict.fromkeys(file.keys(), file)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is cut short or damaged ({error}): {repair}") from error
+        if DIGEST_NAME not in tensors:
+            raise ValueError(f"the packed checkpoint '{name}' has no tensor '{DIGEST_NAME}': {repair}")
+        names = [tensor for tensor in tensors if tensor != DIGEST_NAME]
+        found = digest(names, lambda tensor: tensors[tensor].get_tensor(tensor))
+        if not torch.equal(found, tensors[DIGEST_NAME].get_tensor(DIGEST_NAME)):
+            raise ValueError(
+                f"the packed checkpoint '{name}' is damaged: its tensors are not those that were saved; {repair}"
+            )
+
+
+def _weight_files(name: str | os.PathLike, location: dict[str, Any]) -> Iterator[Path]:
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    whole = cached_file(name, SAFE_WEIGHTS_NAME, **location, **quiet)
+    if whole is not None:
+        yield Path(whole)
+        return
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **location, **quiet)
+    if index is None:
+        raise ValueError(f"the packed checkpoint '{name}' has no {SAFE_WEIGHTS_NAME}: get the files again")
+    for shard in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
+        yield Path(cached_file(name, shard, **location))
