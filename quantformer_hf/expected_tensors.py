@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 from .configuration_quantformer import QuantformerConfig
 from .grids import FULL_PRECISION_BITS
 from .observers import QUANTILES
+from .packed_checkpoint import DIGEST_NAME
+from .packing import DIGEST_BYTES, packed_width
 from .quantize import LayerBits, layer_bits_by_kind
 
 
@@ -162,11 +164,6 @@ def quantizer_bits(backbone: Backbone, config: QuantformerConfig) -> dict[str, i
     return widths
 
 
-def packed_columns(inputs: int, bits: int) -> int:
-    """Bytes of a row of `inputs` codes of `bits` bits."""
-    return -(-inputs * bits // 8)
-
-
 def expected_tensors(backbone: Backbone, config: QuantformerConfig) -> dict[str, tuple[int, ...] | None]:
     """Shapes of the tensors of a checkpoint in `config.stage`, by name; None where the shape is not looked at."""
     bits = layer_bits(backbone, config)
@@ -179,6 +176,8 @@ def expected_tensors(backbone: Backbone, config: QuantformerConfig) -> dict[str,
     shapes = {f"{PREFIX}{name}": shape for name, shape in shapes.items()}
     shapes["concentration_degree"] = (len(backbone.attention),)
     shapes["bit_widths"] = (len(quantizer_bits(backbone, config)),)
+    if config.stage == "packed":
+        shapes[DIGEST_NAME] = (DIGEST_BYTES,)
     return shapes
 
 
@@ -188,7 +187,7 @@ def _layer_tensors(
     packed = config.stage == "packed" and bits.weight_bits != FULL_PRECISION_BITS
     learned = bits.weight_bits > 1 and (layer.kind != "block" or config.weight_quantizer == "lsq")
     if packed:
-        yield f"{name}.weight_quantizer.codes", (layer.shape[0], packed_columns(layer.inputs, bits.weight_bits))
+        yield f"{name}.weight_quantizer.codes", (layer.shape[0], packed_width(layer.inputs, bits.weight_bits))
     else:
         yield f"{name}.weight", layer.shape
     if packed or (learned and bits.weight_bits != FULL_PRECISION_BITS):

@@ -22,6 +22,8 @@ from .expected_tensors import (
     quantizer_bits,
 )
 from .grids import FULL_PRECISION_BITS
+from .ops.scales import SMALLEST_SCALE
+from .packed_checkpoint import check_packed_files
 from .report import format_table, megabytes
 
 
@@ -115,6 +117,8 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     expected = expected_tensors(backbone, config)
     _check_tensors(folder, files, expected)
     _check_bit_widths(folder, files, quantizer_bits(backbone, config))
+    if config.stage == "packed":
+        check_packed_files(folder)
     layers, counted = _report_layers(folder, files, backbone, config)
     tensor_bytes = sum(tensor.bytes for tensor in files.tensors.values())
     weights = {name: math.prod(layer.shape) for name, layer in backbone.layers.items()}
@@ -200,7 +204,8 @@ def _scales(folder: Path, files: CheckpointReader, layer: str) -> tuple[float, f
     name = f"{PREFIX}{layer}.weight_quantizer.scale"
     if name not in files.tensors:
         return None
-    _check_positive(folder, name, scales := files.read(name))
+    # As `ops.positive` uses them: training may have carried one through zero.
+    scales = np.maximum(np.abs(_read_finite(folder, files, name)), SMALLEST_SCALE)
     return scales.min().item(), scales.max().item()
 
 
@@ -208,8 +213,7 @@ def _channels(folder: Path, files: CheckpointReader, quantizer: str, inputs: int
     if bits == FULL_PRECISION_BITS:
         return None
     scale, index, logits = (f"{PREFIX}{quantizer}.{part}" for part in ("scale", "group_index", "assignment_logits"))
-    _check_positive(folder, scale, files.read(scale))
-    groups = files.tensors[scale].elements
+    groups = _read_finite(folder, files, scale).size
     if index in files.tensors:
         assignment = files.read(index)
     elif logits in files.tensors:
@@ -224,13 +228,15 @@ def _channels(folder: Path, files: CheckpointReader, quantizer: str, inputs: int
     return tuple(np.bincount(assignment, minlength=groups).tolist())
 
 
-def _check_positive(folder: Path, name: str, scales: np.ndarray) -> None:
-    wrong = scales[~(np.isfinite(scales) & (scales > 0))]
+def _read_finite(folder: Path, files: CheckpointReader, name: str) -> np.ndarray:
+    values = files.read(name)
+    wrong = values[~np.isfinite(values)]
     if wrong.size:
         raise ValueError(
-            f"{folder}: '{name}' holds {wrong[0].item()}, and scales are positive numbers: the file is damaged, copy or"
-            f" download it again"
+            f"{folder}: '{name}' holds {wrong[0].item()}: the file is damaged, or its training went astray; copy or"
+            f" download it again, or start from an earlier checkpoint"
         )
+    return values
 
 
 def _ideal_bytes(files: CheckpointReader, backbone: Backbone, config: QuantformerConfig) -> int:

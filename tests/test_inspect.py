@@ -5,15 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import BACKBONES, make_full_precision, make_quantized
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.__main__ import main
+from quantformer_hf.configuration_quantformer import STAGES
 from quantformer_hf.expected_tensors import describe_backbone, expected_tensors, layer_bits, quantizer_bits
 from quantformer_hf.inspect_checkpoint import format_report, inspect_checkpoint
-from quantformer_hf.quantize import bit_widths, resolve_layer_bits, weight_quantized_layers
+from quantformer_hf.quantize import bit_widths, resolve_layer_bits
 from quantformer_hf.report import weights_on_disk
 
 
@@ -22,6 +24,8 @@ OVERRIDES = {"*.mlp.fc1": {"weight_bits": 2}, "*.attention.o_proj": 32}
 
 def build(backbone, stage, **arguments):
     """A model with the tensors of `stage`, as initialised."""
+    if stage == "packed":
+        return build(backbone, "finetune", **arguments).pack()
     backbone_config = make_full_precision(backbone).config
     backbone_config.architectures = [BACKBONES[backbone]().__class__.__name__]
     config = QuantformerConfig(backbone_config=backbone_config, stage=stage, num_groups=4, **arguments)
@@ -39,29 +43,13 @@ def edit_tensors(folder, edit):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def pack_by_hand(model, folder):
-    """A packed checkpoint as far as `inspect` reads it: the codes are zeros."""
-    model.save_pretrained(folder)
-
-    def pack(tensors: dict[str, Tensor]) -> None:
-        names = {id(module): name for name, module in model.named_modules()}
-        for layer in weight_quantized_layers(model):
-            name = names[id(layer)]
-            weight = tensors.pop(f"{name}.weight").flatten(1)
-            columns = -(-weight.shape[1] * layer.weight_quantizer.grid.bits // 8)
-            tensors[f"{name}.weight_quantizer.codes"] = weight.new_zeros(len(weight), columns).byte()
-            tensors.setdefault(f"{name}.weight_quantizer.scale", weight.new_ones(len(weight)))
-
-    edit_tensors(folder, pack)
-    edit_config(folder, stage="packed")
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
     make_quantized("vit", "finetune").save_pretrained(tmp_path)
     return tmp_path
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("weight_quantizer", ["lsq", "statsq"])
 def test_expected_tensors_are_those_of_the_model(backbone, stage, weight_quantizer):
     for arguments in ({}, {"layer_bits": OVERRIDES, "attention_bits": None}, {"weight_bits": 1}):
@@ -108,12 +96,12 @@ def test_a_packed_file_is_measured_against_its_ideal(tmp_path, backbone, bits):
     model = build(backbone, "finetune", weight_bits=bits)
     model.save_pretrained(tmp_path)
     unpacked = inspect_checkpoint(tmp_path)
-    pack_by_hand(model, tmp_path)
+    model.pack().save_pretrained(tmp_path)
     report = inspect_checkpoint(tmp_path)
     assert report.file_bytes == weights_on_disk(tmp_path) < unpacked.file_bytes
     assert report.full_precision_bytes == unpacked.full_precision_bytes
     assert not report.unexpected
-    # All widths of these layers are multiples of eight: without padding, only the headers are over the ideal.
+    # The widths of these layers leave no byte half used: only the headers are over the ideal.
     assert report.file_bytes - report.header_bytes == report.ideal_bytes
     assert "until they are packed" not in format_report(report)
 
@@ -184,7 +172,8 @@ def test_a_truncated_file_is_named(checkpoint):
         ({"attention_bits": None}, "bit_widths"),
         ({"num_groups": 3}, r"has the shape \(4,\), and by the config \(3,\)"),
         ({"stage": "search"}, "lacks tensors that its config names: .*assignment_logits"),
-        ({"stage": "packed"}, "lacks tensors that its config names: .*codes"),
+        ({"stage": "packed", "packing_layout": 1}, "lacks tensors that its config names: .*codes"),
+        ({"stage": "packed", "packing_layout": 99}, "packing_layout is 99"),
         ({"weight_quantizer": "minmax"}, None),
     ],
 )
@@ -198,7 +187,7 @@ def test_a_config_that_contradicts_the_file_is_named(checkpoint, changes, messag
 
 
 def test_packed_codes_of_other_bits_than_the_config_says_are_named(tmp_path):
-    pack_by_hand(build("vit", "finetune", weight_bits=3), tmp_path)
+    build("vit", "finetune", weight_bits=3).pack().save_pretrained(tmp_path)
     edit_config(tmp_path, weight_bits=4)
     with pytest.raises(
         ValueError, match=r"q_proj\.weight_quantizer\.codes' has the shape \(32, 12\), and by .* \(32, 16\)"
@@ -208,8 +197,8 @@ def test_packed_codes_of_other_bits_than_the_config_says_are_named(tmp_path):
 
 def test_values_that_cannot_be_are_named(checkpoint):
     quantizer = "backbone.vit.layers.0.mlp.fc2"
-    edit_tensors(checkpoint, lambda tensors: tensors[f"{quantizer}.weight_quantizer.scale"][3].fill_(-1.0))
-    with pytest.raises(ValueError, match=r"weight_quantizer\.scale' holds -1.0"):
+    edit_tensors(checkpoint, lambda tensors: tensors[f"{quantizer}.weight_quantizer.scale"][3].fill_(torch.nan))
+    with pytest.raises(ValueError, match=r"weight_quantizer\.scale' holds nan"):
         inspect_checkpoint(checkpoint)
     make_quantized("vit", "finetune").save_pretrained(checkpoint)
     edit_tensors(checkpoint, lambda tensors: tensors[f"{quantizer}.input_quantizer.group_index"][0].fill_(4))
@@ -218,3 +207,11 @@ def test_values_that_cannot_be_are_named(checkpoint):
     edit_tensors(checkpoint, lambda tensors: tensors.pop("backbone.vit.embeddings.cls_token"))
     with pytest.raises(ValueError, match=r"lacks tensors .*cls_token"):
         inspect_checkpoint(checkpoint)
+
+
+def test_a_damaged_packed_file_is_named(tmp_path):
+    build("vit", "packed").save_pretrained(tmp_path)
+    codes = "backbone.vit.layers.0.mlp.fc1.weight_quantizer.codes"
+    edit_tensors(tmp_path, lambda tensors: tensors[codes][0, 0].bitwise_xor_(1))
+    with pytest.raises(ValueError, match="is damaged: its tensors are not those that were saved"):
+        inspect_checkpoint(tmp_path)
