@@ -121,19 +121,22 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         check_packed_files(folder)
     layers, counted = _report_layers(folder, files, backbone, config)
     tensor_bytes = sum(tensor.bytes for tensor in files.tensors.values())
-    weights = {name: math.prod(layer.shape) for name, layer in backbone.layers.items()}
-    full_precision = sum(weights.values())
-    full_precision += sum(layer.shape[0] for layer in backbone.layers.values() if layer.bias)
-    full_precision += sum(files.tensors[f"{PREFIX}{name}"].elements for name in backbone.others)
     return CheckpointReport(
         config=config,
         layers=layers,
         other_bytes=tensor_bytes - counted,
         header_bytes=files.file_bytes - tensor_bytes,
         ideal_bytes=_ideal_bytes(files, backbone, config),
-        full_precision_bytes=4 * full_precision,
+        full_precision_bytes=full_precision_bytes(files, backbone),
         unexpected=sorted(files.tensors.keys() - expected.keys()),
     )
+
+
+def full_precision_bytes(files: CheckpointReader, backbone: Backbone) -> int:
+    """Bytes of the full-precision model's parameters in float32."""
+    parameters = sum(math.prod(layer.shape) + layer.bias * layer.shape[0] for layer in backbone.layers.values())
+    parameters += sum(files.tensors[f"{PREFIX}{name}"].elements for name in backbone.others)
+    return 4 * parameters
 
 
 def _check_tensors(folder: Path, files: CheckpointReader, expected: dict[str, tuple[int, ...] | None]) -> None:
