@@ -168,7 +168,10 @@ def _groups(config: QuantformerConfig) -> str:
         return "The input channels of a linear share one scale and one offset."
     groups = "one group" if config.num_groups == 1 else f"{config.num_groups} groups"
     assigned = "softly assigned to" if config.stage == "search" else "assigned to"
-    return f"The input channels of each linear of a block are {assigned} {groups}, each with a scale and an offset of its own."
+    return (
+        f"The input channels of each linear of a block are {assigned} {groups}, each with a scale and an offset of its"
+        f" own."
+    )
 
 
 def _storage(config: QuantformerConfig) -> str:
