@@ -44,6 +44,7 @@ class QuantformerConfig(PreTrainedConfig):
         packing_layout: version of the layout of packed weights (`packing.py`), in the stage `packed`. `pack()` sets it.
         calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
         full_precision_name_or_path: the checkpoint that the model was made from, its default teacher.
+        run_history: records of the stages that `run_quantformer.py` ran (`run_history.py`), for the model card.
 
     Raises:
         ValueError: a bit width, stage, layout, quantizer, number of groups or backbone that does not exist.
@@ -64,6 +65,7 @@ class QuantformerConfig(PreTrainedConfig):
     packing_layout: int | None = None
     calibrated: bool = False
     full_precision_name_or_path: str | None = None
+    run_history: list | None = None
 
     def __post_init__(self, **kwargs):
         # `bit_width` is a short form and no field of its own, so that a saved file says each width once.

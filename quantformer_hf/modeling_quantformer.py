@@ -1,6 +1,7 @@
 """Quantized ViT, DeiT and Swin image classifiers with the life of any other transformers model."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -30,10 +31,12 @@ from .configuration_quantformer import (
     QuantformerConfig,
     check_quantization_arguments,
 )
+from .model_card import ModelCardMixin, write_model_card
 from .packed_checkpoint import DIGEST_NAME, LOCATION_ARGUMENTS, check_packed_files, digest_of_state
 from .packed_layers import PackedWeight
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, LSQWeightQuantizer
+from .run_history import note_change
 
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,11 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return backbone_class._from_config(config, attn_implementation=ATTENTION_IMPLEMENTATION)
 
 
+def _origin(name: str | None) -> str | None:
+    """`name` of a checkpoint, a local one as an absolute path: found from any folder, and never taken for a hub id."""
+    return os.path.abspath(name) if name and os.path.exists(name) else name or None
+
+
 def check_labels(labels: Tensor, num_labels: int) -> None:
     """Raise ValueError for a label outside `0 .. num_labels - 1`, other than `IGNORED_LABEL`."""
     outside = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_labels)]
@@ -72,7 +80,7 @@ def check_labels(labels: Tensor, num_labels: int) -> None:
         )
 
 
-class QuantformerPreTrainedModel(PreTrainedModel):
+class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
     """What the loading and saving of quantized models share."""
 
     #: Preprocessing of the full-precision checkpoint, saved with the model. Loaded by `AutoImageProcessor`.
@@ -126,6 +134,7 @@ class QuantformerPreTrainedModel(PreTrainedModel):
             super().save_pretrained(draft, **kwargs)
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(draft)
+            write_model_card(draft, self.config, replaces=Path(save_directory) / "README.md")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Self:
@@ -275,7 +284,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             )
         backbone_config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         config = QuantformerConfig(
-            backbone_config=backbone_config, full_precision_name_or_path=model.name_or_path or None, **arguments
+            backbone_config=backbone_config, full_precision_name_or_path=_origin(model.name_or_path), **arguments
         )
         quantized = cls(config)
         # Layers keep the names of their parameters: only the quantizers' own are not in the full-precision model.
@@ -301,6 +310,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         self._require_stage("calibrate", "pretrain")
         quantize.calibrate(self, batches, centre_channels)
         self.config.calibrated = True
+        note_change(self.config)
         return self
 
     def reconstruct(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> Self:
@@ -321,6 +331,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         if self.config.stage == "packed":
             raise StageError("reconstruct() changes weights, and the model is packed: run model.unpack() first")
         quantize.reconstruct(self, batches)
+        note_change(self.config)
         return self
 
     def begin_search(
@@ -343,6 +354,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         quantize.begin_search(self, num_groups, batches)
         self.config.num_groups = num_groups
         self.config.stage = "search"
+        note_change(self.config)
         return self
 
     def freeze_groups(self) -> Self:
@@ -354,6 +366,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         self._require_stage("freeze_groups", "search")
         quantize.freeze_groups(self)
         self.config.stage = "finetune"
+        note_change(self.config)
         return self
 
     def pack(self) -> Self:

@@ -38,14 +38,23 @@ def resolve_layer_bits(backbone: nn.Module, config: QuantformerConfig) -> dict[s
     Raises:
         ValueError: a pattern of `layer_bits` that matches no layer.
     """
-    bits = {}
+    kinds = {}
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Conv2d):
-            bits[name] = LayerBits(config.embedding_bits, config.embedding_bits)
-        elif isinstance(module, nn.Linear) and name in CLASSIFIERS:
-            bits[name] = LayerBits(config.classifier_bits, config.classifier_bits)
+            kinds[name] = "embedding"
         elif isinstance(module, nn.Linear):
-            bits[name] = LayerBits(config.weight_bits, config.activation_bits)
+            kinds[name] = "classifier" if name in CLASSIFIERS else "block"
+    return layer_bits_by_kind(kinds, config)
+
+
+def layer_bits_by_kind(kinds: Mapping[str, str], config: QuantformerConfig) -> dict[str, LayerBits]:
+    """As `resolve_layer_bits`, from the names of the layers and their kinds: `embedding`, `block` or `classifier`."""
+    by_kind = {
+        "embedding": LayerBits(config.embedding_bits, config.embedding_bits),
+        "block": LayerBits(config.weight_bits, config.activation_bits),
+        "classifier": LayerBits(config.classifier_bits, config.classifier_bits),
+    }
+    bits = {name: by_kind[kind] for name, kind in kinds.items()}
     for pattern, override in (config.layer_bits or {}).items():
         matches = fnmatch.filter(bits, pattern)
         if not matches:

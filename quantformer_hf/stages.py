@@ -31,15 +31,14 @@ from .data import ImageData, load_image_data
 from .estimate import Estimate
 from .images import TransformedImages, calibration_batches, with_crop
 from .metrics import compute_metrics, rank_and_loss
+from .model_card import write_model_card
 from .modeling_quantformer import QuantformerForImageClassification, QuantformerPreTrainedModel
+from .run_history import STAGE_FILE, history_in, record_of
 from .streaming import StreamedEvaluationImages, StreamedTrainingImages
 from .trainer import QuantformerTrainer
 
 
 logger = logging.getLogger(__name__)
-
-#: In each stage's folder: what the stage was told, and what came out once it is complete.
-STAGE_FILE = "stage.json"
 
 #: Arguments that do not change what a stage computes: they may differ when a run is resumed.
 NEUTRAL_ARGUMENTS = {
@@ -131,6 +130,7 @@ class StageRun:
             raise ValueError(f"the data set has no split {arguments.data.train_split!r}: name one by train_split")
         results = {}
         model, teacher, processor = self._build_model(data)
+        history = history_in(self.source) or getattr(model.config, "run_history", None) or []
         trainer = make_trainer(
             model,
             training,
@@ -155,9 +155,14 @@ class StageRun:
             trainer.save_metrics("train", train_result.metrics)
         metrics = trainer.evaluate()
         results[f"{self.stage}_accuracy"] = metrics["eval_accuracy"]
+        history = [*history, record_of(self.stage, self.told, results)]
+        if isinstance(model, QuantformerPreTrainedModel):
+            model.config.run_history = history
         with writing(f"the model of the stage '{self.stage}'", self.folder):
             trainer.save_metrics("eval", metrics)
             trainer.save_model()
+            if not isinstance(model, QuantformerPreTrainedModel) and PartialState().is_main_process:
+                write_model_card(self.folder, model.config, history)
             trainer.save_state()
             self._write(results)
         return results

@@ -23,6 +23,7 @@ from .losses import (
     logit_distillation,
     mean_row_entropy,
 )
+from .model_card import add_to_model_card
 from .modeling_quantformer import QuantformerPreTrainedModel
 from .ops import scale_gradient
 from .quantize import blocks, group_quantizers
@@ -274,6 +275,13 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 callback.on_stage_switch(self.args, self.state, self.control, stage=stage, model=self.model)
 
     # Optimizer and schedule
+
+    def create_model_card(self, language=None, license=None, tags=None, **kwargs) -> None:
+        """As in Trainer for a full-precision model; a quantized one has its own card, which takes these three over."""
+        if not isinstance(self.accelerator.unwrap_model(self.model), QuantformerPreTrainedModel):
+            super().create_model_card(language=language, license=license, tags=tags, **kwargs)
+        elif self.is_world_process_zero():
+            add_to_model_card(self.args.output_dir, tags, language=language, license=license)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """No weight decay on scales, offsets and assignment logits."""

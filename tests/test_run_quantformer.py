@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import quantformer_hf  # noqa: F401  registers the model type
@@ -100,6 +101,22 @@ def test_all_stages_leave_loadable_models_and_the_results(finished):
         assert AutoImageProcessor.from_pretrained(folder / "out" / stage).size["height"] == 16
     for text in ("after stage", "packed", "pipeline says"):
         assert text in done.stdout
+
+
+@pytest.mark.slow
+def test_each_stage_and_the_packed_model_have_a_card_with_what_was_measured(finished):
+    folder, _ = finished
+    results = json.loads((folder / "out" / "all_results.json").read_text())
+    for name in (*RECIPE["stages"], "packed"):
+        card = ModelCard.load(folder / "out" / name / "README.md")
+        stage = "finetune" if name == "packed" else name
+        assert card.data.eval_results[0].metric_value == round(results[f"{stage}_accuracy"], 4)
+        assert card.data.eval_results[0].dataset_type == "digits"
+        assert f"| full precision | {100 * results['full_precision_accuracy']:.2f} % |" in card.text
+        assert str(folder) not in str(card)
+        for before in RECIPE["stages"][: RECIPE["stages"].index(stage) + 1]:
+            assert f"- **{before.replace('_', ' ')}**: num_train_epochs 2" in card.text
+    assert "dm_weight 0.1" in card.text
 
 
 @pytest.mark.slow
