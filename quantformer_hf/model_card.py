@@ -18,7 +18,7 @@ from .expected_tensors import describe_backbone
 from .grids import FULL_PRECISION_BITS
 from .inspect_checkpoint import full_precision_bytes
 from .report import megabytes, weights_on_disk
-from .run_history import DIGITS, UNRECORDED, hub_id, is_current, note_change
+from .run_history import DIGITS, RECIPE_ARGUMENTS, UNRECORDED, hub_id, is_current, note_change
 
 
 PAPER_TITLE = "Quantformer: Learning Extremely Low-Precision Vision Transformers"
@@ -241,10 +241,11 @@ def _recipe(record: dict[str, Any]) -> tuple[str, str]:
     stage = STAGE_TITLES.get(record["stage"], record["stage"].replace("_", " "))
     if record["stage"] == UNRECORDED:
         return stage, "changed outside of a run, of which there is no record"
-    told = [f"{name} {value}" for name, value in record["recipe"].items()]
+    # In an order that reads well: a config's file has it in that of the alphabet.
+    told = [f"{name} {record['recipe'][name]}" for name in RECIPE_ARGUMENTS if name in record["recipe"]]
     if record["source"]:
         told.insert(0, f"started from {record['source']}")
-    return stage, ", ".join(told) or "defaults"
+    return stage, ", ".join(told) or "none of them given"
 
 
 class ModelCardMixin:
