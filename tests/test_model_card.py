@@ -5,7 +5,7 @@ from conftest import make_batches, make_full_precision, make_quantized
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
-from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf import QuantformerForImageClassification, QuantformerTrainer, QuantformerTrainingArguments
 from quantformer_hf.model_card import MARK, add_to_model_card, write_model_card
 from quantformer_hf.run_history import UNRECORDED, hub_id, record_of
 
@@ -161,3 +161,15 @@ def test_a_card_written_by_hand_is_kept_and_ours_is_renewed_with_its_license(tmp
     (tmp_path / "README.md").write_text(own)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == own
+
+
+def test_the_trainers_draft_of_a_card_does_not_replace_ours(tmp_path):
+    args = QuantformerTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = QuantformerTrainer(recorded(), args)
+    trainer.save_model()
+    trainer.create_model_card(model_name="tiny", tags=["flowers"], license="mit")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert MARK in card.text
+    assert card.data.license == "mit"
+    assert "flowers" in card.data.tags
+    assert card.data.eval_results[0].metric_value == 0.85
