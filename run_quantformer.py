@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 from transformers.utils import logging
 
 from quantformer_hf.arguments import RunArguments, StageArguments
@@ -62,7 +62,6 @@ def write_packed(source: str, folder: Path) -> str:
     """The model of `source` as integer codes in `folder`: what is shared and run. Returns `folder`."""
     if PartialState().is_main_process:
         model = AutoModelForImageClassification.from_pretrained(source)
-        model.image_processor = AutoImageProcessor.from_pretrained(source)
         with writing("the packed model", folder):
             model.pack().save_pretrained(folder)
     PartialState().wait_for_everyone()

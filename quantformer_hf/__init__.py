@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from .callbacks import QuantformerCallback
 from .configuration_quantformer import QuantformerConfig
-from .modeling_quantformer import QuantformerForImageClassification, QuantformerPreTrainedModel, StageError
+from .modeling_quantformer import QuantformerForImageClassification, StageError
+from .pretrained import QuantformerPreTrainedModel
 from .trainer import QuantformerTrainer
 from .training_args import QuantformerTrainingArguments
 from .version import __version__

@@ -32,7 +32,8 @@ from .estimate import Estimate
 from .images import TransformedImages, calibration_batches, with_crop
 from .metrics import compute_metrics, rank_and_loss
 from .model_card import write_model_card
-from .modeling_quantformer import QuantformerForImageClassification, QuantformerPreTrainedModel
+from .modeling_quantformer import QuantformerForImageClassification
+from .pretrained import QuantformerPreTrainedModel
 from .run_history import STAGE_FILE, history_in, record_of
 from .streaming import StreamedEvaluationImages, StreamedTrainingImages
 from .trainer import QuantformerTrainer

@@ -24,8 +24,8 @@ from .losses import (
     mean_row_entropy,
 )
 from .model_card import add_to_model_card
-from .modeling_quantformer import QuantformerPreTrainedModel
 from .ops import scale_gradient
+from .pretrained import QuantformerPreTrainedModel
 from .quantize import blocks, group_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .resumable_trainer import ResumableTrainer

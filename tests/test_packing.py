@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import IMAGE_SIZE, make_batches, make_quantized
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, ViTConfig
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification, StageError
 from quantformer_hf.packed_layers import PackedWeight
@@ -263,3 +263,9 @@ def test_loading_a_packed_base_model_allocates_no_full_precision_weights(saved, 
         [sys.executable, "-c", MEMORY, tmp_path, saved[0]], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 3 * size < full_precision_bytes / 2
+
+
+def test_the_image_processor_travels_along(copy, tmp_path):
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(copy)
+    load(copy).unpack().pack().save_pretrained(tmp_path / "again")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "again").size["height"] == 16

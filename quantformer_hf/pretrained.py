@@ -1,0 +1,119 @@
+"""Loading and saving, which all quantized models share."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+
+from . import quantize
+from .checkpointing import replaced_together
+from .configuration_quantformer import QuantformerConfig
+from .model_card import ModelCardMixin, write_model_card
+from .packed_checkpoint import DIGEST_NAME, LOCATION_ARGUMENTS, check_packed_files, digest_of_state
+from .packed_layers import PackedWeight
+from .quantizers import ActivationQuantizer, GroupActivationQuantizer, LSQWeightQuantizer
+
+
+class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
+    """What the loading and saving of quantized models share."""
+
+    #: Preprocessing of the full-precision checkpoint: saved, loaded and pushed with the model.
+    image_processor: BaseImageProcessor | None = None
+
+    config_class = QuantformerConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTLayer", "DeiTLayer", "SwinStage"]
+    _supports_attention_backend = True
+    # Quantizers stay exact under dtype=torch.bfloat16; the codes they make are the same.
+    _keep_in_fp32_modules_strict = ["scale", "offset", "assignment_logits", "channel_quantiles", "concentration_degree"]
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        # `_init_weights` is not called inside the nested backbone; what a checkpoint does not hold is set here.
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, ActivationQuantizer | LSQWeightQuantizer | PackedWeight):
+                init.ones_(module.scale)
+            if isinstance(module, PackedWeight):
+                init.zeros_(module.codes)
+            if isinstance(module, ActivationQuantizer):
+                init.zeros_(module.offset)
+            if isinstance(module, GroupActivationQuantizer):
+                for name in ("channel_quantiles", "assignment_logits", "group_index"):
+                    if hasattr(module, name):
+                        init.zeros_(getattr(module, name))
+            if isinstance(module, QuantformerPreTrainedModel):
+                init.ones_(module.concentration_degree)
+                init.copy_(module.bit_widths, module.expected_bit_widths())
+                if module.config.stage == "packed":
+                    init.zeros_(getattr(module, DIGEST_NAME))
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As in transformers, with the parameters under the names that the modules have, and in one step.
+
+        The default there is the layout of older releases, which `Trainer` cannot resume from. Everything is written
+        beside its place and flushed first: a crash while saving leaves what was there before.
+        """
+        kwargs.setdefault("save_original_format", False)
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if self.config.stage == "packed":
+            getattr(self, DIGEST_NAME).copy_(digest_of_state(self.state_dict()))
+        kwargs.setdefault("repo_id", Path(save_directory).name)
+        with replaced_together(Path(save_directory), stale="*.safetensors*") as draft:
+            super().save_pretrained(draft, **kwargs)
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(draft)
+            write_model_card(draft, self.config, replaces=Path(save_directory) / "README.md")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Self:
+        """As in transformers, but what is missing, left over, or of other bit widths than the config's is an error.
+
+        Raises:
+            ValueError: the file does not hold the model that its config describes.
+        """
+        name = pretrained_model_name_or_path
+        wants_info = kwargs.pop("output_loading_info", False)
+        location = {key: kwargs[key] for key in LOCATION_ARGUMENTS if kwargs.get(key) is not None}
+        config = kwargs.get("config")
+        if not isinstance(config, QuantformerConfig):
+            config = cls.config_class.from_pretrained(config or name, **location)
+        if config.stage == "packed":
+            check_packed_files(name, **location)
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint '{name}' does not fit its config ({error}): restore the"
+                f" config.json that was saved with it, or give ignore_mismatched_sizes=True for a new classifier"
+            ) from error
+        problems = [
+            f"{kind}: {', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            for kind, names in (("missing", info["missing_keys"]), ("not expected", info["unexpected_keys"]))
+            if names
+        ]
+        if problems:
+            raise ValueError(
+                f"the checkpoint '{name}' does not fit its config ({'; '.join(problems)}):"
+                f" restore the config.json that was saved with it"
+            )
+        model.check_bit_widths(str(name))
+        quantize.check_group_indices(model, str(name))
+        model.image_processor = find_image_processor(name, location)
+        return (model, info) if wants_info else model
+
+
+def find_image_processor(name: str, location: dict) -> BaseImageProcessor | None:
+    """What was saved beside the model, so that it travels on wherever the model is saved or pushed next."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(name, IMAGE_PROCESSOR_NAME, **location, **quiet) is None:
+        return None
+    return AutoImageProcessor.from_pretrained(name, **location)
