@@ -56,7 +56,9 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     backbone_class = BACKBONE_CLASSES[config.model_type]
     if DeiTForImageClassificationWithTeacher.__name__ in (config.architectures or ()):
         backbone_class = DeiTForImageClassificationWithTeacher
-    return backbone_class._from_config(config, attn_implementation=ATTENTION_IMPLEMENTATION)
+    # The dtype that the caller builds in, not the one that the full-precision checkpoint's config remembers.
+    dtype = torch.get_default_dtype()
+    return backbone_class._from_config(config, attn_implementation=ATTENTION_IMPLEMENTATION, dtype=dtype)
 
 
 def _origin(name: str | None) -> str | None:
