@@ -107,7 +107,8 @@ class BadImageTally:
             images = sum(gather_object([images]))
         self.images, self.origins = 0, set()
         if origins:
-            if len(origins) > MAX_BAD_SHARE * images:
+            # A resumed run may see the end of an epoch only: one bad image of a few is no sign of a bad data set.
+            if len(origins) > MAX_BAD_SHARE * max(images, self.total or 0):
                 self._stop(origins, images)
             logger.warning(f"{len(origins)} of {images} {self.what} could not be decoded: {_names(origins)}")
         return len(origins)

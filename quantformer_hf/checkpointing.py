@@ -64,7 +64,8 @@ def replaced_together(folder: Path, stale: str) -> Iterator[Path]:
 
     Args:
         folder: made if need be. Files of other names stay.
-        stale: pattern of earlier files that go when they have no successor (shards of a larger model).
+        stale: regular expression of whole names: earlier files that go when they have no successor (shards of a larger
+            model).
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -75,8 +76,8 @@ def replaced_together(folder: Path, stale: str) -> Iterator[Path]:
         names = {path.name for path in written}
         for path in written:
             os.replace(path, folder / path.name)
-        for path in folder.glob(stale):
-            if path.name not in names:
+        for path in folder.iterdir():
+            if re.fullmatch(stale, path.name) and path.name not in names:
                 path.unlink()
         flush(folder)
     finally:

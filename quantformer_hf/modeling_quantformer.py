@@ -88,6 +88,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
     def __init__(self, config: QuantformerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
+        # Classes that were given to from_pretrained() reach the config after it was made.
+        config.backbone_config.id2label, config.backbone_config.label2id = config.id2label, config.label2id
         self.backbone = build_backbone(config.backbone_config)
         quantize.quantize_model(self.backbone, config)
         # p of each attention block's consistency loss, where it adapts (`losses.py`): part of the training state.

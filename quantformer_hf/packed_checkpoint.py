@@ -22,13 +22,22 @@ DIGEST_NAME = "packed_digest"
 LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def digest_of_state(state: dict[str, Tensor]) -> Tensor:
-    """The digest of a packed model's tensors, without the one that holds it."""
-    return digest([name for name in state if name != DIGEST_NAME], state.__getitem__)
+def digest_of_state(state: dict[str, Tensor], weight_quantizer: str) -> Tensor:
+    """The digest of a packed model's tensors, without the one that holds it, and of what alone says how to read them.
+
+    Args:
+        weight_quantizer: the config's: it decides between two grids, of which the tensors say nothing.
+    """
+    return digest([name for name in state if name != DIGEST_NAME], state.__getitem__, weight_quantizer)
 
 
-def check_packed_files(name: str | os.PathLike, **location: Any) -> None:
+def check_packed_files(name: str | os.PathLike, weight_quantizer: str, **location: Any) -> None:
     """Read the weight files of a packed checkpoint, one tensor at a time, and compare their digest.
+
+    Args:
+        name: folder, or repository of the hub.
+        weight_quantizer: as in `digest_of_state`.
+        location: of `LOCATION_ARGUMENTS`.
 
     Raises:
         ValueError: a file is missing, cut short or damaged.
@@ -45,10 +54,11 @@ def check_packed_files(name: str | os.PathLike, **location: Any) -> None:
         if DIGEST_NAME not in tensors:
             raise ValueError(f"the packed checkpoint '{name}' has no tensor '{DIGEST_NAME}': {repair}")
         names = [tensor for tensor in tensors if tensor != DIGEST_NAME]
-        found = digest(names, lambda tensor: tensors[tensor].get_tensor(tensor))
+        found = digest(names, lambda tensor: tensors[tensor].get_tensor(tensor), weight_quantizer)
         if not torch.equal(found, tensors[DIGEST_NAME].get_tensor(DIGEST_NAME)):
             raise ValueError(
-                f"the packed checkpoint '{name}' is damaged: its tensors are not those that were saved; {repair}"
+                f"the packed checkpoint '{name}' is damaged: its tensors, or the weight_quantizer of its config, are not"
+                f" those that were saved; {repair}"
             )
 
 

@@ -144,6 +144,6 @@ def _with_mean_of_step(packed: PackedWeight) -> Tensor:
     missing = 2.0 ** (packed.grid.bits - 2) - sizes.mean(1, keepdim=True)
     outermost = sizes == sizes.amax(1, keepdim=True)
     moved = torch.where(
-        missing.abs() < 0.49, missing, outermost * missing / outermost.float().mean(1, keepdim=True).clamp_min(1e-12)
+        missing.abs() < 0.45, missing, outermost * missing / outermost.float().mean(1, keepdim=True).clamp_min(1e-12)
     )
     return levels.sign() * (sizes + moved) * packed.scale.unsqueeze(1)

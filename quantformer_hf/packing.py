@@ -57,14 +57,15 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return (stream.view(len(packed), columns, bits) << places).sum(-1, dtype=torch.uint8)
 
 
-def digest(names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> Tensor:
+def digest(names: Iterable[str], tensor_of: Callable[[str], Tensor], context: str) -> Tensor:
     """SHA-256 of names, dtypes, shapes and contents, `(32,)` uint8: a file that was damaged has another one.
 
     Args:
         names: of the tensors, in any order.
         tensor_of: gives each; only one at a time is in memory.
+        context: goes in as well.
     """
-    sha = hashlib.sha256()
+    sha = hashlib.sha256(f"{context}\n".encode())
     for name in sorted(names):
         tensor = tensor_of(name).detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,5 +1,6 @@
 """Loading and saving, which all quantized models share."""
 
+import re
 from pathlib import Path
 from typing import Self
 
@@ -65,9 +66,11 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             super().save_pretrained(save_directory, **kwargs)
             return
         if self.config.stage == "packed":
-            getattr(self, DIGEST_NAME).copy_(digest_of_state(self.state_dict()))
+            getattr(self, DIGEST_NAME).copy_(digest_of_state(self.state_dict(), self.config.weight_quantizer))
         kwargs.setdefault("repo_id", Path(save_directory).name)
-        with replaced_together(Path(save_directory), stale="*.safetensors*") as draft:
+        variant = f"\\.{re.escape(kwargs['variant'])}" if kwargs.get("variant") else ""
+        stale = rf"model(-\d{{5}}-of-\d{{5}})?{variant}\.safetensors(\.index{variant}\.json)?"
+        with replaced_together(Path(save_directory), stale=stale) as draft:
             super().save_pretrained(draft, **kwargs)
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(draft)
@@ -87,7 +90,7 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         if not isinstance(config, QuantformerConfig):
             config = cls.config_class.from_pretrained(config or name, **location)
         if config.stage == "packed":
-            check_packed_files(name, **location)
+            check_packed_files(name, config.weight_quantizer, **location)
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except RuntimeError as error:
@@ -105,6 +108,16 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
                 f"the checkpoint '{name}' does not fit its config ({'; '.join(problems)}):"
                 f" restore the config.json that was saved with it"
             )
+        if info["mismatched_keys"] and config.stage == "packed":
+            raise ValueError(
+                f"the checkpoint '{name}' is packed, and a new classifier has to be trained: load it with its own classes,"
+                f" unpack() and save it, and start from there"
+            )
+        for tensor in info["mismatched_keys"]:
+            # A new classifier: its scales follow from its weight.
+            layer = model.get_submodule(str(tensor[0]).rpartition(".")[0])
+            if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer):
+                layer.weight_quantizer.calibrate(layer.weight)
         model.check_bit_widths(str(name))
         quantize.check_group_indices(model, str(name))
         model.image_processor = find_image_processor(name, location)

@@ -117,6 +117,11 @@ class QuantformerTrainingArguments(TrainingArguments):
             raise ValueError(
                 "ema_decay ends with the averaged weights, load_best_model_at_end with others: leave out one"
             )
+        if self.search_steps > 0 and self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end may go back to before the freeze of search_steps, where the model has other tensors:"
+                " leave out one, or run the stages search and finetune one after the other"
+            )
         if self.ema_decay > 0 and self.save_only_model:
             raise ValueError("ema_decay cannot be resumed from checkpoints of save_only_model: leave out one")
         if self.repeated_augmentation < 1:

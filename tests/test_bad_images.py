@@ -154,3 +154,9 @@ def test_the_policy_is_checked():
     assert issubclass(QuantformerTrainingArguments, TrainingArguments)
     with pytest.raises(ValueError, match="on_bad_image is 'ignore'"):
         QuantformerTrainingArguments("out", on_bad_image="ignore")
+
+
+def test_the_end_of_an_epoch_alone_is_not_judged_as_a_whole_one():
+    tally = BadImageTally("training images", "skip", total=1000)
+    tally.add(64, ["a"])
+    assert tally.finish() == 1

@@ -187,6 +187,7 @@ def test_a_damaged_file_is_an_error_or_the_same_model(saved, tmp_path):
     [
         ({"weight_bits": 4}, "does not fit its config"),
         ({"num_groups": 3}, "does not fit its config"),
+        ({"weight_quantizer": "statsq"}, "weight_quantizer of its config, are not"),
         ({"packing_layout": 7}, "packing_layout is 7, and this version of quantformer_hf reads 1"),
     ],
 )
@@ -271,3 +272,28 @@ def test_the_image_processor_travels_along(copy, tmp_path):
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(copy)
     load(copy).unpack().pack().save_pretrained(tmp_path / "again")
     assert AutoImageProcessor.from_pretrained(tmp_path / "again").size["height"] == 16
+
+
+def test_only_the_models_own_files_are_replaced(tmp_path):
+    for name in ("adapter.safetensors", "model.fp16.safetensors"):
+        (tmp_path / name).write_bytes(b"somebody's")
+    make_quantized("vit", "finetune").save_pretrained(tmp_path)
+    assert (tmp_path / "adapter.safetensors").exists()
+    assert (tmp_path / "model.fp16.safetensors").exists()
+
+
+@pytest.mark.parametrize("labels", [3, 9])
+def test_a_quantized_checkpoint_gets_a_new_classifier(backbone, labels, tmp_path):
+    model = make_quantized(backbone, "finetune")
+    model.save_pretrained(tmp_path)
+    names = {index: str(index) for index in range(labels)}
+    classes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    new = QuantformerForImageClassification.from_pretrained(tmp_path, **classes, ignore_mismatched_sizes=True)
+    assert logits(new).shape[1] == labels
+    # Its weights are not all rounded to zero.
+    assert logits(new).std(0).min() > 0
+    new.save_pretrained(tmp_path)
+    assert_same_logits(logits(load(tmp_path)), logits(new))
+    model.pack().save_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match="is packed, and a new classifier has to be trained"):
+        QuantformerForImageClassification.from_pretrained(tmp_path / "packed", **classes, ignore_mismatched_sizes=True)
