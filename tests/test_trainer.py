@@ -341,6 +341,16 @@ def test_a_checkpoint_of_a_stage_that_the_model_does_not_lead_to_is_refused(tmp_
     ("arguments", "message"),
     [
         ({"aux_weight": -1.0}, "aux_weight is -1.0: choose 0"),
+        (
+            {
+                "search_steps": 2,
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+                "save_steps": 1,
+            },
+            "may go back to before the freeze",
+        ),
         ({"block_gradient_scale": 0.0}, "block_gradient_scale is 0.0: choose more than 0"),
         ({"pnorm": "sharp"}, "pnorm is 'sharp': choose a number of at least 1, or 'entropy'"),
         ({"pnorm": 0.5}, "pnorm is '0.5'"),
