@@ -8,10 +8,10 @@ from transformers import PreTrainedConfig
 
 from .configuration_quantformer import QuantformerConfig
 from .grids import FULL_PRECISION_BITS
+from .layer_bits import LayerBits, layer_bits_by_kind
 from .observers import QUANTILES
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, packed_width
-from .quantize import LayerBits, layer_bits_by_kind
 
 
 #: Prefix of the tensors of the stock model in a checkpoint.

@@ -87,7 +87,7 @@ class QuantformerTrainingArguments(TrainingArguments):
         metadata={"help": "Log each loss term's share of the gradient's norm every so many steps. 0: never."},
     )
     # In the order of TrainingArguments: HfArgumentParser reads no other.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
+    report_to: None | str | list[str] = field(  # noqa: RUF036  see above
         default="tensorboard",
         metadata={"help": "Trackers of the log, such as tensorboard, wandb, trackio or none; TensorBoard by default."},
     )

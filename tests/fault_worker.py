@@ -21,8 +21,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import run_quantformer  # noqa: E402, F401  warms the imports
-from quantformer_hf.trainer import QuantformerTrainer  # noqa: E402
+import run_quantformer  # noqa: E402, F401  found by the path above; warms the imports
+from quantformer_hf.trainer import QuantformerTrainer  # noqa: E402  likewise
 
 
 class CallCounter:

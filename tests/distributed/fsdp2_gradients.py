@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from conftest import IMAGE_SIZE, make_quantized  # noqa: E402
+from conftest import IMAGE_SIZE, make_quantized  # noqa: E402  found by the path above
 
 
 dist.init_process_group("gloo")

@@ -1,0 +1,54 @@
+"""Which bit widths each layer has: the config's defaults by kind of layer, and its overrides."""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from .configuration_quantformer import QuantformerConfig, nearest
+
+
+CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier")
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bit widths of one layer's weight and input; 32 leaves it in floating point."""
+
+    weight_bits: int
+    activation_bits: int
+
+
+def resolve_layer_bits(backbone: nn.Module, config: QuantformerConfig) -> dict[str, LayerBits]:
+    """The bit widths of each linear and convolution of `backbone`, by name, with `config.layer_bits` applied in order.
+
+    Raises:
+        ValueError: a pattern of `layer_bits` that matches no layer.
+    """
+    kinds = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d):
+            kinds[name] = "embedding"
+        elif isinstance(module, nn.Linear):
+            kinds[name] = "classifier" if name in CLASSIFIERS else "block"
+    return layer_bits_by_kind(kinds, config)
+
+
+def layer_bits_by_kind(kinds: Mapping[str, str], config: QuantformerConfig) -> dict[str, LayerBits]:
+    """As `resolve_layer_bits`, from the names of the layers and their kinds: `embedding`, `block` or `classifier`."""
+    by_kind = {
+        "embedding": LayerBits(config.embedding_bits, config.embedding_bits),
+        "block": LayerBits(config.weight_bits, config.activation_bits),
+        "classifier": LayerBits(config.classifier_bits, config.classifier_bits),
+    }
+    bits = {name: by_kind[kind] for name, kind in kinds.items()}
+    for pattern, override in (config.layer_bits or {}).items():
+        matches = fnmatch.filter(bits, pattern)
+        if not matches:
+            raise ValueError(f"layer_bits names {pattern!r}, which matches no layer{nearest(pattern, bits)}")
+        if not isinstance(override, Mapping):
+            override = {"weight_bits": override, "activation_bits": override}
+        for name in matches:
+            bits[name] = replace(bits[name], **override)
+    return bits
