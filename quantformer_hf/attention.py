@@ -64,7 +64,7 @@ class AttentionOperands(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, both products in integers."""
-        of_scores, of_mix = self._operands.get(tuple(self.parameters()), self._make_operands)
+        of_scores, of_mix = self.operands()
         largest, operators = self.query.grid.qmax, torch.ops.quantformer
         scores = operators.attention_scores(query.float(), key.float(), of_scores, largest, scaling)
         if mask is not None:
@@ -72,6 +72,10 @@ class AttentionOperands(nn.Module):
         probabilities = scores.softmax(-1)
         output = operators.attention_mix(probabilities, value.float(), of_mix, largest)
         return output.to(query.dtype).transpose(1, 2), probabilities.to(query.dtype)
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """What both products need of the quantizers (`kernels.operators`)."""
+        return self._operands.get(tuple(self.parameters()), self._make_operands)
 
     def _make_operands(self) -> tuple[Tensor, Tensor]:
         """Scale, its inverse and offset of query and key, and of probabilities and value: `(2, 3)` each."""

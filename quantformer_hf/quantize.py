@@ -12,10 +12,11 @@ from .attention import AttentionOperands, attention_modules
 from .configuration_quantformer import QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
+from .kernels import describe_device, describe_layer
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
 from .layers import QuantConv2d, QuantLayerNorm, QuantLinear, quantize_for_readers
 from .ops import PRODUCERS
-from .packed_layers import PackedLinear, packed_form, unpacked_form
+from .packed_layers import PackedLayer, PackedLinear, packed_form, unpacked_form
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
 from .reconstruction import reconstruct_units, token_weights, unit_inputs
 
@@ -350,6 +351,27 @@ def pack(backbone: nn.Module) -> None:
         packed.weight_quantizer.fill(layer.weight, layer.weight_quantizer)
         backbone.set_submodule(name, packed)
     _mark_packed(backbone, True)
+    prepare_inference(backbone)
+
+
+def describe_kernels(model: nn.Module) -> dict[str, str]:
+    """What serves each packed layer and attention block, in words, by its name."""
+    said = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            said[name] = describe_layer(module, module.reads)
+        elif isinstance(module, AttentionOperands):
+            said[name] = f"{describe_device(module.query.scale.device.type)}, A{module.query.grid.bits}"
+    return said
+
+
+def prepare_inference(model: nn.Module) -> None:
+    """Make what packed layers remember beside their codes, so that the first call is no slower and can be traced."""
+    for module in model.modules():
+        if isinstance(module, PackedLayer) and module.can_infer():
+            module.plan()
+        elif isinstance(module, AttentionOperands):
+            module.operands()
 
 
 def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
