@@ -142,9 +142,11 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             RuntimeError: a layer that was not calibrated.
         """
         return_dict = kwargs.pop("return_dict", None)
-        outputs = self.backbone(
-            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
-        )
+        # Integers have no gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.stage != "packed"):
+            outputs = self.backbone(
+                pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            )
         loss = None
         if labels is not None:
             # On an accelerator this look would stop the pipeline each step: there the data collator looks.
