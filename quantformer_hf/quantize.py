@@ -12,6 +12,7 @@ from .attention import AttentionOperands, attention_modules
 from .configuration_quantformer import QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
+from .kernels import fake_quantized
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
 from .layers import QuantConv2d, QuantLayerNorm, QuantLinear, quantize_for_readers
 from .ops import PRODUCERS
@@ -314,7 +315,8 @@ def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]])
             weights = [token_weights(model, batch, readers) for batch in batches]
             with torch.no_grad():
                 inputs, arguments = unit_inputs(model, units, batches)
-        with torch.no_grad():
+        # What the quantizers put out is looked at.
+        with torch.no_grad(), fake_quantized():
             quantized_inputs, _ = unit_inputs(model, units, batches)
             off = functools.partial(full_precision, model)
             reconstruct_units(units, readers, inputs, quantized_inputs, arguments, weights, off)
