@@ -15,7 +15,7 @@ from ..modeling_quantformer import QuantformerForImageClassification
 from .traceable import DEQUANTIZE_VERSION, TraceableWeight, make_traceable
 
 
-#: Integer types of a weight, narrowest first: bits, name, and the operator set and file version that brought it.
+#: Integer types of a weight, narrowest first: bits, name, and the operator set and version of the file format it needs.
 WEIGHT_TYPES = ((2, "INT2", 25, 13), (4, "INT4", DEQUANTIZE_VERSION, 10), (8, "INT8", DEQUANTIZE_VERSION, 10))
 
 #: Operator sets that can be asked for; with the first, ONNX Runtime and OpenVINO both read the file.
@@ -52,7 +52,7 @@ def export_onnx(
     """
     path = Path(path)
     check_export(model.config, path, opset)
-    traceable = copy.deepcopy(model).float().eval()
+    traceable = copy.deepcopy(model).cpu().float().eval()
     if traceable.config.stage == "finetune":
         traceable.pack()
     make_traceable(traceable.backbone)
@@ -85,8 +85,8 @@ def check_export(config: QuantformerConfig, path: Path, opset: int) -> None:
 @torch.no_grad()
 def _trace(model: QuantformerForImageClassification, opset: int) -> torch.onnx.ONNXProgram:
     config = model.config.backbone_config
-    # A batch of one would be taken for a constant.
     size = config.image_size
+    # A batch of one would be taken for a constant.
     images = torch.zeros(2, config.num_channels, *((size, size) if isinstance(size, int) else size))
     program = torch.onnx.export(
         _Logits(model).eval(),

@@ -6,14 +6,15 @@ made of the formulas that define it, with the same roundings:
     activations    x̂ = Clip(Round((x - β) * 1/s), 0, 2^b - 1) * s + β      s and β of each channel's group
     weights        ŵ = (DequantizeLinear(q, 1) + shift) * s                 s of each output channel
 
-Two things that look simpler compute another model where engines "optimize" them (measured 2026-11-24):
+Two forms that look simpler make engines compute another model (measured 2026-11-24):
 
 - DequantizeLinear with the scale s, straight into a MatMul: ONNX Runtime (1.32) fuses the two into its MatMulNBits, which
-  rounds the *other* operand to eight bits, with a scale of its own for every 32 channels. The multiplication by s, which is
-  exact apart, stands between the two.
-- QuantizeLinear and DequantizeLinear around activations: OpenVINO (2026.4) takes them as leave to multiply in int8, with
-  sums that saturate where the processor has no VNNI (logits were off by half their size). Round and Clip it runs as they
-  stand, no slower. ONNX Runtime would run QuantizeLinear with a scale a channel of the last dimension 30 times slower.
+  rounds the *other* operand to eight bits, with a scale of its own for every 32 channels. Here the multiplication by s
+  stands between the two.
+- QuantizeLinear and DequantizeLinear around activations: OpenVINO (2026.4) takes them as leave to multiply in int8. The
+  patch embedding then rounds β to a multiple of s, and where the processor has no VNNI, sums of eight-bit weights
+  saturate: logits of small models were off by up to half their size. Round and Clip it runs as they stand. ONNX Runtime
+  is as fast with either, but 30 times slower where QuantizeLinear has a scale for each channel of the last dimension.
 """
 
 import torch
