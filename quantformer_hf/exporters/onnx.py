@@ -100,6 +100,10 @@ def _trace(model: QuantformerForImageClassification, opset: int) -> torch.onnx.O
     )
     # Where each node was traced, which is longer than the packed weights of a small model, and names this machine's paths.
     ClearMetadataAndDocStringPass()(program.model)
+    graph = program.model.graph
+    made = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *graph.initializers.values(), *made):
+        value.metadata_props.clear()
     return program
 
 
