@@ -162,5 +162,5 @@ def make_traceable(backbone: nn.Module) -> None:
             norm = nn.Sequential(_plain_norm(module), TraceableActivation(module.output_quantizer))
             backbone.set_submodule(name, norm)
         elif isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer):
-            # Swin's attention block, whose hook asks for it by this name.
-            module.input_quantizer = TraceableActivation(module.input_quantizer)
+            # Swin's attention block, whose hook asks for it by this name. Its readers are no longer packed.
+            module.input_quantizer, module.gives_codes = TraceableActivation(module.input_quantizer), False
