@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= 2
+# A file to a process, as its tests share runs and models. In the order of the names: by number of tests, which is the order
+# of pytest-xdist, the longest files would come last.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-fast test-native test-sanitized test-avx512 test-neon test-emulated lint format clean
 
@@ -12,10 +16,10 @@ quickstart: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python run_quantformer.py configs/quickstart.yaml $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # The kernels without Python, by a C++ program: needs g++ alone.
 NATIVE := build/native

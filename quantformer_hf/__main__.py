@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from . import inspect_checkpoint
+from . import export_checkpoint, inspect_checkpoint
 
 
 #: Modules by the name of their command; each has `add_arguments(parser)` and `run(arguments)`.
-COMMANDS = {"inspect": inspect_checkpoint}
+COMMANDS = {"inspect": inspect_checkpoint, "export": export_checkpoint}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from .kernels import Remembered, in_integers, infers
+from .kernels import Remembered, in_integers, infers, operators
 from .ops import positive, quantized_attention
 from .quantizers import ActivationQuantizer
 
@@ -64,14 +64,18 @@ class AttentionOperands(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, both products in integers."""
-        of_scores, of_mix = self._operands.get(tuple(self.parameters()), self._make_operands)
-        largest, operators = self.query.grid.qmax, torch.ops.quantformer
-        scores = operators.attention_scores(query.float(), key.float(), of_scores, largest, scaling)
+        of_scores, of_mix = self.operands()
+        largest = self.query.grid.qmax
+        scores = operators.call(operators.attention_scores, query.float(), key.float(), of_scores, largest, scaling)
         if mask is not None:
             scores = scores + mask
         probabilities = scores.softmax(-1)
-        output = operators.attention_mix(probabilities, value.float(), of_mix, largest)
+        output = operators.call(operators.attention_mix, probabilities, value.float(), of_mix, largest)
         return output.to(query.dtype).transpose(1, 2), probabilities.to(query.dtype)
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """What both products need of the quantizers (`kernels.operators`)."""
+        return self._operands.get(tuple(self.parameters()), self._make_operands)
 
     def _make_operands(self) -> tuple[Tensor, Tensor]:
         """Scale, its inverse and offset of query and key, and of probabilities and value: `(2, 3)` each."""

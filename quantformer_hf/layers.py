@@ -117,7 +117,7 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, channels, height, width)` in and out."""
-        if self.can_infer() and self.cuts_patches:
+        if self.can_infer():
             return self.infer_patches(x)
         return self._conv_forward(*self.quantized_operands(x), self.bias)
 
@@ -131,9 +131,15 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
             and self.groups == 1
         )
 
+    def can_infer(self) -> bool:
+        return super().can_infer() and self.cuts_patches
+
     def infer_patches(self, x: Tensor) -> Tensor:
         """`forward`, in integers."""
-        (height, width), (rows, columns) = self.kernel_size, (n // k for n, k in zip(x.shape[2:], self.kernel_size))
+        (height, width), (rows, columns) = (
+            self.kernel_size,
+            (n // k for n, k in zip(x.shape[2:], self.kernel_size, strict=True)),
+        )
         patches = x[..., : rows * height, : columns * width].reshape(*x.shape[:2], rows, height, columns, width)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, -1)
         return self.infer(patches).transpose(1, 2).unflatten(2, (rows, columns))

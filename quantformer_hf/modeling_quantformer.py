@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from . import quantize
+from . import pack, quantize
 from .attention import ATTENTION_IMPLEMENTATION, attention_modules
 from .checkpoints import load_full_precision
 from .configuration_quantformer import (
@@ -278,13 +278,14 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
     def pack(self) -> Self:
         """Go to the stage `packed`: integer codes in the place of every quantized weight (`packing.py`), for inference.
 
-        The logits stay what they were. No full-precision copy of a weight is kept; each is made anew when its layer runs.
+        The logits stay what they were, bit for bit. No full-precision copy of a weight is kept or made: layers multiply
+        codes (`kernels/`), and there are no gradients.
 
         Raises:
             StageError: not in the stage `finetune`.
         """
         self._require_stage("pack", "finetune")
-        quantize.pack(self.backbone)
+        pack.pack(self.backbone)
         self._go_to_packed(True)
         return self.eval()
 
@@ -295,9 +296,18 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             StageError: not in the stage `packed`.
         """
         self._require_stage("unpack", "packed")
-        quantize.unpack(self.backbone, self.config)
+        pack.unpack(self.backbone, self.config)
         self._go_to_packed(False)
         return self
+
+    def kernel_info(self) -> dict[str, str]:
+        """What serves each packed layer and attention block on the device that the model is on, by its name.
+
+        Raises:
+            StageError: not in the stage `packed`.
+        """
+        self._require_stage("kernel_info", "packed")
+        return pack.describe_kernels(self)
 
     def _go_to_packed(self, packed: bool) -> None:
         self.config.stage = "packed" if packed else "finetune"
@@ -330,6 +340,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             ("pack", "pretrain"): "run model.begin_search() and model.freeze_groups() first",
             ("pack", "search"): "run model.freeze_groups() first",
             ("pack", "packed"): "it is packed already",
+            ("kernel_info", "finetune"): "run model.pack() first",
             ("unpack", "pretrain"): "there is nothing to unpack",
             ("unpack", "search"): "there is nothing to unpack",
             ("unpack", "finetune"): "there is nothing to unpack",

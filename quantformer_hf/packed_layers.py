@@ -127,6 +127,9 @@ class PackedConv2d(PackedLayer, QuantConv2d):
             setattr(self, name, getattr(layer, name))
         self.take_over(layer, weight_quantizer)
 
+    def can_infer(self) -> bool:
+        return super().can_infer() and self.cuts_patches
+
 
 def packed_form(layer: QuantLinear | QuantConv2d) -> PackedLinear | PackedConv2d:
     """A layer of the same sizes with a `PackedWeight`, whose codes are still to be filled or loaded."""

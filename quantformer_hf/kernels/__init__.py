@@ -2,6 +2,7 @@
 
 from . import operators
 from .arithmetic import fake_quantized, in_integers, infers
+from .info import describe_device, describe_layer
 from .library import instruction_set, using
 from .plans import ChannelPlan, LinearPlan, Remembered, plan_channels, plan_linear, plan_weight
 
@@ -10,6 +11,8 @@ __all__ = [
     "ChannelPlan",
     "LinearPlan",
     "Remembered",
+    "describe_device",
+    "describe_layer",
     "fake_quantized",
     "in_integers",
     "infers",
