@@ -15,7 +15,7 @@ from quantformer_hf.packing import pack_codes
 
 def available() -> list[str]:
     names = []
-    for name in ("plain", "avx2", "avx512", "neon"):
+    for name in ("plain", "avx2", "avx512", "neon", "neon_dotprod"):
         try:
             with using(name):
                 names.append(name)

@@ -1,1 +1,126 @@
-namespace quantformer { struct InstructionSet; const InstructionSet* avx512() { return nullptr; } }
+// AVX-512 with VNNI: one vector holds the 16 outputs of a panel, one instruction adds four products of bytes to each.
+#include "instruction_set.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#ifdef QUANTFORMER_EMULATE_AVX512
+#include "emulated_avx512.h"  // tests/native: for machines without it
+#else
+#include <immintrin.h>
+// GCC 12 warns of its own header, which leaves a vector undefined where the mask keeps nothing of it (PR 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#endif
+
+#include <cstring>
+
+namespace quantformer {
+namespace {
+
+constexpr int kTileRows = 12;
+static_assert(kTileRows <= kMostTileRows, "scratch memory has room for a tile");
+
+TARGET inline __m512i broadcast(const void* p) {
+  int32_t value;
+  std::memcpy(&value, p, 4);
+  return _mm512_set1_epi32(value);
+}
+
+// Keeps the compiler from working on all rows side by side: it then copies each accumulator there and back.
+TARGET inline void in_order([[maybe_unused]] __m512i& sum) {
+#ifndef QUANTFORMER_EMULATE_AVX512
+  asm volatile("" : "+v"(sum));
+#endif
+}
+
+struct Bytes {
+  using X = uint8_t;
+  using W = int8_t;
+  static constexpr int kTogether = 4;
+  TARGET static __m512i step(__m512i sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
+};
+
+struct Words {
+  using X = int16_t;
+  using W = int16_t;
+  static constexpr int kTogether = 2;
+  TARGET static __m512i step(__m512i sum, __m512i x, __m512i w) { return _mm512_dpwssd_epi32(sum, w, x); }
+};
+
+// Integers and floating-point sums of 12 rows fit into the 32 registers; each loop over rows is unrolled, for an array
+// that is indexed at run time lies in memory.
+template <typename Kind, int R>
+TARGET void multiply(const Tile& tile) {
+  auto x = static_cast<const typename Kind::X*>(tile.x);
+  auto panel = static_cast<const typename Kind::W*>(tile.panel);
+  const int64_t stride = tile.x_stride;
+  __m512 sums[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
+  for (int64_t s = 0; s < tile.num_segments; ++s) {
+    __m512i integers[R];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) integers[r] = _mm512_setzero_si512();
+    const auto end = x + tile.segments[s].positions;
+    for (; x != end; x += Kind::kTogether, panel += Kind::kTogether * kPanel) {
+      const __m512i w = _mm512_loadu_si512(panel);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        integers[r] = Kind::step(integers[r], broadcast(x + r * stride), w);
+        in_order(integers[r]);
+      }
+    }
+    const __m512 scale = _mm512_set1_ps(tile.segments[s].scale);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      sums[r] = _mm512_add_ps(sums[r], _mm512_mul_ps(_mm512_cvtepi32_ps(integers[r]), scale));
+    }
+  }
+  const __m512 scale = _mm512_loadu_ps(tile.scale), bias = _mm512_loadu_ps(tile.bias);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    _mm512_storeu_ps(tile.y + r * tile.y_stride, _mm512_add_ps(_mm512_mul_ps(sums[r], scale), bias));
+  }
+}
+
+template <typename Kind>
+constexpr TileFunction kTiles[kTileRows] = {
+    multiply<Kind, 1>, multiply<Kind, 2>,  multiply<Kind, 3>,  multiply<Kind, 4>,
+    multiply<Kind, 5>, multiply<Kind, 6>,  multiply<Kind, 7>,  multiply<Kind, 8>,
+    multiply<Kind, 9>, multiply<Kind, 10>, multiply<Kind, 11>, multiply<Kind, 12>};
+
+bool available() {
+#ifdef QUANTFORMER_EMULATE_AVX512
+  return true;
+#else
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#endif
+}
+
+}  // namespace
+
+const InstructionSet* avx512() {
+  // Unpacking and quantizing wait for memory more than for instructions: those of AVX2 serve.
+  const InstructionSet* narrower = avx2();
+  if (narrower == nullptr || !available()) return nullptr;
+  static const InstructionSet set = {"avx512",
+                                     kTileRows,
+                                     false,
+                                     255,
+                                     kTiles<Bytes>,
+                                     kTiles<Words>,
+                                     narrower->unpack_bytes,
+                                     narrower->unpack_words,
+                                     narrower->quantize,
+                                     narrower->reorder};
+  return &set;
+}
+
+}  // namespace quantformer
+
+#else
+namespace quantformer {
+const InstructionSet* avx512() { return nullptr; }
+}  // namespace quantformer
+#endif

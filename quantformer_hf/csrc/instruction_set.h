@@ -11,10 +11,11 @@ constexpr int kPanel = 16;
 // Most rows of a tile, for scratch memory.
 constexpr int kMostTileRows = 12;
 
-// A run of positions whose products add up as integers before they become floating point.
+// A run of positions whose products add up as integers before they become floating point: a whole group, or, for an
+// instruction set of narrow sums, what cannot overflow these.
 struct Segment {
   int64_t positions;  // multiple of 4
-  bool first, last;   // of its group: a group is cut where narrow sums could overflow
+  bool first, last;   // of its group
   float scale;        // of the group
 };
 
@@ -33,13 +34,14 @@ struct Tile {
   float* y;            // `[rows][kPanel]`
   int64_t y_stride;
   float* sums;         // `[rows][kPanel]`, scratch
-  int32_t* carry;      // the same
+  int32_t* carry;      // the same, for groups in several segments
 };
 
 using TileFunction = void (*)(const Tile&);
 
 // Weights of up to kPanel output features, as packed in files (`packing.py`), to be unpacked into a panel. What the
-// panel holds beyond `rows` and where a group was padded has no meaning: those activations are zero, those outputs unused.
+// panel holds beyond `rows` and where a group was padded has no meaning: those outputs are unused, those activations
+// zero.
 struct Panel {
   const uint8_t* codes;    // first row
   int64_t code_stride;     // bytes from row to row
@@ -71,6 +73,7 @@ struct InstructionSet {
   const char* name;
   int tile_rows;                  // at most kMostTileRows
   bool narrow_sums;               // products of bytes add up in 16 bits: pairs and segments must fit
+  int largest_byte;               // largest code of activations that `bytes` takes: less than 255 where it is signed
   const TileFunction* bytes;      // by number of rows, from 1
   const TileFunction* words;      // the same; used where bytes would not fit
   void (*unpack_bytes)(const Panel&, int8_t* panel);
@@ -85,6 +88,7 @@ const InstructionSet* plain();
 const InstructionSet* avx2();    // null where this processor, or this compiler, has it not
 const InstructionSet* avx512();
 const InstructionSet* neon();
+const InstructionSet* neon_dotprod();
 
 // The one in use: the best of this machine, or what the caller chose.
 const InstructionSet& current();

@@ -48,7 +48,8 @@ void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
   const auto largest = static_cast<float>(job.largest);
   if (job.source == nullptr) {
     for (int64_t r = begin; r < end; ++r) {
-      set.quantize(job.x + r * job.channels, job.offset, job.inverse, largest, job.channels, job.codes + r * job.channels);
+      set.quantize(job.x + r * job.channels, job.offset, job.inverse, largest, job.channels,
+                   job.codes + r * job.channels);
     }
     return;
   }
@@ -69,6 +70,7 @@ void multiply_all(const Product& job, int64_t threads, ParallelFor parallel_for,
   const InstructionSet& set = current();
   const Plan made = plan(job, set);
   const int64_t panels = divide_up(job.outputs, kPanel);
+  if (panels == 0 || job.rows == 0) return;
   int64_t parts = std::max<int64_t>(1, std::min(job.rows / kTaskRows, divide_up(kTasksPerThread * threads, panels)));
   if (threads == 1) parts = 1;
   // Whole tiles in all parts but the last.
@@ -123,13 +125,14 @@ void fill_source(int32_t* source, int64_t columns, int64_t positions) {
 void scores_of_head(const Scores& job, int64_t b, int64_t h) {
   const int64_t positions = padded(job.head_size);
   thread_local Scratch scratch;
-  scratch.reserve((job.queries + job.keys) * positions + 2 * positions * sizeof(float) * 2 +
+  scratch.reserve((job.queries + job.keys) * positions + 2 * positions * sizeof(float) +
                   2 * job.keys * sizeof(float) + positions * sizeof(int32_t));
   auto query = scratch.take<uint8_t>(job.queries * positions), key = scratch.take<uint8_t>(job.keys * positions);
   auto offset = scratch.take<float>(positions), inverse = scratch.take<float>(positions);
   auto scale = scratch.take<float>(job.keys), bias = scratch.take<float>(job.keys);
   auto source = scratch.take<int32_t>(positions);
-  const auto quantized = [&](const float* x, const int64_t* strides, int64_t rows, const Operand& operand, uint8_t* codes) {
+  const auto quantized = [&](const float* x, const int64_t* strides, int64_t rows, const Operand& operand,
+                             uint8_t* codes) {
     std::fill_n(offset, positions, operand.offset);
     std::fill_n(inverse, positions, operand.inverse);
     quantize_operand(x + b * strides[0] + h * strides[1], strides[2], rows, job.head_size, job.largest, offset,
@@ -145,7 +148,8 @@ void scores_of_head(const Scores& job, int64_t b, int64_t h) {
   }
   fill_source(source, job.head_size, positions);
   const float one = 1;
-  Product p = head_product(query, job.queries, key, job.keys, job.head_size, positions, job.largest, source, &positions, &one);
+  Product p = head_product(query, job.queries, key, job.keys, job.head_size, positions, job.largest, source,
+                           &positions, &one);
   p.scale = scale;
   p.bias = bias;
   p.y = job.scores + (b * job.heads + h) * job.queries * job.keys;
@@ -156,11 +160,12 @@ void scores_of_head(const Scores& job, int64_t b, int64_t h) {
 void mix_head(const Mixed& job, int64_t b, int64_t h) {
   const int64_t positions = padded(job.keys), n = job.head_size;
   thread_local Scratch scratch;
-  scratch.reserve((job.queries + n) * positions + job.keys * n + 2 * positions * sizeof(float) +
+  const int64_t longest = std::max(positions, n);
+  scratch.reserve((job.queries + n) * positions + job.keys * n + 2 * longest * sizeof(float) +
                   (2 * n + job.queries) * sizeof(float) + positions * sizeof(int32_t));
   auto weights = scratch.take<uint8_t>(job.queries * positions), value = scratch.take<uint8_t>(n * positions);
   auto straight = scratch.take<uint8_t>(job.keys * n);
-  auto offset = scratch.take<float>(std::max(positions, n)), inverse = scratch.take<float>(std::max(positions, n));
+  auto offset = scratch.take<float>(longest), inverse = scratch.take<float>(longest);
   auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), of_row = scratch.take<float>(job.queries);
   auto source = scratch.take<int32_t>(positions);
 
@@ -212,7 +217,7 @@ int by_head(const Job& job, int64_t threads, ParallelFor parallel_for, void (*wo
 int quantformer_quantize(const Codes* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
   // A task is large enough to be worth a thread.
-  const int64_t rows = divide_up(32768, std::max<int64_t>(1, job->channels) * quantformer::kBlock) * quantformer::kBlock;
+  const int64_t rows = divide_up(32768, std::max<int64_t>(1, job->channels) * kBlock) * kBlock;
   return share(divide_up(job->rows, rows), threads, parallel_for, [&](int64_t begin, int64_t end) {
     quantize_rows(*job, begin * rows, std::min(end * rows, job->rows));
   });

@@ -1,5 +1,6 @@
 // What the library gives to `kernels/library.py`: plain C without torch, so that one build serves every version of it.
-// Functions return 0, or -1 where memory ran out. Tensors are contiguous unless a stride is given; strides count elements.
+// Functions return 0, or -1 where memory ran out. Tensors are contiguous unless a stride is given; strides count
+// elements.
 #pragma once
 
 #include <cstdint>

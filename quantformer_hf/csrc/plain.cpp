@@ -25,13 +25,8 @@ void multiply(const Tile& tile) {
       }
     }
     for (int i = 0; i < R * kPanel; ++i) {
-      const int32_t sum = sums[i / kPanel][i % kPanel] + (segment.first ? 0 : tile.carry[i]);
-      if (segment.last) {
-        // The build's -ffp-contract=off rounds the product before it is added.
-        tile.sums[i] = tile.sums[i] + static_cast<float>(sum) * segment.scale;
-      } else {
-        tile.carry[i] = sum;
-      }
+      // The build's -ffp-contract=off rounds the product before it is added.
+      tile.sums[i] = tile.sums[i] + static_cast<float>(sums[i / kPanel][i % kPanel]) * segment.scale;
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -90,6 +85,7 @@ const InstructionSet* plain() {
   static const InstructionSet set = {"plain",
                                      4,
                                      false,
+                                     255,
                                      kTiles<uint8_t, int8_t, 4>,
                                      kTiles<int16_t, int16_t, 2>,
                                      unpack<int8_t, 4>,

@@ -16,11 +16,11 @@ constexpr int64_t kShortestSegment = 32;
 Plan plan(const Product& p, const InstructionSet& set) {
   const int64_t lowest = p.addend, highest = int64_t{p.largest_code} * p.multiplier + p.addend;
   const int64_t largest_weight = std::max(std::abs(lowest), std::abs(highest));
-  Plan made{lowest < -128 || highest > 127, {}};
+  Plan made{lowest < -128 || highest > 127 || p.largest_x > set.largest_byte, {}};
   int64_t longest = p.positions;
   if (set.narrow_sums && !made.words) {
     // 16 bits hold the sums of pairs; four positions are two pairs, in two sums.
-    longest = 32767 / (2 * p.largest_x * largest_weight) * 4;
+    longest = 32767 / std::max<int64_t>(1, 2 * p.largest_x * largest_weight) * 4;
     made.words = longest < kShortestSegment;
     if (made.words) longest = p.positions;
   }
@@ -40,8 +40,8 @@ void multiply(const Product& p, const Plan& plan, const InstructionSet& set, int
   thread_local Scratch scratch;
   const int64_t tile_rows = set.tile_rows, wide_rows = plan.words ? last - first : 0;
   scratch.reserve(p.positions * kPanel * sizeof(int16_t) + panel_scratch_bytes(p.columns) +
-                  wide_rows * p.positions * sizeof(int16_t) + tile_rows * kPanel * (2 * sizeof(float) + sizeof(int32_t)) +
-                  2 * kPanel * sizeof(float));
+                  wide_rows * p.positions * sizeof(int16_t) +
+                  tile_rows * kPanel * (2 * sizeof(float) + sizeof(int32_t)) + 2 * kPanel * sizeof(float));
   auto panel = scratch.take<int16_t>(p.positions * kPanel);
   auto unpacking = scratch.take<uint8_t>(panel_scratch_bytes(p.columns));
   auto wide = scratch.take<int16_t>(wide_rows * p.positions);

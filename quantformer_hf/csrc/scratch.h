@@ -1,6 +1,7 @@
 // Memory of a thread that is kept from call to call: allocated once, and then only grown.
 #pragma once
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -12,12 +13,15 @@ class Scratch {
   // Room for `bytes` in all, besides what alignment takes. What was there before is lost.
   void reserve(size_t bytes) {
     used_ = 0;
+    left_ = bytes;
     if (memory_.size() < bytes + kGaps) memory_.resize(bytes + kGaps);
   }
 
   // The next `count` elements, aligned to a cache line.
   template <typename T>
   T* take(size_t count) {
+    assert(count * sizeof(T) <= left_);
+    left_ -= count * sizeof(T);
     const size_t at = (used_ + kLine - 1) / kLine * kLine;
     used_ = at + count * sizeof(T);
     const size_t shift = (kLine - reinterpret_cast<uintptr_t>(memory_.data()) % kLine) % kLine;
@@ -27,7 +31,7 @@ class Scratch {
  private:
   static constexpr size_t kLine = 64, kGaps = 16 * kLine;
   std::vector<uint8_t> memory_;
-  size_t used_ = 0;
+  size_t used_ = 0, left_ = 0;
 };
 
 }  // namespace quantformer

@@ -159,7 +159,7 @@ def check(status: int) -> None:
 
 
 def instruction_set() -> str | None:
-    """The name of the instructions in use (`avx2`, `avx512`, `neon`, `plain`), or None without kernels."""
+    """The name of the instructions in use (`avx512`, `avx2`, `neon_dotprod`, `neon`, `plain`), or None without kernels."""
     kernels = library()
     return None if kernels is None else kernels.quantformer_instruction_set().decode()
 

@@ -59,7 +59,7 @@ def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, 
     codes = torch.empty((*x.shape[:-1], positions), dtype=torch.uint8)
     job = Codes(
         x.data_ptr(),
-        x.numel() // max(channels, 1),
+        x.shape[:-1].numel(),
         channels,
         offset.data_ptr(),
         inverse.data_ptr(),
@@ -127,7 +127,7 @@ def multiply(
     y = torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32)
     job = Product(
         codes.data_ptr(),
-        codes.numel() // max(positions, 1),
+        codes.shape[:-1].numel(),
         positions,
         largest,
         weight.data_ptr(),

@@ -63,6 +63,8 @@ def multiply(
             part = exact_product(codes[..., start:end], integers[:, start:end], largest_product) * group_scale
             sums = part if sums is None else sums + part
         start = end
+    if sums is None:
+        sums = scale.new_zeros((*codes.shape[:-1], 1))
     return sums * scale + bias
 
 

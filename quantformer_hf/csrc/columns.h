@@ -1,0 +1,125 @@
+// Codes of 16 rows by column, so that a channel is one load wherever it lies: for sets of instructions with vectors of
+// 16 bytes. `V` is their struct of such instructions. The file that includes this defines TARGET, the attribute of the
+// functions that use them, and this namespace is its own: instances for two sets must not be taken for one.
+#pragma once
+
+#include <cstring>
+
+#include "instruction_set.h"
+
+namespace quantformer {
+namespace {
+
+static_assert(kPanel == 16 && kBlock == 16, "a vector holds a code of each row");
+
+// Transposes 16 by 16 bytes: four rounds that each interleave row i with row i + 8. The result is in `a`.
+template <typename V>
+TARGET inline void transpose(typename V::Block* a) {
+  typename V::Block b[16];
+  typename V::Block *from = a, *to = b;
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      to[2 * i] = V::low_bytes(from[i], from[i + 8]);
+      to[2 * i + 1] = V::high_bytes(from[i], from[i + 8]);
+    }
+    auto other = from;
+    from = to;
+    to = other;
+  }
+}
+
+// 16 rows of `stride` bytes, a multiple of 16, to `[stride][16]`.
+template <typename V>
+TARGET void to_columns(const uint8_t* rows, int64_t stride, uint8_t* columns) {
+  for (int64_t c = 0; c < stride; c += 16) {
+    typename V::Block block[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) block[i] = V::load(rows + i * stride + c);
+    transpose<V>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) V::store(columns + (c + i) * 16, block[i]);
+  }
+}
+
+// There and back.
+template <typename V>
+TARGET void reorder(const Order& order) {
+  to_columns<V>(order.rows, order.stride, order.scratch);
+  std::memset(order.scratch + order.columns * kBlock, 0, kBlock);
+  for (int64_t k = 0; k < order.positions; k += 16) {
+    const int64_t n = order.positions - k < 16 ? order.positions - k : 16;
+    typename V::Block block[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      block[i] = V::load(order.scratch + int64_t{order.source[i < n ? k + i : k]} * kBlock);
+    }
+    transpose<V>(block);
+    uint8_t* out = order.out + k;
+    for (int64_t r = 0; r < order.rows_out; ++r, out += order.positions) {
+      if (n == 16) {
+        V::store(out, block[r]);
+      } else {
+        std::memcpy(out, &block[r], n);
+      }
+    }
+  }
+}
+
+// Codes by column, `[columns + 1][kPanel]`, the last one of zeros.
+template <typename V>
+TARGET const uint8_t* codes_by_column(const Panel& p) {
+  const int64_t stride = (p.columns + 15) / 16 * 16;
+  uint8_t* rows = p.scratch;
+  uint8_t* columns = rows + stride * kPanel;
+  uint8_t* bytes = columns + (stride + 1) * kPanel;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    if (p.bits == 8) {
+      std::memcpy(rows + r * stride, p.codes + r * p.code_stride, p.columns);
+    } else {
+      // Decoding reads beyond the end of its row, and so works on a copy.
+      std::memcpy(bytes, p.codes + r * p.code_stride, (p.columns * p.bits + 7) / 8);
+      V::decode_row(bytes, p.bits, p.columns, rows + r * stride);
+    }
+  }
+  to_columns<V>(rows, stride, columns);
+  std::memset(columns + p.columns * kPanel, 0, kPanel);
+  return columns;
+}
+
+template <typename V>
+TARGET void unpack_bytes(const Panel& p, int8_t* panel) {
+  const uint8_t* columns = codes_by_column<V>(p);
+  const auto addend = V::repeat_byte(p.addend), doubled = V::repeat_byte(p.multiplier == 2 ? -1 : 0);
+  for (int64_t k = 0; k < p.positions; k += 4, panel += 4 * kPanel) {
+    typename V::Block w[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto u = V::load(columns + int64_t{p.source[k + i]} * kPanel);
+      w[i] = V::add_bytes(V::add_bytes(u, V::both(u, doubled)), addend);
+    }
+    const auto ab = V::low_bytes(w[0], w[1]), cd = V::low_bytes(w[2], w[3]);
+    const auto ef = V::high_bytes(w[0], w[1]), gh = V::high_bytes(w[2], w[3]);
+    V::store(panel, V::low_words(ab, cd));
+    V::store(panel + 16, V::high_words(ab, cd));
+    V::store(panel + 32, V::low_words(ef, gh));
+    V::store(panel + 48, V::high_words(ef, gh));
+  }
+}
+
+// How vectors decode codes of up to 7 bits, eight at a time: a code lies in two neighbouring bytes, which a shuffle by
+// `places` brings together; it starts at bit `starts` of the two.
+struct Window {
+  alignas(16) uint8_t places[16];
+  alignas(16) uint16_t starts[8];
+  explicit Window(int bits) {
+    for (int i = 0; i < 8; ++i) {
+      places[2 * i] = static_cast<uint8_t>(i * bits / 8);
+      places[2 * i + 1] = static_cast<uint8_t>(i * bits / 8 + 1);
+      starts[i] = static_cast<uint16_t>(i * bits % 8);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace quantformer

@@ -1,0 +1,344 @@
+// The kernels without Python: every set of instructions gives the bits of cases.h, and reads and writes its own memory
+// only (that part needs -fsanitize=address). Arguments: the sets that must be there; they alone are tested.
+#include <cstdio>
+#include <functional>
+#include <string>
+
+#include "cases.h"
+#include "kernels.h"
+
+using namespace quantformer;
+using namespace cases;
+
+namespace {
+
+int failures = 0, checks = 0;
+
+void check(bool holds, const InstructionSet& set, const char* what, const std::string& of) {
+  ++checks;
+  if (holds) return;
+  if (++failures <= 20) std::printf("FAILED: %s, %s, %s\n", set.name, what, of.c_str());
+}
+
+std::string describe(std::initializer_list<std::pair<const char*, int64_t>> numbers) {
+  std::string text;
+  for (auto& [name, value] : numbers) {
+    text += std::string(text.empty() ? "" : ", ") + name + " " + std::to_string(value);
+  }
+  return text;
+}
+
+// The functions of a set, each with memory of just the size that instruction_set.h promises
+
+void test_quantize(const InstructionSet& set, Random& random) {
+  for (int64_t n : {0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100}) {
+    for (int largest : {1, 3, 15, 127, 255}) {
+      const auto x = values(random, n), offset = random.reals(n, -2, 0), inverse = random.reals(n, 0.5f, 2);
+      // Exact halves: nothing but the code is left of the value.
+      for (int64_t i = 0; i < n; i += 2) {
+        offset[i] = 0;
+        inverse[i] = 1;
+      }
+      Exact<uint8_t> codes(n), expected(n);
+      for (int64_t i = 0; i < n; ++i) expected[i] = code(x[i], offset[i], inverse[i], largest);
+      set.quantize(x, offset, inverse, static_cast<float>(largest), n, codes);
+      check(same_bits(codes, expected), set, "quantize", describe({{"n", n}, {"largest", largest}}));
+    }
+  }
+}
+
+void test_reorder(const InstructionSet& set, Random& random) {
+  for (int64_t columns : {0, 1, 4, 15, 16, 17, 31, 32, 50, 100}) {
+    for (int64_t groups : {1, 3, 16}) {
+      for (int64_t rows : {1, 7, 15, 16}) {
+        const Layout layout(random, columns, groups);
+        const int64_t stride = (columns + 15) / 16 * 16, positions = layout.positions();
+        const auto source = layout.source();
+        Exact<uint8_t> in(kBlock * stride), out(rows * positions), expected(out.size), scratch((stride + 1) * kBlock);
+        for (auto& code : in) code = static_cast<uint8_t>(random.integer(0, 255));
+        for (int64_t i = 0; i < out.size; ++i) {
+          const int64_t c = source[i % positions];
+          expected[i] = c < columns ? in[i / positions * stride + c] : 0;
+        }
+        set.reorder({in, stride, columns, source, positions, out, rows, scratch});
+        check(same_bits(out, expected), set, "reorder",
+              describe({{"columns", columns}, {"groups", groups}, {"rows", rows}}));
+      }
+    }
+  }
+}
+
+struct Shape {
+  int64_t rows, columns, outputs, groups;
+};
+
+// All that one product has: made once, and then given to each function that takes a part of it.
+struct Layer {
+  Layer(Random& random, const Shape& shape, int bits, int activation_bits, int multiplier)
+      : shape(shape), layout(random, shape.columns, shape.groups), source(layout.source()),
+        weight(random, shape.outputs, shape.columns, bits, multiplier), largest((1 << activation_bits) - 1),
+        x(activations(random, layout, shape.rows, largest)), group_scales(random.reals(shape.groups, 0.001f, 1)),
+        scale(random.reals(shape.outputs, -1, 1)), bias(random.reals(shape.outputs, -9, 9)),
+        expected(shape.rows * shape.outputs) {
+    for (int64_t i = 0; i < expected.size; ++i) {
+      const int64_t row = i / shape.outputs, o = i % shape.outputs;
+      expected[i] = output(layout, weight, x + row * layout.positions(), o, group_scales, scale[o], bias[o]);
+    }
+    name = describe({{"rows", shape.rows}, {"columns", shape.columns}, {"outputs", shape.outputs},
+                     {"groups", shape.groups}, {"bits", bits}, {"of activations", activation_bits},
+                     {"multiplier", multiplier}});
+  }
+
+  Product product(float* y) const {
+    return {x, shape.rows, layout.positions(), largest, weight.packed, weight.width, shape.outputs, shape.columns,
+            weight.bits, (1 << weight.bits) - 1, weight.multiplier, weight.addend, source, layout.positions(),
+            layout.ends.data(), group_scales, shape.groups, scale, bias, y, shape.outputs};
+  }
+
+  Shape shape;
+  Layout layout;
+  Exact<int32_t> source;
+  Weight weight;
+  int largest;
+  Exact<uint8_t> x;
+  Exact<float> group_scales, scale, bias, expected;
+  std::string name;
+};
+
+template <typename W>
+bool right_panel(const Layer& layer, const Exact<W>& panel, int64_t together) {
+  for (int64_t k = 0; k < layer.layout.positions(); ++k) {
+    if (layer.source[k] == layer.shape.columns) continue;
+    for (int64_t o = 0; o < layer.shape.outputs; ++o) {
+      const int64_t at = k / together * together * kPanel + o * together + k % together;
+      if (panel[at] != layer.weight.at(o, layer.source[k])) return false;
+    }
+  }
+  return true;
+}
+
+// One panel and one tile of a layer of at most kPanel outputs.
+template <typename X, typename W>
+void test_tile(const InstructionSet& set, const Layer& layer, const Plan& plan, void (*unpack)(const Panel&, W*),
+               const TileFunction* tiles, int64_t together) {
+  const auto& w = layer.weight;
+  const int64_t positions = layer.layout.positions(), rows = layer.shape.rows, outputs = layer.shape.outputs;
+  Exact<uint8_t> scratch(panel_scratch_bytes(w.columns));
+  Exact<W> panel(positions * kPanel);
+  unpack({w.packed, w.width, outputs, w.columns, w.bits, w.multiplier, w.addend, layer.source, positions, scratch},
+         panel);
+  const std::string of = (sizeof(W) == 1 ? "bytes, " : "words, ") + layer.name;
+  check(right_panel(layer, panel, together), set, "unpack", of);
+
+  Exact<X> x(rows * positions);
+  std::copy(layer.x.begin(), layer.x.end(), x.begin());
+  Exact<float> scale(kPanel), bias(kPanel), y(rows * kPanel), sums(rows * kPanel);
+  Exact<int32_t> carry(rows * kPanel);
+  for (int o = 0; o < kPanel; ++o) scale[o] = bias[o] = 0;
+  std::copy(layer.scale.begin(), layer.scale.end(), scale.begin());
+  std::copy(layer.bias.begin(), layer.bias.end(), bias.begin());
+  tiles[rows - 1]({x, positions, panel, plan.segments.data(), static_cast<int64_t>(plan.segments.size()), scale, bias,
+                   y, kPanel, sums, carry});
+  bool right = true;
+  for (int64_t i = 0; i < layer.expected.size; ++i) {
+    right = right && std::memcmp(&y[i / outputs * kPanel + i % outputs], &layer.expected[i], sizeof(float)) == 0;
+  }
+  check(right, set, "tile", of);
+}
+
+void test_tiles(const InstructionSet& set, Random& random, int bits, int activation_bits, int multiplier) {
+  for (int64_t rows = 1; rows <= set.tile_rows; ++rows) {
+    const int64_t columns = random.integer(0, 90), outputs = random.integer(1, kPanel);
+    const Layer layer(random, {rows, columns, outputs, random.integer(1, 8)}, bits, activation_bits, multiplier);
+    Plan made = plan(layer.product(nullptr), set);
+    if (!made.words) {
+      test_tile<uint8_t, int8_t>(set, layer, made, set.unpack_bytes, set.bytes, 4);
+      InstructionSet of_words = set;
+      of_words.largest_byte = -1;
+      made = plan(layer.product(nullptr), of_words);
+    }
+    test_tile<int16_t, int16_t>(set, layer, made, set.unpack_words, set.words, 2);
+  }
+}
+
+// Whole operators, as Python calls them
+
+// As threads may take tasks: some at a time, and not in order.
+int32_t backwards(int64_t begin, int64_t end, int64_t, void (*work)(int64_t, int64_t, void*), void* context) {
+  for (int64_t at = end; at > begin; at -= 3) work(std::max(begin, at - 3), at, context);
+  return 0;
+}
+
+void test_layer(const InstructionSet& set, const Layer& layer) {
+  for (int threads : {1, 3}) {
+    Exact<float> y(layer.expected.size);
+    const Product job = layer.product(y);
+    const int status = quantformer_multiply(&job, threads, threads > 1 ? backwards : nullptr);
+    check(status == 0 && same_bits(y, layer.expected), set, "multiply", layer.name);
+  }
+}
+
+void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t channels, int64_t groups) {
+  const Layout layout(random, channels, groups);
+  const auto x = values(random, rows * channels);
+  const auto offset = random.reals(channels, -2, 0), inverse = random.reals(channels, 0.5f, 2);
+  const auto source = layout.source();
+  const std::string of = describe({{"rows", rows}, {"channels", channels}, {"groups", groups}});
+  for (bool ordered : {false, true}) {
+    const int64_t positions = ordered ? layout.positions() : channels;
+    Exact<uint8_t> codes(rows * positions), expected(rows * positions);
+    for (int64_t i = 0; i < codes.size; ++i) {
+      const int64_t c = ordered ? source[i % positions] : i % positions;
+      expected[i] = c < channels ? code(x[i / positions * channels + c], offset[c], inverse[c], 15) : 0;
+    }
+    const int32_t* order = ordered ? source.begin() : nullptr;
+    const Codes job = {x, rows, channels, offset, inverse, 15, order, positions, codes};
+    check(quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, expected), set, "codes", of);
+  }
+}
+
+struct AttentionShape {
+  int64_t batch, heads, queries, keys, size;
+};
+
+// Heads lie between tokens, as a projection leaves them; `[batch, tokens, heads, size]`.
+struct Tokens {
+  Tokens(Random& random, const AttentionShape& s, int64_t tokens)
+      : values(random.reals(s.batch * tokens * s.heads * s.size, -3, 3)),
+        strides{tokens * s.heads * s.size, s.size, s.heads * s.size} {}
+  float at(int64_t b, int64_t h, int64_t t, int64_t d) const {
+    return values[b * strides[0] + h * strides[1] + t * strides[2] + d];
+  }
+  Exact<float> values;
+  int64_t strides[3];
+};
+
+using Visit = std::function<void(int64_t index, int64_t batch, int64_t head, int64_t query, int64_t key)>;
+
+void for_each_score(const AttentionShape& s, const Visit& visit) {
+  int64_t i = 0;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t h = 0; h < s.heads; ++h) {
+      for (int64_t q = 0; q < s.queries; ++q) {
+        for (int64_t k = 0; k < s.keys; ++k) visit(i++, b, h, q, k);
+      }
+    }
+  }
+}
+
+void test_scores(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, const std::string& of) {
+  const int largest = (1 << bits) - 1;
+  const Operand operands[] = {{0.1f, 10, -1.5f}, {0.07f, 1 / 0.07f, -0.75f}};
+  const Tokens query(random, s, s.queries), key(random, s, s.keys);
+  const int64_t scores = s.batch * s.heads * s.queries * s.keys;
+  Exact<float> expected(scores), got(scores);
+  const float scaling = 0.125f;
+  for_each_score(s, [&](int64_t i, int64_t b, int64_t h, int64_t q, int64_t k) {
+    int64_t product = 0, of_key = 0;
+    for (int64_t d = 0; d < s.size; ++d) {
+      const int64_t kc = code(key.at(b, h, k, d), operands[1].offset, operands[1].inverse, largest);
+      product += code(query.at(b, h, q, d), operands[0].offset, operands[0].inverse, largest) * kc;
+      of_key += kc;
+    }
+    const float scale = operands[0].scale * operands[1].scale * scaling;
+    const float shift = operands[0].offset * operands[1].scale * scaling;
+    const float bias = static_cast<float>(of_key) * shift, scaled = static_cast<float>(product) * scale;
+    expected[i] = scaled + bias;
+  });
+  Scores job = {query.values, key.values, s.batch,  s.heads, s.queries, s.keys, s.size, {}, {},
+                operands,     largest,    scaling, got};
+  std::copy_n(query.strides, 3, job.query_strides);
+  std::copy_n(key.strides, 3, job.key_strides);
+  check(quantformer_scores(&job, 3, backwards) == 0 && same_bits(got, expected), set, "scores", of);
+}
+
+void test_mix(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, const std::string& of) {
+  const int largest = (1 << bits) - 1;
+  const Operand operands[] = {{0.01f, 100, 0.001f}, {0.07f, 1 / 0.07f, -0.75f}};
+  const auto probabilities = random.reals(s.batch * s.heads * s.queries * s.keys, 0, 1);
+  const Tokens value(random, s, s.keys);
+  Exact<float> expected(s.batch * s.queries * s.heads * s.size), got(expected.size);
+  for (int64_t i = 0; i < expected.size; ++i) {
+    const int64_t d = i % s.size, h = i / s.size % s.heads, q = i / s.size / s.heads % s.queries;
+    const int64_t b = i / s.size / s.heads / s.queries;
+    int64_t product = 0, of_column = 0, of_row = 0;
+    for (int64_t k = 0; k < s.keys; ++k) {
+      const float p = probabilities[((b * s.heads + h) * s.queries + q) * s.keys + k];
+      const int64_t pc = code(p, operands[0].offset, operands[0].inverse, largest);
+      const int64_t vc = code(value.at(b, h, k, d), operands[1].offset, operands[1].inverse, largest);
+      product += pc * vc, of_column += vc, of_row += pc;
+    }
+    const float both = operands[0].offset * operands[1].offset, constant = static_cast<float>(s.keys) * both;
+    const float shift = operands[0].offset * operands[1].scale, turn = operands[0].scale * operands[1].offset;
+    const float column = static_cast<float>(of_column) * shift, bias = column + constant;
+    const float scaled = static_cast<float>(product) * (operands[0].scale * operands[1].scale), sum = scaled + bias;
+    const float row = static_cast<float>(of_row) * turn;
+    expected[i] = sum + row;
+  }
+  Mixed job = {probabilities, value.values, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands, largest, got};
+  std::copy_n(value.strides, 3, job.value_strides);
+  check(quantformer_mix(&job, 3, backwards) == 0 && same_bits(got, expected), set, "mix", of);
+}
+
+void test(const InstructionSet& set) {
+  Random random(0);
+  quantformer_use_instruction_set(set.name);
+  check(&current() == &set, set, "choice", "by name");
+  test_quantize(set, random);
+  test_reorder(set, random);
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (int of_activations = 2; of_activations <= 8; ++of_activations) {
+      for (int multiplier : {1, 2}) {
+        test_tiles(set, random, bits, of_activations, multiplier);
+        const int64_t rows = random.integer(1, 30), outputs = random.integer(1, 50);
+        const Shape any = {rows, random.integer(1, 90), outputs, random.integer(1, 9)};
+        for (const Shape& shape : {Shape{1, 1, 1, 1}, {7, 33, 17, 5}, any}) {
+          test_layer(set, Layer(random, shape, bits, of_activations, multiplier));
+        }
+      }
+    }
+  }
+  // Groups of one channel each; groups that are longer than narrow sums; more tasks than panels; nothing at all.
+  for (const Shape& shape : {Shape{3, 24, 16, 200}, {2, 1500, 5, 1}, {2, 1500, 5, 2}, {600, 12, 20, 2}, {0, 9, 9, 2},
+                             {3, 9, 0, 2}, {3, 0, 9, 2}, {0, 0, 0, 1}}) {
+    for (int bits : {1, 4, 8}) test_layer(set, Layer(random, shape, bits, bits == 1 ? 2 : bits, 1));
+  }
+  for (int64_t rows : {0, 1, 15, 16, 33}) {
+    for (int64_t channels : {1, 9, 16, 40, 4000}) test_codes(set, random, rows, channels, channels / 5 + 1);
+  }
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 5, 9}, {1, 2, 17, 20, 32},
+                                    {1, 1, 2, 1, 600}, {1, 1, 3, 600, 1}, {1, 1, 0, 3, 4}, {0, 2, 3, 3, 4}}) {
+      const std::string of =
+          describe({{"queries", s.queries}, {"keys", s.keys}, {"head size", s.size}, {"bits", bits}});
+      test_scores(set, random, s, bits, of);
+      test_mix(set, random, s, bits, of);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** names) {
+  std::vector<const InstructionSet*> found;
+  for (auto find : {plain, avx2, avx512, neon, neon_dotprod}) {
+    if (const InstructionSet* set = find()) found.push_back(set);
+  }
+  std::vector<const InstructionSet*> asked = count > 1 ? std::vector<const InstructionSet*>{} : found;
+  for (int i = 1; i < count; ++i) {
+    const InstructionSet* named = nullptr;
+    for (auto set : found) named = std::string(names[i]) == set->name ? set : named;
+    if (named == nullptr) {
+      std::printf("FAILED: no %s here\n", names[i]);
+      return 1;
+    }
+    asked.push_back(named);
+  }
+  for (auto set : asked) {
+    const int before = checks;
+    test(*set);
+    std::printf("%s: %d checks\n", set->name, checks - before);
+  }
+  std::printf(failures ? "%d of %d checks FAILED\n" : "all right\n", failures, checks);
+  return failures != 0;
+}
