@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from transformers import PreTrainedConfig
 
+from .backbone_layers import describe_backbone
 from .checkpoint_reader import CheckpointReader
 from .configuration_quantformer import QuantformerConfig
-from .expected_tensors import describe_backbone
 from .grids import FULL_PRECISION_BITS
 from .inspect_checkpoint import full_precision_bytes
 from .report import megabytes, weights_on_disk
