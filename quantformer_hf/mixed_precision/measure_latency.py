@@ -1,7 +1,6 @@
 """Measure packed linears of a model's shapes at each width, for budgets in milliseconds: a CSV file."""
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,8 +47,8 @@ def packed_linear(key: LatencyKey) -> PackedLinear:
     return packed.eval()
 
 
-def median_milliseconds(function: Callable[[], Any], repetitions: int) -> float:
-    """The median time of `function`, which a busy neighbour disturbs least."""
+def least_milliseconds(function: Callable[[], Any], repetitions: int) -> float:
+    """The least time of `function`: whatever else runs on the machine only ever adds to it."""
     cuda = torch.cuda.is_available()
     times = []
     for number in range(WARM_UP + repetitions):
@@ -59,7 +58,7 @@ def median_milliseconds(function: Callable[[], Any], repetitions: int) -> float:
             torch.cuda.synchronize()
         if number >= WARM_UP:
             times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return min(times)
 
 
 @torch.inference_mode()
@@ -80,7 +79,7 @@ def measure_latency(
         model: full-precision image classifier.
         candidates: bits; activations leave out 1.
         num_groups: of the inputs' quantizers.
-        repetitions: of which the median counts.
+        repetitions: of which the quickest counts.
         device: to measure on.
         announce: called with a line for each time.
     """
@@ -99,7 +98,7 @@ def measure_latency(
         if key not in table.times:
             x = torch.randn(1, key.rows, key.in_features, device=device)
             linear = packed_linear(key).to(device)
-            table.times[key] = median_milliseconds(lambda: linear(x), repetitions)
+            table.times[key] = least_milliseconds(lambda: linear(x), repetitions)
             announce(f"{key}: {table.times[key]:.3f} ms")
         return table.times[key]
 
@@ -108,7 +107,7 @@ def measure_latency(
             time_of(name, *pair)
     linears = sum(time_of(name, REFERENCE_BITS, REFERENCE_BITS) for name in reference.inputs)
     image = one_image(quantized.config, "cpu")
-    whole = median_milliseconds(_packed(quantized, image, device), repetitions)
+    whole = least_milliseconds(_packed(quantized, image, device), repetitions)
     table.rest = max(0.0, whole - linears)
     announce(
         f"whole model at W{REFERENCE_BITS}A{REFERENCE_BITS}: {whole:.3f} ms, of which its linears {linears:.3f} ms"
@@ -133,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="latency.csv", help="the file to write (default: %(default)s)")
     parser.add_argument("--candidate_bits", type=int, nargs="+", default=list(CANDIDATE_BITS), help="widths to measure")
     parser.add_argument("--num_groups", type=int, default=8, help="groups of channels (default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=20, help="runs, of which the median counts")
+    parser.add_argument("--repetitions", type=int, default=20, help="runs, of which the quickest counts")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
 

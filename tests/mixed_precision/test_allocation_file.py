@@ -105,3 +105,15 @@ def test_a_checkpoint_of_other_bits_is_not_taken_for_the_allocation(tmp_path):
         check_same_bits(model.backbone, model.config, path, "somewhere")
     model = QuantformerForImageClassification(config_of("vit", layer_bits=path))
     check_same_bits(model.backbone, model.config, path, "somewhere")
+
+
+def test_the_card_says_which_bits_there_are_and_does_not_list_every_layer(tmp_path):
+    allocation, path = write(tmp_path)
+    QuantformerForImageClassification(config_of("vit", layer_bits=path)).save_pretrained(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    weights = [layer.weight_bits for layer in allocation.layers.values()]
+    inputs = [layer.activation_bits for layer in allocation.layers.values()]
+    row = "| linears of the blocks | {} to {} bits, by layer | {} to {} bits, by layer |"
+    assert row.format(min(weights), max(weights), min(inputs), max(inputs)) in card
+    assert "# ViT mixed precision" in card
+    assert "but `" not in card

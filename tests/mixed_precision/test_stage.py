@@ -76,7 +76,7 @@ def test_one_command_makes_a_checkpoint_within_the_budget(full_precision, tmp_pa
         tmp_path,
         full_precision,
         stages=["allocate", "pretrain", "search", "finetune"],
-        budget=["22kB", "1.5MBitOps"],
+        budget=["28kB", "7MBitOps"],
         allocation_method=method,
         sensitivity_samples=16,
         candidate_bits=[2, 3, 4, 8],
@@ -85,8 +85,8 @@ def test_one_command_makes_a_checkpoint_within_the_budget(full_precision, tmp_pa
     out = tmp_path / "out"
     allocation = BitAllocation.read(out / "allocate" / "bit_allocation.json")
     assert allocation.method == method
-    assert weights_on_disk(out / "packed") == allocation.cost["bytes"] <= 22_000
-    assert allocation.cost["BitOps"] <= 1.5e6
+    assert weights_on_disk(out / "packed") == allocation.cost["bytes"] <= 28_000
+    assert allocation.cost["BitOps"] <= 7e6
     assert len({(layer.weight_bits, layer.activation_bits) for layer in allocation.layers.values()}) > 1
     for stage in ("pretrain", "search", "finetune", "packed"):
         config = AutoModelForImageClassification.from_pretrained(out / stage).config
