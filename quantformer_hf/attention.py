@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from .ops import quantized_attention
+from .kernels import Remembered, in_integers, infers
+from .ops import positive, quantized_attention
 from .quantizers import ActivationQuantizer
 
 
@@ -24,6 +25,9 @@ class AttentionOperands(nn.Module):
 
     def __init__(self, bits: int, name: str, calibrated: bool):
         super().__init__()
+        #: Whether the block's model is packed, and computes in integers at all times.
+        self.packed = False
+        self._operands: Remembered[tuple[Tensor, Tensor]] = Remembered()
         self.query = ActivationQuantizer(bits, f"{name}.query", calibrated)
         self.key = ActivationQuantizer(bits, f"{name}.key", calibrated)
         self.value = ActivationQuantizer(bits, f"{name}.value", calibrated)
@@ -37,6 +41,8 @@ class AttentionOperands(nn.Module):
         if all(quantizer.enabled for quantizer in quantizers):
             for quantizer in quantizers:
                 quantizer.check_calibrated()
+            if infers(self) or (self.packed and in_integers()):
+                return self.infer(query, key, value, mask, scaling)
             return quantized_attention(
                 query,
                 key,
@@ -53,6 +59,31 @@ class AttentionOperands(nn.Module):
             if quantizer.observer is not None:
                 quantizer.observer.add(operand)
         return output, probabilities
+
+    def infer(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, both products in integers."""
+        of_scores, of_mix = self.operands()
+        largest, operators = self.query.grid.qmax, torch.ops.quantformer
+        scores = operators.attention_scores(query.float(), key.float(), of_scores, largest, scaling)
+        if mask is not None:
+            scores = scores + mask
+        probabilities = scores.softmax(-1)
+        output = operators.attention_mix(probabilities, value.float(), of_mix, largest)
+        return output.to(query.dtype).transpose(1, 2), probabilities.to(query.dtype)
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """What both products need of the quantizers (`kernels.operators`)."""
+        return self._operands.get(tuple(self.parameters()), self._make_operands)
+
+    def _make_operands(self) -> tuple[Tensor, Tensor]:
+        """Scale, its inverse and offset of query and key, and of probabilities and value: `(2, 3)` each."""
+        rows = []
+        for quantizer in (self.query, self.key, self.probabilities, self.value):
+            scale = positive(quantizer.scale).detach()
+            rows.append(torch.cat([scale, 1 / scale, quantizer.offset.detach()]))
+        return torch.stack(rows[:2]), torch.stack(rows[2:])
 
 
 def plain_attention(

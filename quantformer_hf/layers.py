@@ -1,21 +1,71 @@
-"""Layers whose weight, and whose input or output, are quantized."""
+"""Layers whose weight, and whose input or output, are quantized.
+
+For training they compute in floating point. For inference (`eval()`, no gradients) they compute in integers what the
+packed layers do (`packed_layers.py`), so that packing a model changes no bit of its logits.
+"""
 
 from typing import Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels import in_integers, infers, plan_linear, plan_weight
+from .ops import positive
 from .quantizers import ActivationQuantizer, WeightQuantizer
 
 
-class QuantLinear(nn.Linear):
-    """Linear layer with a quantized weight.
+class QuantizedInput:
+    """What linears and convolutions know of the tensor that they read.
 
-    `input_quantizer` is None where the producer of the input already quantizes it (`QuantLayerNorm`).
+    `input_quantizer` is None where the producer of the input already quantizes it (`QuantLayerNorm`); `shared_quantizer`
+    then holds that one, in a tuple, so that it is a submodule of its producer alone.
     """
 
     weight_quantizer: WeightQuantizer | None
     input_quantizer: ActivationQuantizer | None
+    shared_quantizer: tuple[ActivationQuantizer, ...] = ()
+
+    @property
+    def reads(self) -> ActivationQuantizer | None:
+        """What quantizes the input, here or where it was made."""
+        return self.input_quantizer or next(iter(self.shared_quantizer), None)
+
+    def quantized_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight in floating point, fake-quantized."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        # One that is made from codes, and has no bias beside it, does not know the model's dtype.
+        return x, weight.to(x.dtype)
+
+    def can_infer(self) -> bool:
+        """Whether this is inference, and there are integers to compute with."""
+        reads, weight = self.reads, self.weight_quantizer
+        return (
+            reads is not None
+            and weight is not None
+            and infers(self)
+            and reads.enabled
+            and weight.enabled
+            and reads.calibrated
+            and reads.hard
+            and reads.observer is None
+        )
+
+    def infer(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`, in integers; `in` counts everything but the output channels."""
+        quantizer, grid = self.weight_quantizer, self.weight_quantizer.grid
+        # A byte a code: the same integers as packed ones.
+        codes = (quantizer.integers(self.weight) - grid.qmin).to(torch.uint8)
+        scale = positive(quantizer.step(self.weight)).float()
+        weight = plan_weight(codes.shape[1], 8, grid.qmin, grid.qmax, quantizer.shift, scale)
+        channels = self.reads.plan(x.shape[-1])
+        return plan_linear(weight, codes, self.bias, channels)(self.reads.to_codes(x), codes, channels).to(x.dtype)
+
+
+class QuantLinear(QuantizedInput, nn.Linear):
+    """Linear layer with a quantized weight."""
 
     @classmethod
     def from_float(
@@ -33,14 +83,13 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return F.linear(*_quantize_operands(self, x), self.bias)
+        if self.can_infer():
+            return self.infer(x)
+        return F.linear(*self.quantized_operands(x), self.bias)
 
 
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(QuantizedInput, nn.Conv2d):
     """Convolution (the patch embedding) with a quantized weight and input."""
-
-    weight_quantizer: WeightQuantizer | None
-    input_quantizer: ActivationQuantizer | None
 
     @classmethod
     def from_float(
@@ -68,21 +117,41 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, channels, height, width)` in and out."""
-        return self._conv_forward(*_quantize_operands(self, x), self.bias)
+        if self.can_infer():
+            return self.infer_patches(x)
+        return self._conv_forward(*self.quantized_operands(x), self.bias)
 
+    @property
+    def cuts_patches(self) -> bool:
+        """Whether its windows lie side by side, so that it is a linear layer of patches."""
+        return (
+            self.kernel_size == self.stride
+            and self.dilation == (1, 1)
+            and self.padding in ((0, 0), "valid")
+            and self.groups == 1
+        )
 
-def _quantize_operands(layer: QuantLinear | QuantConv2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    if layer.input_quantizer is not None:
-        x = layer.input_quantizer(x)
-    weight = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
-    # One that is made from codes, and has no bias beside it, does not know the model's dtype.
-    return x, weight.to(x.dtype)
+    def can_infer(self) -> bool:
+        return super().can_infer() and self.cuts_patches
+
+    def infer_patches(self, x: Tensor) -> Tensor:
+        """`forward`, in integers."""
+        (height, width), (rows, columns) = (
+            self.kernel_size,
+            (n // k for n, k in zip(x.shape[2:], self.kernel_size, strict=True)),
+        )
+        patches = x[..., : rows * height, : columns * width].reshape(*x.shape[:2], rows, height, columns, width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, -1)
+        return self.infer(patches).transpose(1, 2).unflatten(2, (rows, columns))
 
 
 class QuantLayerNorm(nn.LayerNorm):
     """LayerNorm whose output is quantized once for all the layers that read it (q, k and v; fc1; Swin's reduction)."""
 
     output_quantizer: ActivationQuantizer
+
+    #: Whether all readers are packed, and are handed codes.
+    gives_codes = False
 
     @classmethod
     def from_float(cls, norm: nn.LayerNorm, output_quantizer: ActivationQuantizer) -> Self:
@@ -93,5 +162,10 @@ class QuantLayerNorm(nn.LayerNorm):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., channels)` in and out."""
-        return self.output_quantizer(super().forward(x))
+        """`(..., channels)` in and out; where it gives codes, `(..., positions)` uint8."""
+        return quantize_for_readers(self, self.output_quantizer, super().forward(x))
+
+
+def quantize_for_readers(producer: nn.Module, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+    """What `producer`, a LayerNorm or an attention block, hands to the layers that read `x`."""
+    return quantizer.to_codes(x) if producer.gives_codes and in_integers() else quantizer(x)

@@ -142,9 +142,11 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             RuntimeError: a layer that was not calibrated.
         """
         return_dict = kwargs.pop("return_dict", None)
-        outputs = self.backbone(
-            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
-        )
+        # Integers have no gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.stage != "packed"):
+            outputs = self.backbone(
+                pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            )
         loss = None
         if labels is not None:
             # On an accelerator this look would stop the pipeline each step: there the data collator looks.
@@ -276,7 +278,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
     def pack(self) -> Self:
         """Go to the stage `packed`: integer codes in the place of every quantized weight (`packing.py`), for inference.
 
-        The logits stay what they were. No full-precision copy of a weight is kept; each is made anew when its layer runs.
+        The logits stay what they were, bit for bit. No full-precision copy of a weight is kept or made: layers multiply
+        codes (`kernels/`), and there are no gradients.
 
         Raises:
             StageError: not in the stage `finetune`.
@@ -296,6 +299,15 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         quantize.unpack(self.backbone, self.config)
         self._go_to_packed(False)
         return self
+
+    def kernel_info(self) -> dict[str, str]:
+        """What serves each packed layer and attention block on the device that the model is on, by its name.
+
+        Raises:
+            StageError: not in the stage `packed`.
+        """
+        self._require_stage("kernel_info", "packed")
+        return quantize.describe_kernels(self)
 
     def _go_to_packed(self, packed: bool) -> None:
         self.config.stage = "packed" if packed else "finetune"
@@ -328,6 +340,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             ("pack", "pretrain"): "run model.begin_search() and model.freeze_groups() first",
             ("pack", "search"): "run model.freeze_groups() first",
             ("pack", "packed"): "it is packed already",
+            ("kernel_info", "finetune"): "run model.pack() first",
             ("unpack", "pretrain"): "there is nothing to unpack",
             ("unpack", "search"): "there is nothing to unpack",
             ("unpack", "finetune"): "there is nothing to unpack",

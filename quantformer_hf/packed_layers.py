@@ -6,7 +6,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from .layers import QuantConv2d, QuantLinear
+from .kernels import ChannelPlan, LinearPlan, Remembered, in_integers, plan_linear, plan_weight
+from .kernels.plans import WeightPlan
+from .layers import QuantConv2d, QuantizedInput, QuantLinear
 from .ops import positive
 from .packing import pack_codes, packed_width, unpack_codes
 from .quantizers import LSQWeightQuantizer, WeightQuantizer
@@ -41,17 +43,68 @@ class PackedWeight(WeightQuantizer):
         """q, `(out, in)`, int32."""
         return unpack_codes(self.codes, self.grid.bits, self.columns).int() + self.grid.qmin
 
+    def plan(self) -> WeightPlan:
+        """As the kernels take it."""
+        return plan_weight(self.columns, self.grid.bits, self.grid.qmin, self.grid.qmax, self.shift, self.scale)
+
     def dequantized(self) -> Tensor:
         """The weight in floating point, of `shape`: made anew at each call, and nowhere kept."""
         return ((self.integers().float() + self.shift) * self.scale.unsqueeze(1)).view(self.shape)
 
     def quantize(self, weight: Tensor) -> Tensor:
-        # It comes from `dequantized`: it is on the grid.
-        return weight
+        # What a caller has is the layer's `weight`, without values.
+        return self.dequantized()
 
 
-class PackedLinear(QuantLinear):
-    """Linear layer without a floating-point weight: `weight` is made from the codes when it is asked for.
+class PackedLayer(QuantizedInput):
+    """What the packed layers share: no floating-point weight, and integer arithmetic wherever their input is quantized."""
+
+    weight_quantizer: PackedWeight
+
+    def take_over(self, layer: QuantLinear | QuantConv2d, weight_quantizer: PackedWeight) -> None:
+        """Bias and quantizers of `layer`, codes of `weight_quantizer`."""
+        self.register_parameter("bias", layer.bias)
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = layer.input_quantizer
+        self.shared_quantizer = layer.shared_quantizer
+        self._plan: Remembered[LinearPlan] = Remembered()
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight, on the device `meta`: its values are codes (`weight_quantizer.dequantized()`).
+
+        ViT's patch embedding looks at the dtype in each forward pass.
+        """
+        dtype = self.weight_quantizer.scale.dtype if self.bias is None else self.bias.dtype
+        return torch.empty(self.weight_quantizer.shape, dtype=dtype, device="meta")
+
+    def quantized_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        return x, self.weight_quantizer.dequantized().to(x.dtype)
+
+    def can_infer(self) -> bool:
+        return in_integers() and self.reads is not None
+
+    def infer(self, x: Tensor) -> Tensor:
+        """As `QuantizedInput.infer`; codes of the input may come in its place, `(..., positions)` uint8."""
+        quantizer = self.reads
+        codes = x if x.dtype == torch.uint8 else quantizer.to_codes(x)
+        dtype = quantizer.input_dtype if x.dtype == torch.uint8 else x.dtype
+        return self.plan()(codes, self.weight_quantizer.codes, self.channel_plan()).to(dtype)
+
+    def channel_plan(self) -> ChannelPlan:
+        """How its input lies as codes."""
+        return self.reads.plan(self.weight_quantizer.columns)
+
+    def plan(self) -> LinearPlan:
+        """Weight and folded bias as the kernels take them."""
+        reads, weight = self.reads, self.weight_quantizer
+        tensors = (*reads.parameters(), *reads.buffers(), weight.codes, weight.scale, self.bias)
+        return self._plan.get(tensors, lambda: plan_linear(weight.plan(), weight.codes, self.bias, self.channel_plan()))
+
+
+class PackedLinear(PackedLayer, QuantLinear):
+    """Linear layer whose weight is codes.
 
     Args:
         layer: whose sizes, bias and input quantizer are taken over.
@@ -62,37 +115,20 @@ class PackedLinear(QuantLinear):
         # Not that of nn.Linear, which makes a weight.
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        _take_over(self, layer, weight_quantizer)
-
-    @property
-    def weight(self) -> Tensor:
-        return _dequantized(self)
+        self.take_over(layer, weight_quantizer)
 
 
-class PackedConv2d(QuantConv2d):
-    """Convolution without a floating-point weight, as `PackedLinear`."""
+class PackedConv2d(PackedLayer, QuantConv2d):
+    """Convolution whose weight is codes, as `PackedLinear`."""
 
     def __init__(self, layer: nn.Conv2d, weight_quantizer: PackedWeight):
         nn.Module.__init__(self)
         for name in (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(layer, name))
-        _take_over(self, layer, weight_quantizer)
+        self.take_over(layer, weight_quantizer)
 
-    @property
-    def weight(self) -> Tensor:
-        return _dequantized(self)
-
-
-def _dequantized(layer: PackedLinear | PackedConv2d) -> Tensor:
-    # The patch embedding is asked for the dtype of its weight, which is that of the model.
-    weight = layer.weight_quantizer.dequantized()
-    return weight if layer.bias is None else weight.to(layer.bias.dtype)
-
-
-def _take_over(packed: PackedLinear | PackedConv2d, layer: QuantLinear | QuantConv2d, weight: PackedWeight) -> None:
-    packed.register_parameter("bias", layer.bias)
-    packed.weight_quantizer = weight
-    packed.input_quantizer = layer.input_quantizer
+    def can_infer(self) -> bool:
+        return super().can_infer() and self.cuts_patches
 
 
 def packed_form(layer: QuantLinear | QuantConv2d) -> PackedLinear | PackedConv2d:
@@ -129,7 +165,7 @@ def unpacked_form(layer: PackedLinear | PackedConv2d, weight_quantizer: WeightQu
     made.weight = nn.Parameter(weight.view(packed.shape).to(weight.dtype if layer.bias is None else layer.bias.dtype))
     made.bias = layer.bias
     made.weight_quantizer = weight_quantizer
-    made.input_quantizer = layer.input_quantizer
+    made.input_quantizer, made.shared_quantizer = layer.input_quantizer, layer.shared_quantizer
     return made
 
 

@@ -120,6 +120,8 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
                 layer.weight_quantizer.calibrate(layer.weight)
         model.check_bit_widths(str(name))
         quantize.check_group_indices(model, str(name))
+        if config.stage == "packed":
+            quantize.prepare_inference(model)
         model.image_processor = find_image_processor(name, location)
         return (model, info) if wants_info else model
 

@@ -12,10 +12,11 @@ from .attention import AttentionOperands, attention_modules
 from .configuration_quantformer import QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
+from .kernels import describe_device, describe_layer
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
-from .layers import QuantConv2d, QuantLayerNorm, QuantLinear
+from .layers import QuantConv2d, QuantLayerNorm, QuantLinear, quantize_for_readers
 from .ops import PRODUCERS
-from .packed_layers import packed_form, unpacked_form
+from .packed_layers import PackedLayer, PackedLinear, packed_form, unpacked_form
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
 from .reconstruction import reconstruct_units, token_weights, unit_inputs
 
@@ -81,14 +82,30 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
         if isinstance(module, nn.LayerNorm):
             backbone.set_submodule(producer, QuantLayerNorm.from_float(module, quantizer))
         else:
-            module.input_quantizer = quantizer
+            module.input_quantizer, module.gives_codes = quantizer, False
             module.register_forward_pre_hook(_quantize_first_argument)
 
     if config.attention_bits not in (None, FULL_PRECISION_BITS):
         names = {module: name for name, module in backbone.named_modules()}
         for module in attention_modules(backbone):
             module.operands = AttentionOperands(config.attention_bits, names[module], config.calibrated)
+            module.operands.packed = config.stage == "packed"
     check_num_groups(backbone, config.num_groups)
+    connect_readers(backbone)
+
+
+def connect_readers(backbone: nn.Module) -> None:
+    """Tell each layer what quantizes the tensor that it reads, and each producer whether its readers take codes."""
+    readers = reading_layers(backbone)
+    for quantizer, layers in readers.items():
+        for layer in layers:
+            if isinstance(layer, QuantLinear) and layer.input_quantizer is None:
+                layer.shared_quantizer = (quantizer,)
+    for producer in find_shared_inputs(backbone):
+        module = backbone.get_submodule(producer)
+        quantizer = _shared_quantizer(module)
+        if quantizer is not None:
+            module.gives_codes = all(isinstance(layer, PackedLinear) for layer in readers[quantizer])
 
 
 def find_shared_inputs(backbone: nn.Module) -> dict[str, list[str]]:
@@ -124,7 +141,7 @@ def _absorb_producer(backbone: nn.Module, name: str, width: LayerBits) -> str:
 
 
 def _quantize_first_argument(module: nn.Module, arguments: tuple) -> tuple:
-    return (module.input_quantizer(arguments[0]), *arguments[1:])
+    return (quantize_for_readers(module, module.input_quantizer, arguments[0]), *arguments[1:])
 
 
 def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
@@ -164,14 +181,17 @@ def reading_layers(model: nn.Module) -> dict[GroupActivationQuantizer, list[nn.L
     """The linears that read what each group quantizer puts out."""
     readers = {}
     for producer, names in find_shared_inputs(model).items():
-        module = model.get_submodule(producer)
-        quantizer = getattr(module, "output_quantizer", None) or getattr(module, "input_quantizer", None)
+        quantizer = _shared_quantizer(model.get_submodule(producer))
         if quantizer is not None:
             readers[quantizer] = [model.get_submodule(name) for name in names]
     for module in model.modules():
         if isinstance(module, QuantLinear) and isinstance(module.input_quantizer, GroupActivationQuantizer):
             readers[module.input_quantizer] = [module]
     return readers
+
+
+def _shared_quantizer(producer: nn.Module) -> GroupActivationQuantizer | None:
+    return getattr(producer, "output_quantizer", None) or getattr(producer, "input_quantizer", None)
 
 
 @torch.no_grad()
@@ -330,8 +350,28 @@ def pack(backbone: nn.Module) -> None:
         packed = packed_form(layer)
         packed.weight_quantizer.fill(layer.weight, layer.weight_quantizer)
         backbone.set_submodule(name, packed)
-    for quantizer in group_quantizers(backbone):
-        quantizer.stage = "packed"
+    _mark_packed(backbone, True)
+    prepare_inference(backbone)
+
+
+def describe_kernels(model: nn.Module) -> dict[str, str]:
+    """What serves each packed layer and attention block, in words, by its name."""
+    said = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            said[name] = describe_layer(module, module.reads)
+        elif isinstance(module, AttentionOperands):
+            said[name] = f"{describe_device(module.query.scale.device.type)}, A{module.query.grid.bits}"
+    return said
+
+
+def prepare_inference(model: nn.Module) -> None:
+    """Make what packed layers remember beside their codes, so that the first call is no slower and can be traced."""
+    for module in model.modules():
+        if isinstance(module, PackedLayer) and module.can_infer():
+            module.plan()
+        elif isinstance(module, AttentionOperands):
+            module.operands()
 
 
 def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
@@ -339,8 +379,16 @@ def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
     bits = resolve_layer_bits(backbone, config)
     for name, layer in _named_weight_quantized_layers(backbone):
         backbone.set_submodule(name, unpacked_form(layer, _weight_quantizer(name, layer, bits[name], config)))
+    _mark_packed(backbone, False)
+
+
+def _mark_packed(backbone: nn.Module, packed: bool) -> None:
     for quantizer in group_quantizers(backbone):
-        quantizer.stage = "finetune"
+        quantizer.stage = "packed" if packed else "finetune"
+    for attention in attention_modules(backbone):
+        if getattr(attention, "operands", None) is not None:
+            attention.operands.packed = packed
+    connect_readers(backbone)
 
 
 def _named_weight_quantized_layers(backbone: nn.Module) -> list[tuple[str, QuantLinear | QuantConv2d]]:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .grids import Grid, fit_affine, fit_row_scales
 from .groups import cluster_channels, initial_assignment_logits
+from .kernels import ChannelPlan, Remembered, plan_channels
 from .observers import QUANTILE_WEIGHTS, QUANTILES, Observer
 from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, fake_quantize_rows, positive
 
@@ -140,6 +141,9 @@ class ActivationQuantizer(nn.Module):
         self.calibrated = calibrated
         self.enabled = True
         self.observer: Observer | None = None
+        self._plan: Remembered[ChannelPlan] = Remembered()
+        # Of what was last made to codes, which do not tell: what reads them answers in it.
+        self.input_dtype = torch.float32
         if learned:
             self.scale = nn.Parameter(torch.ones(1))
             self.offset = nn.Parameter(torch.zeros(1))
@@ -168,6 +172,29 @@ class ActivationQuantizer(nn.Module):
 
     def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
         return fake_quantize_groups(x, self.scale, self.offset, None, self.grid.qmax, gradient_scale, self.producer)
+
+    @property
+    def hard(self) -> bool:
+        """Whether each value has one level, as codes need."""
+        return True
+
+    def plan(self, channels: int) -> ChannelPlan:
+        """How a tensor of `channels` lies as codes."""
+        return self._plan.get(
+            (self.scale, self.offset),
+            lambda: plan_channels(channels, positive(self.scale), self.offset, None, self.grid.qmax),
+        )
+
+    def to_codes(self, x: Tensor) -> Tensor:
+        """The integers of `forward`, `(..., positions)` uint8 in the order of `plan`, from `x` `(..., channels)`.
+
+        Raises:
+            RuntimeError: scale and offset were never calibrated.
+        """
+        self.check_calibrated()
+        if self.input_dtype != x.dtype:
+            self.input_dtype = x.dtype
+        return self.plan(x.shape[-1]).quantize(PRODUCERS[self.producer][0](x).to(self.scale.dtype))
 
     def make_observer(self) -> Observer:
         return Observer(channels=1)
@@ -239,6 +266,18 @@ class GroupActivationQuantizer(ActivationQuantizer):
         if self.stage == "search":
             return fake_quantize_mixture(*parameters, self.assignment_probabilities(), *arguments)
         return fake_quantize_groups(*parameters, self.group_index.long(), *arguments)
+
+    @property
+    def hard(self) -> bool:
+        return self.stage != "search"
+
+    def plan(self, channels: int) -> ChannelPlan:
+        if self.stage == "pretrain":
+            return super().plan(channels)
+        return self._plan.get(
+            (self.scale, self.offset, self.group_index),
+            lambda: plan_channels(channels, positive(self.scale), self.offset, self.group_index, self.grid.qmax),
+        )
 
     def assignment_probabilities(self) -> Tensor:
         """`softmax(α)` over the groups: `(groups, channels)`."""

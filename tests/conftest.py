@@ -1,5 +1,8 @@
 """Small models of every backbone, and batches for them."""
 
+import copy
+import os
+
 import pytest
 import torch
 from transformers import (
@@ -14,6 +17,10 @@ from transformers import (
 
 from quantformer_hf import QuantformerForImageClassification
 
+
+# For the processes that tests start. On tensors this small, several threads only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 NUM_LABELS = 5
 IMAGE_SIZE = 16
@@ -64,15 +71,23 @@ def make_batches(count: int = 2, batch_size: int = 4, seed: int = 1) -> list[tor
     return [torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) for _ in range(count)]
 
 
+_MADE = {}
+
+
 def make_quantized(backbone: str = "vit", stage: str = "pretrain", num_groups: int = 4, **arguments):
-    """A calibrated model in `stage`."""
-    model = QuantformerForImageClassification.from_full_precision(make_full_precision(backbone), **arguments)
-    model.calibrate(make_batches())
-    if stage != "pretrain":
-        model.begin_search(num_groups)
-    if stage == "finetune":
-        model.freeze_groups()
-    return model.eval()
+    """A calibrated model in `stage`, and the random numbers as making it leaves them: made once, then copied."""
+    key = repr((backbone, stage, num_groups, sorted(arguments.items())))
+    if key not in _MADE:
+        model = QuantformerForImageClassification.from_full_precision(make_full_precision(backbone), **arguments)
+        model.calibrate(make_batches())
+        if stage != "pretrain":
+            model.begin_search(num_groups)
+        if stage == "finetune":
+            model.freeze_groups()
+        _MADE[key] = model.eval(), torch.get_rng_state()
+    model, random_state = _MADE[key]
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
 
 
 @pytest.fixture(params=list(BACKBONES))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_run_quantformer import ROOT, run
+from runs import ROOT, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from quantformer_hf.arguments import DataArguments

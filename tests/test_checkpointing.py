@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from conftest import make_full_precision, make_quantized
-from test_trainer import ALL_LOSSES, StopAt, logged, make_trainer
+from trainers import ALL_LOSSES, StopAt, logged, make_trainer
 from transformers import TrainerCallback
 
 from quantformer_hf.checkpointing import MANIFEST, UNFINISHED, check_writable, newest_checkpoint, whole_checkpoints

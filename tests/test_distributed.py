@@ -1,5 +1,6 @@
 """The real launcher: two processes on a CPU do what one does."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from runs import ROOT, run, write_recipe
 from safetensors.torch import load_file
-from test_run_quantformer import ROOT, write_recipe
+from transformers import AutoModelForImageClassification
 
 
 HERE = Path(__file__).parent / "distributed"
@@ -34,23 +36,21 @@ STEADY = {
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     path = write_recipe(folder, **STEADY)
-    launch(path, "--stages", "full_precision", "--output_dir", folder / "start")
+    run(path, "--stages", "full_precision", "--output_dir", folder / "start")
     return path
 
 
-def launch(recipe, *arguments, processes=1):
-    launcher = (
-        ["-m", "accelerate.commands.launch", "--config_file", str(HERE / "ddp_cpu.yaml")] if processes > 1 else []
-    )
-    report = recipe.parent / f"report_{processes}"
+def run_by_two(recipe, *arguments):
+    report = recipe.parent / "report"
     report.mkdir(exist_ok=True)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(HERE / "ddp_cpu.yaml")]
     done = subprocess.run(
         [sys.executable, *launcher, str(HERE / "run_and_report.py"), str(recipe), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=540,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "REPORT_DIR": str(report)},
+        env=os.environ | {"REPORT_DIR": str(report)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -58,26 +58,18 @@ def launch(recipe, *arguments, processes=1):
 
 @pytest.fixture(scope="module")
 def both(recipe):
-    """The same stages by one process and by two, with the same global batch; the last one freezes on its way."""
-    for processes, batch_size in ((1, 16), (2, 8)):
-        common = ["--per_device_train_batch_size", batch_size, "--output_dir", recipe.parent / f"by_{processes}"]
-        start = recipe.parent / "start" / "full_precision"
-        launch(
-            recipe,
-            "--stages",
-            "pretrain",
-            "search",
-            "finetune",
-            "--model_name_or_path",
-            start,
-            *common,
-            processes=processes,
-        )
-        common[-1] = recipe.parent / f"frozen_by_{processes}"
-        start = recipe.parent / "by_1" / "pretrain"
-        flags = ["--stages", "search", "--search.search_steps", 5, "--model_name_or_path", start]
-        launch(recipe, *flags, *common, processes=processes)
-    return recipe.parent
+    """The same stages by one process and by two, with the same global batch, in a folder; then a search that freezes on its
+    way. And what the two printed of the stages."""
+    folder = recipe.parent
+    printed = {}
+    for processes, batch_size, start in ((1, 16, functools.partial(run, compiled=True)), (2, 8, run_by_two)):
+        common = ["--per_device_train_batch_size", batch_size, "--stages"]
+        source = ["--model_name_or_path", folder / "start" / "full_precision"]
+        out = folder / f"by_{processes}"
+        printed[processes] = start(recipe, *common, "pretrain", "search", "finetune", *source, "--output_dir", out)
+        source = ["--model_name_or_path", folder / "by_1" / "pretrain", "--search.search_steps", 5]
+        start(recipe, *common, "search", *source, "--output_dir", folder / f"frozen_by_{processes}")
+    return folder, printed[2].stdout
 
 
 def losses(folder):
@@ -88,7 +80,8 @@ def losses(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["by_{}/pretrain", "by_{}/search", "frozen_by_{}/search"])
 def test_two_processes_have_the_losses_of_one(both, stage):
-    one, two = (losses(both / stage.format(processes)) for processes in (1, 2))
+    folder, _ = both
+    one, two = (losses(folder / stage.format(processes)) for processes in (1, 2))
     assert len(one) == 10
     torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
 
@@ -96,7 +89,8 @@ def test_two_processes_have_the_losses_of_one(both, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["by_{}/finetune", "frozen_by_{}/search"])
 def test_two_processes_freeze_the_groups_of_one(both, stage):
-    one, two = (load_file(both / stage.format(processes) / "model.safetensors") for processes in (1, 2))
+    folder, _ = both
+    one, two = (load_file(folder / stage.format(processes) / "model.safetensors") for processes in (1, 2))
     names = [name for name in one if name.endswith("group_index")]
     assert len(names) == 8
     assert all(torch.equal(one[name], two[name]) for name in names)
@@ -104,10 +98,22 @@ def test_two_processes_freeze_the_groups_of_one(both, stage):
 
 @pytest.mark.slow
 def test_every_process_ends_with_the_same_model(both):
-    reports = sorted((both / "report_2").iterdir())
+    folder, _ = both
+    reports = sorted((folder / "report").iterdir())
     assert len(reports) == 2 * 4
     for first, second in zip(reports[::2], reports[1::2], strict=True):
         assert json.loads(first.read_text()) == json.loads(second.read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_and_report_once(both):
+    folder, printed = both
+    results = json.loads((folder / "by_2" / "all_results.json").read_text())
+    assert results["reloaded_accuracy"] == results["finetune_accuracy"]
+    assert printed.count("after stage") == 1
+    epochs = [json.loads((folder / f"by_{n}" / "search" / "trainer_state.json").read_text())["epoch"] for n in (1, 2)]
+    assert epochs[0] == epochs[1]
+    assert AutoModelForImageClassification.from_pretrained(folder / "by_2" / "finetune").config.stage == "finetune"
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp_multi_node", "fsdp2", "zero2"])
@@ -137,7 +143,6 @@ def test_parameters_spread_by_fsdp2_have_the_gradients_of_whole_ones():
         capture_output=True,
         text=True,
         timeout=540,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-3:] == ["pretrain: same", "search: same", "finetune: same"]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_run_quantformer import RECIPE, ROOT, same_weights, weights, write_recipe
+from runs import RECIPE, ROOT, TWO_PROCESSES, run, same_weights, weights, write_recipe
 
 from quantformer_hf.checkpointing import newest_checkpoint, step_of
 
@@ -33,36 +33,9 @@ SMALL = {
 SAVES = [2, 4, 6, 7]
 
 
-class Worker:
-    """`fault_worker.py`, which runs one command after the other."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fault_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            # Compiling anew in each child would be most of the time.
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
-        )
-
-    def run(self, recipe, kill=None):
-        """The exit code, and the calls of each (stage, what, step)."""
-        log, report = self.folder / "log.txt", self.folder / "report.txt"
-        order = {"argv": [str(recipe)], "kill": kill, "log": str(log), "report": str(report)}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        if code not in (0, -9):
-            raise AssertionError(log.read_text()[-5000:])
-        calls = [json.loads(line) for line in report.read_text().splitlines()]
-        return code, {(stage, name, step): number for stage, name, step, number in calls}
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+def calls_of(report):
+    """The calls of each (stage, what, step)."""
+    return {(stage, name, step): calls for stage, name, step, calls in map(json.loads, report.read_text().splitlines())}
 
 
 def losses(folder):
@@ -80,12 +53,12 @@ def test_killed_anywhere_a_run_repeats_the_losses_and_weights_of_an_uninterrupte
     seed = int(os.environ.get("FAULT_SEED", time.time()))
     print(f"moments of FAULT_SEED={seed}")
     moment = random.Random(seed)
-    worker = Worker(tmp_path)
+    report = tmp_path / "report.txt"
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     whole, parts = write_recipe(tmp_path / "whole", **SMALL), write_recipe(tmp_path / "parts", **SMALL)
-    code, calls = worker.run(whole)
-    assert code == 0
+    run(whole, fault={"kill": None, "report": str(report)})
+    calls = calls_of(report)
     for stage in STAGES:
         # In the order of the run: a step's own computation comes before its save.
         step, saved = moment.randint(1, STEPS), moment.choice(SAVES)
@@ -97,11 +70,8 @@ def test_killed_anywhere_a_run_repeats_the_losses_and_weights_of_an_uninterrupte
             if where != "end":
                 kill["calls"] = moment.randint(1, calls[stage, where, at])
             print(kill)
-            code, _ = worker.run(parts, kill)
-            assert code == -9, (kill, (tmp_path / "log.txt").read_text()[-3000:])
-    code, _ = worker.run(parts)
-    assert code == 0
-    worker.close()
+            run(parts, fault={"kill": kill, "report": str(report)}, code=-signal.SIGKILL)
+    run(parts)
     for stage in STAGES:
         expected, found = tmp_path / "whole" / "out" / stage, tmp_path / "parts" / "out" / stage
         assert losses(found) == losses(expected), stage
@@ -122,19 +92,16 @@ LONG = {
     "save_steps": 4,
     "disable_tqdm": True,
 }
-LAUNCHER = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-LAUNCHER += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 
 
-def start(recipe, *flags, launcher=()):
+def start(recipe, launcher=()):
     """A run in a process group of its own, as a scheduler starts it."""
     return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "run_quantformer.py"), str(recipe), *map(str, flags)],
+        [sys.executable, *launcher, str(ROOT / "run_quantformer.py"), str(recipe)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
 
@@ -206,7 +173,7 @@ def test_two_processes_of_which_one_dies_or_that_get_sigterm_and_then_one_goes_o
     recipe = write_recipe(tmp_path, **LONG | {"per_device_train_batch_size": 8})
     folder = tmp_path / "out" / "full_precision"
 
-    process = start(recipe, launcher=LAUNCHER)
+    process = start(recipe, launcher=TWO_PROCESSES)
     wait_for(folder / "checkpoint-4", process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     code, output, seconds = finish(process)
@@ -215,7 +182,7 @@ def test_two_processes_of_which_one_dies_or_that_get_sigterm_and_then_one_goes_o
     assert seconds < 60, output
     step = newest_step(folder)
 
-    process = start(recipe, launcher=LAUNCHER)
+    process = start(recipe, launcher=TWO_PROCESSES)
     wait_for(folder / f"checkpoint-{step + 4}", process)
     process.send_signal(signal.SIGTERM)
     code, output, seconds = finish(process)
@@ -225,13 +192,11 @@ def test_two_processes_of_which_one_dies_or_that_get_sigterm_and_then_one_goes_o
     assert stopped >= step + 4
     assert f"SIGTERM: the checkpoint of step {stopped} is written" in output
 
-    code, output, _ = finish(start(recipe))
-    assert code != 0
-    assert "of a run with 16 images a step, and this one has 8" in output
-    assert "Traceback" not in output
-    code, output, _ = finish(start(recipe, "--per_device_train_batch_size", 16))
-    assert code == 0, output
-    assert "trained by 2 processes, and goes on with 1" in output
+    done = run(recipe, code=1)
+    assert "of a run with 16 images a step, and this one has 8" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run(recipe, "--per_device_train_batch_size", 16)
+    assert "trained by 2 processes, and goes on with 1" in done.stderr
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 241))
 
@@ -239,7 +204,6 @@ def test_two_processes_of_which_one_dies_or_that_get_sigterm_and_then_one_goes_o
 @pytest.mark.slow
 def test_an_output_folder_that_cannot_be_is_said_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    code, output, _ = finish(start(write_recipe(tmp_path), "--output_dir", tmp_path / "file" / "out"))
-    assert code != 0
-    assert f"the output folder {tmp_path / 'file' / 'out'} cannot be read and written" in output
-    assert "Traceback" not in output
+    done = run(write_recipe(tmp_path), "--output_dir", tmp_path / "file" / "out", code=1)
+    assert f"the output folder {tmp_path / 'file' / 'out'} cannot be read and written" in done.stderr
+    assert "Traceback" not in done.stderr

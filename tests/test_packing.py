@@ -242,13 +242,19 @@ def test_a_model_in_one_file_replaces_one_in_shards(tmp_path):
     load(tmp_path)
 
 
+# Not `ru_maxrss`: a process inherits that of the one that starts it, here pytest with all that it has loaded.
 MEMORY = """
-import resource, sys
+import sys
+from pathlib import Path
 from quantformer_hf import QuantformerForImageClassification
+
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
 QuantformerForImageClassification.from_pretrained(sys.argv[2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 model = QuantformerForImageClassification.from_pretrained(sys.argv[1])
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(peak() - before)
 """
 
 
@@ -265,7 +271,8 @@ def test_loading_a_packed_base_model_allocates_no_full_precision_weights(saved, 
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, tmp_path, saved[0]], capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) < 3 * size < full_precision_bytes / 2
+    print(f"{size} bytes in the file, {done.stdout.strip()} in memory")
+    assert size / 2 < int(done.stdout) < 3 * size < full_precision_bytes / 2
 
 
 def test_the_image_processor_travels_along(copy, tmp_path):

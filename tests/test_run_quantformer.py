@@ -5,83 +5,21 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from runs import RECIPE, ROOT, TWO_PROCESSES, run, run_as_typed, same_weights, weights, write_recipe
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-import quantformer_hf  # noqa: F401  registers the model type
-
-
-ROOT = Path(__file__).parents[1]
-
-RECIPE = {
-    "stages": ["full_precision", "pretrain", "search", "finetune"],
-    "dataset_name": "digits",
-    "max_train_samples": 96,
-    "max_eval_samples": 40,
-    "crop_scale": 0.8,
-    "horizontal_flip": 0.0,
-    "calibration_samples": 32,
-    "backbone_config": {
-        "model_type": "vit",
-        "image_size": 16,
-        "patch_size": 4,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    },
-    "num_groups": 4,
-    "per_device_train_batch_size": 16,
-    "num_train_epochs": 2,
-    "learning_rate": 1.0e-3,
-    "aux_weight": 1.0,
-    "distillation_weight": 1.0,
-    "search": {"dm_weight": 0.1},
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "report_to": "none",
-    "use_cpu": True,
-}
-
-# accelerate starts several processes on CPUs through its launcher for GPUs; use_cpu in the recipe keeps them there.
-TWO_PROCESSES = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-TWO_PROCESSES += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
-
-
-def write_recipe(folder, **changes):
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(folder / "out")} | changes))
-    return path
-
-
-def run(*arguments, launcher=(), check=True, cwd=ROOT):
-    command = [sys.executable, *launcher, str(ROOT / "run_quantformer.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=540)
-    if check and done.returncode:
-        raise AssertionError(done.stdout + done.stderr)
-    return done
-
-
-def weights(folder):
-    return AutoModelForImageClassification.from_pretrained(folder).state_dict()
-
-
-def same_weights(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of all four stages: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    return folder, run(write_recipe(folder))
+    return folder, run_as_typed(write_recipe(folder))
 
 
 @pytest.mark.slow
@@ -128,8 +66,7 @@ def test_typed_again_a_finished_run_trains_nothing_and_another_one_is_refused(fi
     run(folder / "recipe.yaml")
     assert same_weights(before, weights(folder / "out" / "finetune"))
     assert times == [path.stat().st_mtime_ns for path in checkpoints]
-    done = run(folder / "recipe.yaml", "--bit_width", "3", check=False)
-    assert done.returncode != 0
+    done = run(folder / "recipe.yaml", "--bit_width", "3", code=1)
     assert "with bit_width=None, and this one has 3" in done.stderr
     assert "--overwrite_output_dir" in done.stderr
     assert "Traceback" not in done.stderr
@@ -150,29 +87,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(finished, tmp_path):
         process.wait()
         assert first_checkpoint.exists()
         assert json.loads((tmp_path / "out" / stage / "stage.json").read_text())["results"] is None
-    run(recipe)
+    # With the compiler, as the run that it is compared with.
+    run(recipe, compiled=True)
     for stage in RECIPE["stages"]:
         assert same_weights(weights(folder / "out" / stage), weights(tmp_path / "out" / stage)), stage
-
-
-@pytest.mark.slow
-def test_accelerate_launches_two_processes(finished, tmp_path):
-    folder, _ = finished
-    recipe = write_recipe(
-        tmp_path,
-        stages=["pretrain", "search", "finetune"],
-        model_name_or_path=str(folder / "out" / "full_precision"),
-        per_device_train_batch_size=8,
-        num_train_epochs=1,
-    )
-    done = run(recipe, launcher=TWO_PROCESSES)
-    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    assert results["reloaded_accuracy"] == results["finetune_accuracy"]
-    assert done.stdout.count("after stage") == 1
-    state = json.loads((tmp_path / "out" / "search" / "trainer_state.json").read_text())
-    # 96 images over two processes of eight: six steps.
-    assert state["global_step"] == 6
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "finetune").config.stage == "finetune"
 
 
 @pytest.mark.slow
@@ -196,7 +114,7 @@ def test_two_processes_stream_with_the_recipe_of_deit_and_count_each_image_once(
         drop_path_rate=0.1,
         ema_decay=0.5,
     )
-    run(recipe, launcher=TWO_PROCESSES)
+    run_as_typed(recipe, launcher=TWO_PROCESSES)
     # 96 images over two processes of eight, twice.
     assert json.loads((tmp_path / "out" / "full_precision" / "trainer_state.json").read_text())["global_step"] == 12
     expected = json.loads((tmp_path / "out" / "all_results.json").read_text())["reloaded_accuracy"]
@@ -261,8 +179,7 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_earlier_stages_whole(fini
         ("--stages", "pretrain", "--model_name_or_path", folder / "nowhere"): "nowhere",
     }
     for number, (flags, message) in enumerate(cases.items()):
-        done = run(write_recipe(tmp_path), *flags, "--output_dir", tmp_path / str(number), check=False)
-        assert done.returncode != 0, flags
+        done = run(write_recipe(tmp_path), *flags, "--output_dir", tmp_path / str(number), code=1)
         assert message in done.stderr
         assert "Traceback" not in done.stderr, done.stderr
     assert same_weights(before, weights(folder / "out" / "pretrain"))

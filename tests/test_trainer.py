@@ -1,65 +1,15 @@
-"""Training, the schedule, resuming."""
+"""Training and the schedule."""
 
 import math
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, NUM_LABELS, make_full_precision, make_quantized
+from conftest import make_full_precision, make_quantized
+from trainers import ALL_LOSSES, ONE_RUN, logged, make_trainer
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from quantformer_hf import QuantformerCallback, QuantformerTrainer, QuantformerTrainingArguments
 from quantformer_hf.quantize import blocks, group_quantizers
-
-
-SAMPLES = 24
-
-
-def dataset(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        {
-            "pixel_values": torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
-            "labels": int(torch.randint(NUM_LABELS, (), generator=generator)),
-        }
-        for _ in range(SAMPLES)
-    ]
-
-
-def make_trainer(folder, model, teacher=None, callbacks=None, **arguments):
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    return QuantformerTrainer(
-        model=model,
-        args=QuantformerTrainingArguments(**defaults | arguments),
-        teacher=teacher,
-        train_dataset=dataset(),
-        eval_dataset=dataset(1),
-        callbacks=callbacks,
-    )
-
-
-def logged(trainer, key="loss"):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-ALL_LOSSES = {
-    "aux_weight": 1.0,
-    "dm_weight": 0.1,
-    "distillation_weight": 1.0,
-    "feature_weight": 1.0,
-    "pnorm": "entropy",
-    "scale_learning_rate": 1e-4,
-}
 
 
 # Losses and the teacher
@@ -237,16 +187,6 @@ class Recorder(QuantformerCallback):
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
 
-ONE_RUN = {
-    "search_steps": 5,
-    "finetune_learning_rate": 2e-4,
-    "assignment_learning_rate": 1e-2,
-    "lr_scheduler_type": "linear",
-    "eval_strategy": "epoch",
-    **ALL_LOSSES,
-}
-
-
 def test_one_run_searches_freezes_and_finetunes(backbone, tmp_path):
     model, recorder = make_quantized(backbone, "search"), Recorder()
     logits_before = group_quantizers(model)[0].assignment_logits.clone()
@@ -271,67 +211,6 @@ def test_one_run_searches_freezes_and_finetunes(backbone, tmp_path):
 def test_search_steps_needs_a_model_that_searches(tmp_path):
     with pytest.raises(ValueError, match=r"run model\.begin_search\(\) first"):
         make_trainer(tmp_path, make_quantized(), search_steps=2).train()
-
-
-# Resuming
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
-@pytest.mark.parametrize(
-    ("kind", "interrupted_at"),
-    [
-        *[(kind, step) for kind in ("pretrain", "search", "finetune") for step in (3, 8)],
-        # Before the freeze, at its very step, and after it.
-        *[("one run", step) for step in (3, 5, 8)],
-    ],
-)
-def test_a_resumed_run_repeats_the_losses_and_weights_of_an_uninterrupted_one(kind, interrupted_at, tmp_path):
-    arguments = ONE_RUN if kind == "one run" else ALL_LOSSES
-    arguments = arguments | {"save_strategy": "steps", "save_steps": 1}
-    start = "search" if kind == "one run" else kind
-
-    def run(folder, callbacks=(), resume=None):
-        model = make_quantized("vit", start)
-        trainer = make_trainer(folder, model, make_full_precision(), callbacks=list(callbacks), **arguments)
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer, model
-
-    whole, expected = run(tmp_path / "whole")
-    run(tmp_path / "parts", [StopAt(interrupted_at)])
-    resumed, model = run(tmp_path / "parts", resume=str(tmp_path / "parts" / f"checkpoint-{interrupted_at}"))
-    assert logged(resumed) == logged(whole)
-    assert model.config.stage == expected.config.stage
-    state = model.state_dict()
-    assert state.keys() == expected.state_dict().keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
-
-
-def test_a_full_precision_run_resumes_exactly_too(backbone, tmp_path):
-    arguments = {"save_strategy": "steps", "save_steps": 1}
-
-    def run(folder, callbacks=(), resume=None):
-        model = make_full_precision(backbone)
-        trainer = make_trainer(folder, model, callbacks=list(callbacks), label_smoothing_factor=0.1, **arguments)
-        trainer.train(resume_from_checkpoint=resume)
-        return model
-
-    expected = run(tmp_path / "whole")
-    run(tmp_path / "parts", [StopAt(4)])
-    resumed = run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-4"))
-    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), resumed.parameters(), strict=True))
-
-
-def test_a_checkpoint_of_a_stage_that_the_model_does_not_lead_to_is_refused(tmp_path):
-    make_trainer(tmp_path, make_quantized("vit", "search"), max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(RuntimeError, match="the checkpoint is in the stage 'search', and the model in 'pretrain'"):
-        make_trainer(tmp_path, make_quantized()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 # Arguments

@@ -1,0 +1,277 @@
+// AVX2: `vpmaddubsw` multiplies bytes and adds pairs in 16 bits, which codes of few bits cannot overflow for many steps.
+#include "instruction_set.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#define TARGET __attribute__((target("avx2")))
+
+namespace quantformer {
+namespace {
+
+TARGET inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+TARGET inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+TARGET inline __m256i broadcast(const void* p) {
+  int32_t value;
+  std::memcpy(&value, p, 4);
+  return _mm256_set1_epi32(value);
+}
+
+// Keeps the compiler from interleaving the rows of a tile: it would need more registers than there are. For the same
+// reason each loop over rows is unrolled: an array that is indexed at run time lies in memory.
+TARGET inline void in_order(__m256i& a, __m256i& b) { asm volatile("" : "+x"(a), "+x"(b)); }
+
+// The integers of a segment, 8 outputs, into the floating-point sums, or into the carry while their group goes on.
+TARGET inline void flush(__m256i integers, bool first, bool last, bool fresh, __m256 scale, float* sums, int32_t* carry) {
+  if (!first) integers = _mm256_add_epi32(integers, load(carry));
+  if (last) {
+    const __m256 sum = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(sums);
+    _mm256_storeu_ps(sums, _mm256_add_ps(sum, _mm256_mul_ps(_mm256_cvtepi32_ps(integers), scale)));
+  } else {
+    store(carry, integers);
+  }
+}
+
+TARGET inline void finish(const Tile& tile, int rows) {
+  for (int half = 0; half < kPanel; half += 8) {
+    const __m256 scale = _mm256_loadu_ps(tile.scale + half), bias = _mm256_loadu_ps(tile.bias + half);
+    for (int r = 0; r < rows; ++r) {
+      const __m256 sum = _mm256_loadu_ps(tile.sums + r * kPanel + half);
+      _mm256_storeu_ps(tile.y + r * tile.y_stride + half, _mm256_add_ps(_mm256_mul_ps(sum, scale), bias));
+    }
+  }
+}
+
+struct Bytes {
+  using X = uint8_t;
+  using W = int8_t;
+  static constexpr int kTogether = 4;
+  TARGET static __m256i step(__m256i sum, __m256i x, __m256i w) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, w));
+  }
+  TARGET static __m256i widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+};
+
+struct Words {
+  using X = int16_t;
+  using W = int16_t;
+  static constexpr int kTogether = 2;
+  TARGET static __m256i step(__m256i sum, __m256i x, __m256i w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w));
+  }
+  TARGET static __m256i widen(__m256i sum) { return sum; }
+};
+
+template <typename Kind, int R>
+TARGET void multiply(const Tile& tile) {
+  auto x = static_cast<const typename Kind::X*>(tile.x);
+  auto panel = static_cast<const typename Kind::W*>(tile.panel);
+  const int64_t stride = tile.x_stride;
+  float* const sums = tile.sums;
+  int32_t* const carry = tile.carry;
+  bool fresh = true;
+  for (int64_t s = 0; s < tile.num_segments; ++s) {
+    const Segment segment = tile.segments[s];
+    __m256i low[R], high[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) low[r] = high[r] = _mm256_setzero_si256();
+    for (auto end = x + segment.positions; x != end; x += Kind::kTogether, panel += Kind::kTogether * kPanel) {
+      const __m256i w0 = load(panel), w1 = load(panel + Kind::kTogether * kPanel / 2);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m256i a = broadcast(x + r * stride);
+        low[r] = Kind::step(low[r], a, w0);
+        high[r] = Kind::step(high[r], a, w1);
+        in_order(low[r], high[r]);
+      }
+    }
+    const __m256 scale = _mm256_set1_ps(segment.scale);
+    // The usual case by itself: a branch an output would cost a tenth of the speed.
+    if (segment.first && segment.last && !fresh) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        flush(Kind::widen(low[r]), true, true, false, scale, sums + r * kPanel, carry);
+        flush(Kind::widen(high[r]), true, true, false, scale, sums + r * kPanel + 8, carry);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const int at = r * kPanel;
+        flush(Kind::widen(low[r]), segment.first, segment.last, fresh, scale, sums + at, carry + at);
+        flush(Kind::widen(high[r]), segment.first, segment.last, fresh, scale, sums + at + 8, carry + at + 8);
+      }
+      fresh = fresh && !segment.last;
+    }
+  }
+  finish(tile, R);
+}
+
+template <typename Kind>
+constexpr TileFunction kTiles[] = {multiply<Kind, 1>, multiply<Kind, 2>, multiply<Kind, 3>,
+                                   multiply<Kind, 4>, multiply<Kind, 5>, multiply<Kind, 6>};
+
+// 16 codes at a time: a code of up to 8 bits lies in two neighbouring bytes, which a shuffle brings together; a
+// multiplication then shifts each by its own number of bits. `packed` may be read 32 bytes beyond its end.
+TARGET void decode_row(const uint8_t* packed, int bits, int64_t columns, uint8_t* codes) {
+  if (bits == 8) {
+    std::memcpy(codes, packed, columns);
+    return;
+  }
+  alignas(16) uint8_t places[16];
+  alignas(16) uint16_t shifts[8];
+  for (int i = 0; i < 8; ++i) {
+    places[2 * i] = i * bits / 8;
+    places[2 * i + 1] = i * bits / 8 + 1;
+    shifts[i] = 1 << (8 - i * bits % 8);
+  }
+  const __m256i shuffle = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(places)));
+  const __m256i shift = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(shifts)));
+  const __m256i mask = _mm256_set1_epi16((1 << bits) - 1);
+  for (int64_t i = 0; i < columns; i += 16, packed += 2 * bits) {
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + bits));
+    __m256i window = _mm256_shuffle_epi8(_mm256_set_m128i(second, first), shuffle);
+    window = _mm256_and_si256(_mm256_srli_epi16(_mm256_mullo_epi16(window, shift), 8), mask);
+    const __m128i done = _mm_packus_epi16(_mm256_castsi256_si128(window), _mm256_extracti128_si256(window, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), done);
+  }
+}
+
+// Transposes 16 by 16 bytes: four rounds that each interleave row i with row i + 8. The result is in `a`.
+TARGET inline void transpose(__m128i* a) {
+  __m128i b[16];
+  __m128i *from = a, *to = b;
+  for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      to[2 * i] = _mm_unpacklo_epi8(from[i], from[i + 8]);
+      to[2 * i + 1] = _mm_unpackhi_epi8(from[i], from[i + 8]);
+    }
+    __m128i* other = from;
+    from = to;
+    to = other;
+  }
+}
+
+TARGET inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+TARGET inline void store16(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+
+// 16 rows of `stride` bytes, a multiple of 16, to `[stride][16]`.
+TARGET void to_columns(const uint8_t* rows, int64_t stride, uint8_t* columns) {
+  for (int64_t c = 0; c < stride; c += 16) {
+    __m128i block[16];
+    for (int i = 0; i < 16; ++i) block[i] = load16(rows + i * stride + c);
+    transpose(block);
+    for (int i = 0; i < 16; ++i) store16(columns + (c + i) * 16, block[i]);
+  }
+}
+
+// There and back: a channel of 16 rows is then one load wherever it lies.
+TARGET void reorder(const Order& order) {
+  to_columns(order.rows, order.stride, order.scratch);
+  std::memset(order.scratch + order.columns * kBlock, 0, kBlock);
+  for (int64_t k = 0; k < order.positions; k += 16) {
+    const int64_t n = order.positions - k < 16 ? order.positions - k : 16;
+    __m128i block[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      block[i] = load16(order.scratch + int64_t{order.source[i < n ? k + i : k]} * kBlock);
+    }
+    transpose(block);
+    uint8_t* out = order.out + k;
+    for (int64_t r = 0; r < order.rows_out; ++r, out += order.positions) {
+      if (n == 16) {
+        store16(out, block[r]);
+      } else {
+        std::memcpy(out, &block[r], n);
+      }
+    }
+  }
+}
+
+// Codes by column, `[columns + 1][kPanel]`, the last one of zeros.
+TARGET const uint8_t* codes_by_column(const Panel& p) {
+  const int64_t stride = (p.columns + 15) / 16 * 16;
+  uint8_t* rows = p.scratch;
+  uint8_t* columns = rows + stride * kPanel;
+  uint8_t* bytes = columns + (stride + 1) * kPanel;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    std::memcpy(bytes, p.codes + r * p.code_stride, (p.columns * p.bits + 7) / 8);
+    decode_row(bytes, p.bits, p.columns, rows + r * stride);
+  }
+  to_columns(rows, stride, columns);
+  std::memset(columns + p.columns * kPanel, 0, kPanel);
+  return columns;
+}
+
+TARGET inline __m128i column(const uint8_t* columns, int32_t c) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + int64_t{c} * kPanel));
+}
+
+TARGET void unpack_bytes(const Panel& p, int8_t* panel) {
+  const uint8_t* columns = codes_by_column(p);
+  const __m128i addend = _mm_set1_epi8(p.addend);
+  const __m128i doubled = _mm_set1_epi8(p.multiplier == 2 ? -1 : 0);
+  for (int64_t k = 0; k < p.positions; k += 4, panel += 4 * kPanel) {
+    __m128i w[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m128i u = column(columns, p.source[k + i]);
+      w[i] = _mm_add_epi8(_mm_add_epi8(u, _mm_and_si128(u, doubled)), addend);
+    }
+    const __m128i ab = _mm_unpacklo_epi8(w[0], w[1]), cd = _mm_unpacklo_epi8(w[2], w[3]);
+    const __m128i ef = _mm_unpackhi_epi8(w[0], w[1]), gh = _mm_unpackhi_epi8(w[2], w[3]);
+    __m128i* out = reinterpret_cast<__m128i*>(panel);
+    _mm_storeu_si128(out, _mm_unpacklo_epi16(ab, cd));
+    _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(ab, cd));
+    _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(ef, gh));
+    _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(ef, gh));
+  }
+}
+
+TARGET void unpack_words(const Panel& p, int16_t* panel) {
+  const uint8_t* columns = codes_by_column(p);
+  const __m256i addend = _mm256_set1_epi16(p.addend), multiplier = _mm256_set1_epi16(p.multiplier);
+  for (int64_t k = 0; k < p.positions; k += 2, panel += 2 * kPanel) {
+    __m256i w[2];
+    for (int i = 0; i < 2; ++i) {
+      const __m256i u = _mm256_cvtepu8_epi16(column(columns, p.source[k + i]));
+      w[i] = _mm256_add_epi16(_mm256_mullo_epi16(u, multiplier), addend);
+    }
+    // Each half interleaves four outputs of its own eight: swapped into order.
+    const __m256i low = _mm256_unpacklo_epi16(w[0], w[1]), high = _mm256_unpackhi_epi16(w[0], w[1]);
+    store(panel, _mm256_permute2x128_si256(low, high, 0x20));
+    store(panel + kPanel, _mm256_permute2x128_si256(low, high, 0x31));
+  }
+}
+
+TARGET void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes) {
+  const __m256 top = _mm256_set1_ps(largest), zero = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    __m256 v = _mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(offset + i));
+    v = _mm256_mul_ps(v, _mm256_loadu_ps(inverse + i));
+    // The order of operands makes zero of a NaN.
+    const __m256i q = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(v, zero), top));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm_packus_epi16(words, words));
+  }
+  if (i < n) plain()->quantize(x + i, offset + i, inverse + i, largest, n - i, codes + i);
+}
+
+}  // namespace
+
+const InstructionSet* avx2() {
+  static const InstructionSet set = {"avx2", 6, true, kTiles<Bytes>, kTiles<Words>, unpack_bytes, unpack_words, quantize,
+                                     reorder};
+  return __builtin_cpu_supports("avx2") ? &set : nullptr;
+}
+
+}  // namespace quantformer
+
+#else
+namespace quantformer {
+const InstructionSet* avx2() { return nullptr; }
+}  // namespace quantformer
+#endif

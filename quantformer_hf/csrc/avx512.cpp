@@ -1,0 +1,1 @@
+namespace quantformer { struct InstructionSet; const InstructionSet* avx512() { return nullptr; } }

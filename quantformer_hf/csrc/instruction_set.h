@@ -1,0 +1,92 @@
+// What a set of instructions provides; the drivers (linear.cpp, attention.cpp, quantize.cpp) know no instruction.
+#pragma once
+
+#include <cstdint>
+
+namespace quantformer {
+
+// Output features that are worked on together: a panel of weights holds that many.
+constexpr int kPanel = 16;
+
+// Most rows of a tile, for scratch memory.
+constexpr int kMostTileRows = 12;
+
+// A run of positions whose products add up as integers before they become floating point.
+struct Segment {
+  int64_t positions;  // multiple of 4
+  bool first, last;   // of its group: a group is cut where narrow sums could overflow
+  float scale;        // of the group
+};
+
+// `rows` rows of activations against one panel; for each row and output, with one rounding an operation, in this order:
+//     sum = 0; for each group: sum = sum + scale of the group * float(sum of the group's products)
+//     y = sum * scale of the output + bias of the output
+// Every instruction set and `reference.py` do the same, so that all give the same bits.
+struct Tile {
+  const void* x;       // codes: bytes, or 16-bit words for the function that takes words
+  int64_t x_stride;    // elements from row to row
+  const void* panel;   // bytes `[position / 4][kPanel][4]`, or words `[position / 2][kPanel][2]`
+  const Segment* segments;
+  int64_t num_segments;
+  const float* scale;  // `[kPanel]`
+  const float* bias;   // `[kPanel]`
+  float* y;            // `[rows][kPanel]`
+  int64_t y_stride;
+  float* sums;         // `[rows][kPanel]`, scratch
+  int32_t* carry;      // the same
+};
+
+using TileFunction = void (*)(const Tile&);
+
+// Weights of up to kPanel output features, as packed in files (`packing.py`), to be unpacked into a panel. What the
+// panel holds beyond `rows` and where a group was padded has no meaning: those activations are zero, those outputs unused.
+struct Panel {
+  const uint8_t* codes;    // first row
+  int64_t code_stride;     // bytes from row to row
+  int64_t rows;            // 1..kPanel
+  int64_t columns;
+  int bits;
+  int multiplier, addend;  // weight = code * multiplier + addend
+  const int32_t* source;   // the column of each position, `columns` where a group was padded
+  int64_t positions;
+  uint8_t* scratch;        // panel_scratch_bytes(columns)
+};
+
+inline int64_t panel_scratch_bytes(int64_t columns) { return 2 * (columns + 32) * kPanel + 2 * columns + 128; }
+
+// Rows whose channels are brought into order together.
+constexpr int kBlock = 16;
+
+struct Order {
+  const uint8_t* rows;    // `[kBlock][stride]`, stride a multiple of 16
+  int64_t stride, columns;
+  const int32_t* source;
+  int64_t positions;
+  uint8_t* out;           // `[rows_out][positions]`
+  int64_t rows_out;       // 1..kBlock
+  uint8_t* scratch;       // (stride + 1) * kBlock bytes
+};
+
+struct InstructionSet {
+  const char* name;
+  int tile_rows;                  // at most kMostTileRows
+  bool narrow_sums;               // products of bytes add up in 16 bits: pairs and segments must fit
+  const TileFunction* bytes;      // by number of rows, from 1
+  const TileFunction* words;      // the same; used where bytes would not fit
+  void (*unpack_bytes)(const Panel&, int8_t* panel);
+  void (*unpack_words)(const Panel&, int16_t* panel);
+  // One row: codes = clamp(round((x - offset) * inverse), 0, largest), in the order of the channels.
+  void (*quantize)(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes);
+  // kBlock rows: out[row][position] = rows[row][source[position]], zero where that is `columns`.
+  void (*reorder)(const Order&);
+};
+
+const InstructionSet* plain();
+const InstructionSet* avx2();    // null where this processor, or this compiler, has it not
+const InstructionSet* avx512();
+const InstructionSet* neon();
+
+// The one in use: the best of this machine, or what the caller chose.
+const InstructionSet& current();
+
+}  // namespace quantformer

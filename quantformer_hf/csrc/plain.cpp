@@ -1,0 +1,102 @@
+// Plain C++, for every processor: what the others are compared with.
+#include <cmath>
+#include <cstring>
+
+#include "instruction_set.h"
+
+namespace quantformer {
+namespace {
+
+template <typename X, typename W, int kTogether, int R>
+void multiply(const Tile& tile) {
+  auto x = static_cast<const X*>(tile.x);
+  auto panel = static_cast<const W*>(tile.panel);
+  for (int i = 0; i < R * kPanel; ++i) tile.sums[i] = 0;
+  for (int64_t s = 0; s < tile.num_segments; ++s) {
+    const Segment& segment = tile.segments[s];
+    int32_t sums[R][kPanel] = {};
+    for (auto end = x + segment.positions; x != end; x += kTogether, panel += kTogether * kPanel) {
+      for (int r = 0; r < R; ++r) {
+        for (int o = 0; o < kPanel; ++o) {
+          for (int k = 0; k < kTogether; ++k) {
+            sums[r][o] += int32_t{x[r * tile.x_stride + k]} * panel[o * kTogether + k];
+          }
+        }
+      }
+    }
+    for (int i = 0; i < R * kPanel; ++i) {
+      const int32_t sum = sums[i / kPanel][i % kPanel] + (segment.first ? 0 : tile.carry[i]);
+      if (segment.last) {
+        // The build's -ffp-contract=off rounds the product before it is added.
+        tile.sums[i] = tile.sums[i] + static_cast<float>(sum) * segment.scale;
+      } else {
+        tile.carry[i] = sum;
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int o = 0; o < kPanel; ++o) {
+      tile.y[r * tile.y_stride + o] = tile.sums[r * kPanel + o] * tile.scale[o] + tile.bias[o];
+    }
+  }
+}
+
+template <typename X, typename W, int kTogether>
+constexpr TileFunction kTiles[] = {multiply<X, W, kTogether, 1>, multiply<X, W, kTogether, 2>,
+                                   multiply<X, W, kTogether, 3>, multiply<X, W, kTogether, 4>};
+
+inline int code_at(const uint8_t* row, int64_t bytes, int bits, int64_t i) {
+  const int64_t at = i * bits / 8;
+  const unsigned window = row[at] | (at + 1 < bytes ? row[at + 1] << 8 : 0);
+  return window >> (i * bits % 8) & ((1 << bits) - 1);
+}
+
+template <typename W, int kTogether>
+void unpack(const Panel& p, W* panel) {
+  const int64_t bytes = (p.columns * p.bits + 7) / 8;
+  for (int64_t k = 0; k < p.positions; ++k) {
+    W* out = panel + k / kTogether * kTogether * kPanel + k % kTogether;
+    for (int64_t r = 0; r < kPanel; ++r) {
+      const bool nothing = r >= p.rows || p.source[k] >= p.columns;
+      const int code = nothing ? 0 : code_at(p.codes + r * p.code_stride, bytes, p.bits, p.source[k]);
+      out[r * kTogether] = static_cast<W>(code * p.multiplier + p.addend);
+    }
+  }
+}
+
+void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float difference = x[i] - offset[i];
+    const float position = difference * inverse[i];
+    // In this order a NaN becomes zero.
+    const float clipped = position > 0 ? (position < largest ? position : largest) : 0;
+    codes[i] = static_cast<uint8_t>(std::nearbyint(clipped));
+  }
+}
+
+void reorder(const Order& order) {
+  for (int64_t r = 0; r < order.rows_out; ++r) {
+    const uint8_t* row = order.rows + r * order.stride;
+    for (int64_t k = 0; k < order.positions; ++k) {
+      const int32_t c = order.source[k];
+      order.out[r * order.positions + k] = c < order.columns ? row[c] : 0;
+    }
+  }
+}
+
+}  // namespace
+
+const InstructionSet* plain() {
+  static const InstructionSet set = {"plain",
+                                     4,
+                                     false,
+                                     kTiles<uint8_t, int8_t, 4>,
+                                     kTiles<int16_t, int16_t, 2>,
+                                     unpack<int8_t, 4>,
+                                     unpack<int16_t, 2>,
+                                     quantize,
+                                     reorder};
+  return &set;
+}
+
+}  // namespace quantformer

@@ -1,0 +1,48 @@
+// A product of codes by codes: what linear layers and both products of attention are made of.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "instruction_set.h"
+
+namespace quantformer {
+
+// y[row][output] = sums(row, output) * scale[output] + bias[output], `sums` as in instruction_set.h.
+struct Product {
+  const uint8_t* x;  // codes, `(rows, x_stride)`, in the order of positions
+  int64_t rows, x_stride;
+  int largest_x;     // of the codes
+
+  const uint8_t* codes;  // `(outputs, code_stride)`, as packed in files
+  int64_t code_stride;
+  int64_t outputs, columns;
+  int bits;          // that a packed code takes
+  int largest_code;  // less than 2^bits where codes lie in more bits than they need
+  int multiplier, addend;  // weight = code * multiplier + addend
+
+  const int32_t* source;  // `(positions,)`, see Panel
+  int64_t positions;
+  const int64_t* group_ends;  // `(groups,)`, multiples of 4 that rise to `positions`
+  const float* group_scales;
+  int64_t groups;
+
+  const float* scale;  // `(outputs,)`
+  const float* bias;   // `(outputs,)`
+  float* y;            // `(rows, y_stride)`
+  int64_t y_stride;
+};
+
+// How a product is cut into segments for the instruction set at hand.
+struct Plan {
+  bool words;  // whether it takes words in place of bytes
+  std::vector<Segment> segments;
+};
+
+Plan plan(const Product& product, const InstructionSet& set);
+
+// Panels `begin` to `end` of kPanel outputs each, rows `first` to `last`. Threads call it side by side.
+void multiply(const Product& product, const Plan& plan, const InstructionSet& set, int64_t begin, int64_t end,
+              int64_t first, int64_t last);
+
+}  // namespace quantformer

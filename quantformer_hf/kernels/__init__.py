@@ -1,0 +1,25 @@
+"""Integer arithmetic of quantized models: kernels for CPUs, and the same in plain torch."""
+
+from . import operators
+from .arithmetic import fake_quantized, in_integers, infers
+from .info import describe_device, describe_layer
+from .library import instruction_set, using
+from .plans import ChannelPlan, LinearPlan, Remembered, plan_channels, plan_linear, plan_weight
+
+
+__all__ = [
+    "ChannelPlan",
+    "LinearPlan",
+    "Remembered",
+    "describe_device",
+    "describe_layer",
+    "fake_quantized",
+    "in_integers",
+    "infers",
+    "instruction_set",
+    "operators",
+    "plan_channels",
+    "plan_linear",
+    "plan_weight",
+    "using",
+]

@@ -1,0 +1,185 @@
+"""The compiled kernels: found beside the package, loaded once, called through ctypes.
+
+`pip install` builds them from `csrc/` where a C++ compiler is at hand. They know nothing of torch, so that one build
+serves every version; torch lends them its threads through its stable C interface.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import logging
+from collections.abc import Iterator
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+
+#: The extension module's name, whose file this is; it is never imported.
+NAME = "quantformer_hf.kernels._native"
+
+logger = logging.getLogger(__name__)
+
+_kernels: ctypes.CDLL | None = None
+_looked = False
+_off = False
+
+
+class Codes(Structure):
+    """`Codes` of `kernels.h`."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("rows", c_int64),
+        ("channels", c_int64),
+        ("offset", c_void_p),
+        ("inverse", c_void_p),
+        ("largest", c_int32),
+        ("source", c_void_p),
+        ("positions", c_int64),
+        ("codes", c_void_p),
+    ]
+
+
+class Product(Structure):
+    """`Product` of `product.h`."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("rows", c_int64),
+        ("x_stride", c_int64),
+        ("largest_x", c_int32),
+        ("codes", c_void_p),
+        ("code_stride", c_int64),
+        ("outputs", c_int64),
+        ("columns", c_int64),
+        ("bits", c_int32),
+        ("largest_code", c_int32),
+        ("multiplier", c_int32),
+        ("addend", c_int32),
+        ("source", c_void_p),
+        ("positions", c_int64),
+        ("group_ends", POINTER(c_int64)),
+        ("group_scales", c_void_p),
+        ("groups", c_int64),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+    ]
+
+
+class AttentionScores(Structure):
+    """`Scores` of `kernels.h`."""
+
+    _fields_ = [
+        ("query", c_void_p),
+        ("key", c_void_p),
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("head_size", c_int64),
+        ("query_strides", c_int64 * 3),
+        ("key_strides", c_int64 * 3),
+        ("operands", c_void_p),
+        ("largest", c_int32),
+        ("scaling", c_float),
+        ("scores", c_void_p),
+    ]
+
+
+class AttentionMix(Structure):
+    """`Mixed` of `kernels.h`."""
+
+    _fields_ = [
+        ("probabilities", c_void_p),
+        ("value", c_void_p),
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("head_size", c_int64),
+        ("value_strides", c_int64 * 3),
+        ("operands", c_void_p),
+        ("largest", c_int32),
+        ("output", c_void_p),
+    ]
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None, with one warning, where they were not built."""
+    global _kernels, _looked
+    if not _looked:
+        _looked = True
+        _kernels = _load()
+    return None if _off else _kernels
+
+
+def _load() -> ctypes.CDLL | None:
+    found = importlib.util.find_spec(NAME)
+    if found is None or found.origin is None:
+        logger.warning(
+            "the kernels of quantformer_hf were not built, and packed models run in plain torch: same results, slower."
+            " Install a C++ compiler and the package anew (pip install --force-reinstall --no-deps quantformer_hf)"
+        )
+        return None
+    kernels = ctypes.CDLL(found.origin)
+    for name, job in (
+        ("quantformer_quantize", Codes),
+        ("quantformer_multiply", Product),
+        ("quantformer_scores", AttentionScores),
+        ("quantformer_mix", AttentionMix),
+    ):
+        getattr(kernels, name).argtypes = [POINTER(job), c_int64, c_void_p]
+        getattr(kernels, name).restype = c_int32
+    kernels.quantformer_instruction_set.restype = c_char_p
+    kernels.quantformer_use_instruction_set.argtypes = [c_char_p]
+    kernels.parallel_for = _parallel_for()
+    return kernels
+
+
+def _parallel_for() -> c_void_p | None:
+    """Address of torch's `torch_parallel_for`; None, for one thread, where it cannot be found."""
+    path = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    if path is None:
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(str(path)).torch_parallel_for, c_void_p)
+    except (OSError, AttributeError):
+        # Torch before 2.10, or one that is linked in some other way.
+        logger.warning("this torch lends no threads: packed models run on one")
+        return None
+
+
+def check(status: int) -> None:
+    """Raise MemoryError for what a kernel returns when it could not work."""
+    if status:
+        raise MemoryError("a kernel ran out of memory")
+
+
+def instruction_set() -> str | None:
+    """The name of the instructions in use (`avx2`, `avx512`, `neon`, `plain`), or None without kernels."""
+    kernels = library()
+    return None if kernels is None else kernels.quantformer_instruction_set().decode()
+
+
+@contextlib.contextmanager
+def using(name: str | None) -> Iterator[None]:
+    """Run with these instructions inside the `with` block, or in plain torch for None: to compare them.
+
+    Raises:
+        ValueError: this machine does not have them, or the kernels were not built.
+    """
+    global _off
+    before, were_off = instruction_set(), _off
+    _off = name is None
+    if name is not None and (_kernels is None or _kernels.quantformer_use_instruction_set(name.encode())):
+        _off = were_off
+        raise ValueError(f"the instruction set {name!r} cannot run here: {before or 'no kernel'} can")
+    try:
+        yield
+    finally:
+        _off = were_off
+        if before is not None:
+            _kernels.quantformer_use_instruction_set(before.encode())

@@ -1,0 +1,246 @@
+"""The operators of a packed model, as torch custom operators: `torch.compile` and `torch.export` see them whole.
+
+On a CPU they run the compiled kernels (`csrc/`), elsewhere and without these the plain torch of `reference.py`, with the
+same results bit for bit.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int64
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .library import AttentionMix, AttentionScores, Codes, Product, check, library
+
+
+_LIBRARY = torch.library.Library("quantformer", "DEF")
+_LIBRARY.define("quantize(Tensor x, Tensor offset, Tensor inverse, Tensor? source, int largest) -> Tensor")
+_LIBRARY.define(
+    "multiply(Tensor codes, Tensor weight, int columns, int bits, int largest_code, int multiplier, int addend,"
+    " Tensor source, int[] group_ends, Tensor group_scales, int largest, Tensor scale, Tensor bias) -> Tensor"
+)
+_LIBRARY.define("attention_scores(Tensor query, Tensor key, Tensor operands, int largest, float scaling) -> Tensor")
+_LIBRARY.define("attention_mix(Tensor probabilities, Tensor value, Tensor operands, int largest) -> Tensor")
+
+
+def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int) -> Tensor:
+    """Codes `clip(round((x - offset) * inverse), 0, largest)`, then in the order of `source`.
+
+    Args:
+        x: `(..., channels)`, float32.
+        offset, inverse: `(channels,)`, float32; `inverse` is 1 / scale.
+        source: `(positions,)`, int32: the channel of each position, `channels` where there is none (code 0).
+        largest: at most 255.
+
+    Returns:
+        `(..., positions)`, uint8.
+    """
+    kernels = library()
+    if kernels is None:
+        return reference.quantize(x, offset, inverse, source, largest)
+    x = x.contiguous()
+    channels = x.shape[-1]
+    positions = channels if source is None else source.numel()
+    _check_float32(x, offset, inverse)
+    codes = torch.empty((*x.shape[:-1], positions), dtype=torch.uint8)
+    job = Codes(
+        x.data_ptr(),
+        x.numel() // max(channels, 1),
+        channels,
+        offset.data_ptr(),
+        inverse.data_ptr(),
+        largest,
+        0 if source is None else source.data_ptr(),
+        positions,
+        codes.data_ptr(),
+    )
+    check(kernels.quantformer_quantize(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+    return codes
+
+
+def multiply(
+    codes: Tensor,
+    weight: Tensor,
+    columns: int,
+    bits: int,
+    largest_code: int,
+    multiplier: int,
+    addend: int,
+    source: Tensor,
+    group_ends: Sequence[int],
+    group_scales: Tensor,
+    largest: int,
+    scale: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """`y_o = scale_o Σ_g s_g Σ_{c∈g} w_oc x_c + bias_o`, the inner sums in integers (design: deployment form).
+
+    Args:
+        codes: x, `(..., positions)` uint8, channels in the order of `source`.
+        weight: `(outputs, packed_width(columns, bits))` uint8, see `packing`; `w = code * multiplier + addend`.
+        columns: of the weight.
+        bits: that a code of the weight takes.
+        largest_code: of the weight; less than `2^bits - 1` where codes lie in more bits than they need.
+        source: `(positions,)` int32, the column of each position, `columns` for padding.
+        group_ends: the position where each group ends, multiples of 4 that rise to `positions`.
+        group_scales: s, `(groups,)` float32.
+        largest: code of x.
+        scale, bias: `(outputs,)` float32.
+
+    Returns:
+        `(..., outputs)`, float32.
+    """
+    kernels = library()
+    arguments = (
+        columns,
+        bits,
+        largest_code,
+        multiplier,
+        addend,
+        source,
+        group_ends,
+        group_scales,
+        largest,
+        scale,
+        bias,
+    )
+    if kernels is None:
+        return reference.multiply(codes, weight, *arguments)
+    codes, outputs, positions = codes.contiguous(), weight.shape[0], source.numel()
+    if codes.shape[-1] != positions:
+        raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {positions}")
+    _check_float32(group_scales, scale, bias)
+    y = torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32)
+    job = Product(
+        codes.data_ptr(),
+        codes.numel() // max(positions, 1),
+        positions,
+        largest,
+        weight.data_ptr(),
+        weight.shape[1],
+        outputs,
+        columns,
+        bits,
+        largest_code,
+        multiplier,
+        addend,
+        source.data_ptr(),
+        positions,
+        (c_int64 * len(group_ends))(*group_ends),
+        group_scales.data_ptr(),
+        group_scales.numel(),
+        scale.data_ptr(),
+        bias.data_ptr(),
+        y.data_ptr(),
+        outputs,
+    )
+    check(kernels.quantformer_multiply(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+    return y
+
+
+def attention_scores(query: Tensor, key: Tensor, operands: Tensor, largest: int, scaling: float) -> Tensor:
+    """`Q(query) Q(key)ᵀ * scaling`, less what is the same for all keys of a query: the softmax does not see it.
+
+    Args:
+        query, key: `(batch, heads, tokens, head_size)`, float32.
+        operands: `(2, 3)` float32: scale, 1 / scale and offset of the query, and of the key.
+        largest: code of both.
+
+    Returns:
+        `(batch, heads, queries, keys)`, float32.
+    """
+    kernels = library()
+    if kernels is None:
+        return reference.attention_scores(query, key, operands, largest, scaling)
+    query, key = _rows(query), _rows(key)
+    _check_float32(query, key, operands)
+    batch, heads, queries, head_size = query.shape
+    scores = torch.empty((batch, heads, queries, key.shape[2]), dtype=torch.float32)
+    job = AttentionScores(
+        query.data_ptr(),
+        key.data_ptr(),
+        *(batch, heads, queries, key.shape[2], head_size),
+        query.stride()[:3],
+        key.stride()[:3],
+        operands.data_ptr(),
+        largest,
+        scaling,
+        scores.data_ptr(),
+    )
+    check(kernels.quantformer_scores(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+    return scores
+
+
+def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, largest: int) -> Tensor:
+    """`Q(probabilities) Q(value)`.
+
+    Args:
+        probabilities: `(batch, heads, queries, keys)`, float32.
+        value: `(batch, heads, keys, head_size)`, float32.
+        operands: `(2, 3)` float32: scale, 1 / scale and offset of the probabilities, and of the value.
+        largest: code of both.
+
+    Returns:
+        `(batch, queries, heads, head_size)`, float32.
+    """
+    kernels = library()
+    if kernels is None:
+        return reference.attention_mix(probabilities, value, operands, largest)
+    probabilities, value = probabilities.contiguous(), _rows(value)
+    _check_float32(probabilities, value, operands)
+    batch, heads, queries, keys = probabilities.shape
+    head_size = value.shape[-1]
+    output = torch.empty((batch, queries, heads, head_size), dtype=torch.float32)
+    job = AttentionMix(
+        probabilities.data_ptr(),
+        value.data_ptr(),
+        *(batch, heads, queries, keys, head_size),
+        value.stride()[:3],
+        operands.data_ptr(),
+        largest,
+        output.data_ptr(),
+    )
+    check(kernels.quantformer_mix(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+    return output
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with its last dimension in one piece; the others may lie as they do."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_float32(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"a kernel was given {tensor.dtype}: convert it to torch.float32 first")
+
+
+def _fake_quantize(x, offset, inverse, source, largest):
+    positions = x.shape[-1] if source is None else source.shape[0]
+    return x.new_empty((*x.shape[:-1], positions), dtype=torch.uint8)
+
+
+def _fake_multiply(codes, weight, *arguments):
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+def _fake_scores(query, key, operands, largest, scaling):
+    return query.new_empty((*query.shape[:-1], key.shape[-2]))
+
+
+def _fake_mix(probabilities, value, operands, largest):
+    batch, heads, queries, _ = probabilities.shape
+    return probabilities.new_empty((batch, queries, heads, value.shape[-1]))
+
+
+for _kernel, _plain, _fake in (
+    (quantize, reference.quantize, _fake_quantize),
+    (multiply, reference.multiply, _fake_multiply),
+    (attention_scores, reference.attention_scores, _fake_scores),
+    (attention_mix, reference.attention_mix, _fake_mix),
+):
+    _LIBRARY.impl(_kernel.__name__, _plain, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_kernel.__name__, _kernel, "CPU")
+    torch.library.register_fake(f"quantformer::{_kernel.__name__}", _fake, lib=_LIBRARY)

@@ -1,0 +1,89 @@
+"""The arithmetic of a packed model in plain torch, on any device: what the kernels compute, bit for bit.
+
+Sums of products are sums of integers, which floating point holds exactly below `2^24` (float32) or `2^53` (float64), in
+any order. What is not an integer is one rounding an operation, in the order that is written here. So a machine, a number
+of threads or a batch size changes no bit, and no activation moves to another level for a last digit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..packing import unpack_codes
+
+
+#: Integers up to here are exact in float32.
+EXACT_FLOAT32 = 2**24
+
+
+def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int) -> Tensor:
+    """See `operators.quantize`."""
+    codes = ((x - offset) * inverse).nan_to_num(nan=0.0).clamp(0, largest).round().to(torch.uint8)
+    if source is None:
+        return codes
+    return torch.nn.functional.pad(codes, (0, 1)).index_select(-1, source)
+
+
+def exact_product(x: Tensor, weight: Tensor, largest: int) -> Tensor:
+    """`x @ weightᵀ` of integers, exact before it is rounded to float32.
+
+    Args:
+        x: `(..., rows, n)`, integers of any dtype.
+        weight: `(..., columns, n)`.
+        largest: magnitude of any product of two of their elements.
+    """
+    wide = torch.float64 if largest * x.shape[-1] > EXACT_FLOAT32 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.to(wide) @ weight.to(wide).transpose(-2, -1)).float()
+
+
+def multiply(
+    codes: Tensor,
+    weight: Tensor,
+    columns: int,
+    bits: int,
+    largest_code: int,
+    multiplier: int,
+    addend: int,
+    source: Tensor,
+    group_ends: Sequence[int],
+    group_scales: Tensor,
+    largest: int,
+    scale: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """See `operators.multiply`."""
+    integers = unpack_codes(weight, bits, columns).short() * multiplier + addend
+    integers = torch.nn.functional.pad(integers, (0, 1)).index_select(1, source)
+    largest_product = largest * max(abs(addend), abs(largest_code * multiplier + addend))
+    sums, start = None, 0
+    for end, group_scale in zip(group_ends, group_scales, strict=True):
+        if end > start:
+            part = exact_product(codes[..., start:end], integers[:, start:end], largest_product) * group_scale
+            sums = part if sums is None else sums + part
+        start = end
+    return sums * scale + bias
+
+
+def attention_scores(query: Tensor, key: Tensor, operands: Tensor, largest: int, scaling: float) -> Tensor:
+    """See `operators.attention_scores`."""
+    of_query, of_key = operands
+    query, key = _operand(query, of_query, largest), _operand(key, of_key, largest)
+    products = exact_product(query, key, largest**2) * (of_query[0] * of_key[0] * scaling)
+    return products + (key.float().sum(-1) * (of_query[2] * of_key[0] * scaling)).unsqueeze(-2)
+
+
+def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, largest: int) -> Tensor:
+    """See `operators.attention_mix`."""
+    of_weights, of_value = operands
+    weights, value = _operand(probabilities, of_weights, largest), _operand(value, of_value, largest)
+    products = exact_product(weights, value.transpose(-2, -1), largest**2) * (of_weights[0] * of_value[0])
+    constant = value.shape[-2] * (of_weights[2] * of_value[2])
+    of_columns = value.float().sum(-2) * (of_weights[2] * of_value[0]) + constant
+    of_rows = weights.float().sum(-1) * (of_weights[0] * of_value[2])
+    return (products + of_columns.unsqueeze(-2) + of_rows.unsqueeze(-1)).transpose(1, 2).contiguous()
+
+
+def _operand(x: Tensor, operand: Tensor, largest: int) -> Tensor:
+    return quantize(x, operand[2], operand[1], None, largest)
