@@ -108,15 +108,8 @@ class CostModel:
 
     def __init__(self, config: QuantformerConfig, space: SearchSpace, latencies: LatencyTable | None = None):
         self.space = space
-        widest = {"weight_bits": space.weight_bits[-1], "activation_bits": space.activation_bits[-1]}
-        arguments = config.to_dict() | {
-            "stage": "packed",
-            "packing_layout": LAYOUT_VERSION,
-            "layer_bits": dict.fromkeys(space.inputs, widest),
-        }
-        with torch.device("meta"):
-            model = QuantformerForImageClassification(QuantformerConfig.from_dict(arguments)).eval()
-        self.products = _count(model)
+        self.products = _count(_build(config, space, "pretrain"))
+        model = _build(config, space, "packed")
         self.costs = {
             BIT_OPERATIONS: self._bit_operations(),
             BYTES: self._bytes(model),
@@ -173,6 +166,18 @@ class CostModel:
             return {(w, a): latencies.milliseconds(name, *shape, w, a) for w, a in self.pairs()}
 
         return Cost(MILLISECONDS, latencies.rest, {name: times(name) for name in self.space.inputs})
+
+
+def _build(config: QuantformerConfig, space: SearchSpace, stage: str) -> QuantformerForImageClassification:
+    """The model in `stage` at the widest candidates, without values."""
+    widest = {"weight_bits": space.weight_bits[-1], "activation_bits": space.activation_bits[-1]}
+    arguments = config.to_dict() | {
+        "stage": stage,
+        "packing_layout": LAYOUT_VERSION if stage == "packed" else None,
+        "layer_bits": dict.fromkeys(space.inputs, widest),
+    }
+    with torch.device("meta"):
+        return QuantformerForImageClassification(QuantformerConfig.from_dict(arguments)).eval()
 
 
 def _count(model: QuantformerForImageClassification) -> dict[str, Product]:
