@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import make_batches, make_full_precision
 from test_cost import config_of, random_widths
 
@@ -49,16 +50,20 @@ def test_a_model_takes_it_in_every_stage_and_inspect_shows_it(backbone, tmp_path
         make_full_precision(backbone), layer_bits=path, num_groups=4
     )
     model.calibrate(make_batches())
+    images, logits = make_batches(1)[0], {}
     for verb in ("begin_search", "freeze_groups", "pack"):
         getattr(model, verb)()
         folder = tmp_path / verb
         model.save_pretrained(folder)
         loaded = QuantformerForImageClassification.from_pretrained(folder)
+        with torch.no_grad():
+            logits[verb] = loaded.eval()(images).logits
         assert loaded.config.layer_bits == allocation.layer_bits
         found = {row.name: (row.weight_bits, row.input_bits) for row in inspect_checkpoint(folder).layers}
         for name, layer in allocation.layers.items():
             assert found[name] == (layer.weight_bits, layer.activation_bits)
     assert inspect_checkpoint(folder).file_bytes == allocation.cost["bytes"]
+    assert torch.equal(logits["pack"], logits["freeze_groups"])
 
 
 @pytest.mark.parametrize(
