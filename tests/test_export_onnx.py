@@ -1,0 +1,181 @@
+"""The exported ONNX file computes what the packed model computes, and stays small."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from conftest import BACKBONES, IMAGE_SIZE, make_batches, make_quantized
+from transformers import ViTConfig, ViTImageProcessor
+
+from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
+from quantformer_hf.__main__ import main
+from quantformer_hf.packed_layers import PackedWeight
+from quantformer_hf.report import weights_on_disk
+
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install '.[test]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install '.[test]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[test]'")
+
+from quantformer_hf.exporters.onnx import export_onnx  # noqa: E402  needs what is looked for above
+
+
+#: Each costs a trace of some seconds: every backbone at four bits, and every kind of code on the smallest.
+CASES = {name: {"backbone": name} for name in BACKBONES} | {
+    "8 bits": {"bit_width": 8},
+    "3 bits": {"bit_width": 3},
+    "2 bits, half-shifted": {"bit_width": 2, "weight_quantizer": "statsq"},
+    "1 bit": {"weight_bits": 1, "activation_bits": 2},
+    "nothing but weights": {"activation_bits": 32, "attention_bits": None, "classifier_bits": 32},
+}
+OPSETS = {"2 bits, half-shifted": 25}
+
+
+@torch.no_grad()
+def logits_of(model):
+    return torch.cat([model(batch).logits for batch in make_batches()]).numpy()
+
+
+def run(path, batch_size):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    batches = torch.cat(make_batches()).split(batch_size)
+    return [session.run(["logits"], {"pixel_values": batch.numpy()})[0] for batch in batches]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def exported(request, tmp_path_factory):
+    """A packed model, and its file."""
+    model = make_quantized(stage="finetune", **CASES[request.param]).pack()
+    path = tmp_path_factory.mktemp("onnx") / "new" / "model.onnx"
+    export_onnx(model, path, OPSETS.get(request.param, 21))
+    return model, path
+
+
+def assert_close(found, expected):
+    # Sums in another order: an activation that this moved to another level would move the logits by far more.
+    torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnxruntime_gives_the_logits_of_the_packed_model_in_batches_of_any_size(exported):
+    model, path = exported
+    expected = logits_of(model)
+    for batch_size in (1, 3, 8):
+        results = run(path, batch_size)
+        assert len(results[0]) == batch_size
+        assert_close(torch.cat([torch.from_numpy(result) for result in results]).numpy(), expected)
+
+
+@pytest.mark.slow
+def test_openvino_gives_the_logits_of_the_packed_model(exported):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[test]'")
+    model, path = exported
+    if onnx.load(path).opset_import[0].version > 21:
+        pytest.skip("OpenVINO does not read INT2")
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert_close(compiled([torch.cat(make_batches()).numpy()])[0], logits_of(model))
+
+
+@pytest.mark.slow
+def test_the_file_has_standard_operators_and_codes_in_their_narrowest_type(exported):
+    model, path = exported
+    onnx.checker.check_model(path, full_check=True)
+    content = onnx.load(path)
+    assert [(opset.domain, opset.version) for opset in content.opset_import] in ([("", 21)], [("", 25)])
+    codes = {node.input[0] for node in content.graph.node if node.op_type == "DequantizeLinear"}
+    bits = {onnx.TensorProto.INT2: 2, onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}
+    stored = Counter(bits[tensor.data_type] for tensor in content.graph.initializer if tensor.name in codes)
+    widths = (2, 4, 8) if content.opset_import[0].version == 25 else (4, 8)
+    weights = [module.grid.bits for module in model.modules() if isinstance(module, PackedWeight)]
+    assert stored == Counter(next(width for width in widths if width >= bits) for bits in weights)
+
+
+# One export each
+
+
+def make_packed_config(**arguments):
+    return QuantformerConfig(stage="packed", packing_layout=1, calibrated=True, **arguments)
+
+
+@pytest.mark.slow
+def test_the_file_is_near_the_packed_checkpoint(tmp_path):
+    backbone = ViTConfig(hidden_size=384, num_hidden_layers=2, intermediate_size=1536, num_labels=10)
+    model = QuantformerForImageClassification(make_packed_config(backbone_config=backbone))
+    model.save_pretrained(tmp_path)
+    export_onnx(model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size < 1.1 * weights_on_disk(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_exports_a_finetuned_checkpoint_with_names_and_preprocessing(tmp_path, capsys):
+    model = make_quantized(stage="finetune")
+    model.image_processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    model.save_pretrained(tmp_path / "checkpoint")
+    path = tmp_path / "model.onnx"
+    main(["export", "onnx", str(tmp_path / "checkpoint"), "--output", str(path)])
+    assert str(path) in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint", "model.onnx"]
+    assert_close(run(path, 8)[0], logits_of(model))
+    metadata = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    assert ViTImageProcessor(**json.loads(metadata["preprocessor_config"])).size == model.image_processor.size
+    assert json.loads(metadata["id2label"]) == {str(index): name for index, name in model.config.id2label.items()}
+    assert str(tmp_path).encode() not in path.read_bytes()
+    assert b"site-packages" not in path.read_bytes()
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    make_quantized(stage="finetune").pack().save_pretrained(folder)
+    return folder
+
+
+def refusal(*arguments):
+    with pytest.raises(SystemExit) as refused:
+        main(["export", "onnx", *map(str, arguments)])
+    return refused.value.code
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    message = refusal(tmp_path / "nowhere", "--output", tmp_path / "model.onnx")
+    assert f"{tmp_path / 'nowhere'} does not exist: name the folder of a checkpoint" in message
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "search"])
+def test_groups_that_are_not_frozen_are_refused(stage, tmp_path):
+    make_quantized(stage=stage).save_pretrained(tmp_path / "checkpoint")
+    message = refusal(tmp_path / "checkpoint", "--output", tmp_path / "model.onnx")
+    assert f"the model is in the stage '{stage}', whose groups can still change: run the stage 'finetune'" in message
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_file_that_is_there_is_not_overwritten(packed, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("somebody's")
+    assert f"{path} exists: name another file, or take it away first" in refusal(packed, "--output", path)
+    assert path.read_text() == "somebody's"
+
+
+def test_another_operator_set_is_refused(packed, tmp_path):
+    message = refusal(packed, "--output", tmp_path / "model.onnx", "--opset", 17)
+    assert "opset is 17: choose one of 21, 25" in message
+
+
+def test_a_damaged_checkpoint_is_refused(packed, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(packed, copy)
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    assert "is damaged" in refusal(copy, "--output", tmp_path / "model.onnx")
+
+
+def test_packages_that_are_not_installed_are_named(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refusal(packed, "--output", tmp_path / "model.onnx")
+    assert "needs onnx and onnxscript, not installed here: run pip install 'quantformer_hf[onnx]'" in message
