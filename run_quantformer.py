@@ -21,6 +21,9 @@ from quantformer_hf.checkpointing import check_writable, writing
 from quantformer_hf.configuration_quantformer import QuantformerConfig
 from quantformer_hf.data import first, load_image_data
 from quantformer_hf.images import undecoded, with_crop
+from quantformer_hf.mixed_precision.allocation_file import ALLOCATION_FILE
+from quantformer_hf.mixed_precision.budget import format_cost
+from quantformer_hf.mixed_precision.stage import AllocationStage
 from quantformer_hf.modeling_quantformer import StageError, build_backbone
 from quantformer_hf.report import format_table, megabytes, weights_on_disk
 from quantformer_hf.stages import StageRun, delete_stage, load_classifier, make_trainer
@@ -46,9 +49,17 @@ def main() -> None:
             delete_stage(output_dir, stage)
     source, results = arguments.model.model_name_or_path, {}
     for stage in arguments.model.stages:
-        stage_run = StageRun(run.for_stage(stage), source, output_dir)
+        kind = AllocationStage if stage == "allocate" else StageRun
+        stage_run = kind(run.for_stage(stage), source, output_dir)
         results |= stage_run.run()
-        source = str(stage_run.folder)
+        if stage == "allocate":
+            # The later stages start from the same checkpoint, with the bits that were found.
+            run.common["layer_bits"] = str(stage_run.folder / ALLOCATION_FILE)
+        else:
+            source = str(stage_run.folder)
+    if stage == "allocate":
+        print_allocation(results, stage_run.folder)
+        return
     if stage == "finetune":
         source = write_packed(source, output_dir / "packed")
     results["reloaded_accuracy"] = evaluate_checkpoint(source, run.for_stage(stage))["eval_accuracy"]
@@ -56,6 +67,14 @@ def main() -> None:
         (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
         print_report(results, output_dir, source)
         show_predictions(source, run.for_stage(stage))
+
+
+def print_allocation(costs: dict[str, float], folder: Path) -> None:
+    """What an allocation costs, where nothing follows it."""
+    if PartialState().is_main_process:
+        rows = [[format_cost(name.removeprefix("allocation_"), cost)] for name, cost in costs.items()]
+        print("\n" + format_table(["the packed model will cost"], rows))
+        print(f"\nThe bits are in {folder / ALLOCATION_FILE}: --layer_bits takes it")
 
 
 def write_packed(source: str, folder: Path) -> str:
@@ -102,8 +121,9 @@ def print_report(results: dict[str, float], output_dir: Path, final: str) -> Non
         with torch.device("meta"):
             full = 4 * sum(parameter.numel() for parameter in build_backbone(config.backbone_config).parameters())
         size = weights_on_disk(Path(final))
+        bits = "mixed precision" if config.layer_bits else f"W{config.weight_bits}A{config.activation_bits}"
         print(
-            f"\nW{config.weight_bits}A{config.activation_bits}, {config.stage}: {megabytes(size)} on disk, and"
+            f"\n{bits}, {config.stage}: {megabytes(size)} on disk, and"
             f" {megabytes(full)} in float32: 1/{full / size:.1f}"
         )
 

@@ -4,10 +4,11 @@ import argparse
 import sys
 
 from . import export_checkpoint, inspect_checkpoint
+from .mixed_precision import measure_latency
 
 
 #: Modules by the name of their command; each has `add_arguments(parser)` and `run(arguments)`.
-COMMANDS = {"inspect": inspect_checkpoint, "export": export_checkpoint}
+COMMANDS = {"inspect": inspect_checkpoint, "export": export_checkpoint, "measure-latency": measure_latency}
 
 
 def main(arguments: list[str] | None = None) -> None:

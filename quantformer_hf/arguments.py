@@ -17,11 +17,12 @@ from transformers import HfArgumentParser
 
 from .configuration_quantformer import QUANTIZATION_ARGUMENTS, nearest
 from .data import DataArguments
+from .mixed_precision.arguments import AllocationArguments
 from .training_args import QuantformerTrainingArguments
 
 
 #: What `--stages` may name, in the order in which they follow each other.
-RUN_STAGES = ("full_precision", "pretrain", "search", "finetune")
+RUN_STAGES = ("full_precision", "allocate", "pretrain", "search", "finetune")
 
 
 #: What `--preset` may name: the files of `presets/`.
@@ -85,7 +86,8 @@ class ModelArguments:
     embedding_bits: int = field(default=8, metadata={"help": "Patch embedding."})
     classifier_bits: int = field(default=8, metadata={"help": "Classifier."})
     layer_bits: dict | str | None = field(
-        default=None, metadata={"help": 'Overrides by layer name or pattern, {"vit.layers.0.*": 8}.'}
+        default=None,
+        metadata={"help": 'Overrides by layer name or pattern, {"vit.layers.0.*": 8}, or a bit_allocation.json.'},
     )
     num_groups: int = field(default=8, metadata={"help": "Groups of channels that share a scale and an offset."})
     weight_quantizer: str = field(default="lsq", metadata={"help": "lsq, statsq or minmax."})
@@ -93,7 +95,8 @@ class ModelArguments:
     def __post_init__(self):
         for name in ("backbone_config", "layer_bits"):
             value = getattr(self, name)
-            if isinstance(value, str):
+            # What is no JSON object is the path of a bit allocation.
+            if isinstance(value, str) and (name != "layer_bits" or value.lstrip().startswith("{")):
                 try:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
@@ -117,10 +120,11 @@ class StageArguments:
     model: ModelArguments
     data: DataArguments
     training: QuantformerTrainingArguments
+    allocation: AllocationArguments
     given: dict[str, Any]
 
 
-ARGUMENT_CLASSES = (ModelArguments, DataArguments, QuantformerTrainingArguments)
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, QuantformerTrainingArguments, AllocationArguments)
 
 
 class RunArguments:
@@ -197,8 +201,7 @@ class RunArguments:
     def for_stage(self, stage: str | None) -> StageArguments:
         """The arguments of one stage, or with None those common to all."""
         values = self.common | (self.by_stage[stage] if stage else {})
-        model, data, training = HfArgumentParser(ARGUMENT_CLASSES).parse_dict(values)
-        return StageArguments(stage, model, data, training, values)
+        return StageArguments(stage, *HfArgumentParser(ARGUMENT_CLASSES).parse_dict(values), values)
 
 
 def _fields() -> dict[str, Any]:

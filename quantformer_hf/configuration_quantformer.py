@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .grids import FULL_PRECISION_BITS
+from .mixed_precision.allocation_file import read_layer_bits
 from .packing import LAYOUT_VERSION
 from .quantizers import WEIGHT_QUANTIZERS
 
@@ -36,7 +37,8 @@ class QuantformerConfig(PreTrainedConfig):
         embedding_bits: weights and input of the patch embedding.
         classifier_bits: weights and input of the classifier.
         layer_bits: overrides by layer name, or by a pattern with `*`, of the backbone (`"vit.layers.0.*"`); later entries
-            win. The value is a bit width for both, or a dictionary with `weight_bits`, `activation_bits` or both.
+            win. The value is a bit width for both, or a dictionary with `weight_bits`, `activation_bits` or both. Or the
+            path of a `bit_allocation.json`, whose bits are taken over.
         num_groups: groups of channels that share a scale and an offset, from the search on.
         weight_quantizer: `lsq`, `statsq` or `minmax`, for the linears of the blocks. Patch embedding and classifier
             always use `lsq`, and 1-bit weights the binary quantizer.
@@ -47,7 +49,9 @@ class QuantformerConfig(PreTrainedConfig):
         run_history: records of the stages that `run_quantformer.py` ran (`run_history.py`), for the model card.
 
     Raises:
-        ValueError: a bit width, stage, layout, quantizer, number of groups or backbone that does not exist.
+        ValueError: a bit width, stage, layout, quantizer, number of groups or backbone that does not exist, or a bit
+            allocation for another architecture.
+        FileNotFoundError: no bit allocation of that name.
     """
 
     model_type = "quantformer"
@@ -58,7 +62,7 @@ class QuantformerConfig(PreTrainedConfig):
     attention_bits: int | None = 8
     embedding_bits: int = 8
     classifier_bits: int = 8
-    layer_bits: dict[str, Any] | None = None
+    layer_bits: dict[str, Any] | str | None = None
     num_groups: int = 8
     weight_quantizer: str = "lsq"
     stage: str = "pretrain"
@@ -95,6 +99,8 @@ class QuantformerConfig(PreTrainedConfig):
             check_activation_bits("attention_bits", self.attention_bits)
         if not 1 <= self.num_groups <= 255:
             raise ValueError(f"num_groups is {self.num_groups}: choose 1 to 255")
+        if isinstance(self.layer_bits, str):
+            self.layer_bits = read_layer_bits(self.layer_bits, self.backbone_config)
         for pattern, bits in (self.layer_bits or {}).items():
             _check_layer_bits(pattern, bits)
         backbone = self.backbone_config

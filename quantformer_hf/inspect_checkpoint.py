@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from .backbone_layers import Backbone, describe_backbone
 from .checkpoint_files import shortened
 from .checkpoint_reader import CheckpointReader, read_json
 from .configuration_quantformer import QuantformerConfig
 from .expected_tensors import (
     OPERANDS,
     PREFIX,
-    Backbone,
-    describe_backbone,
     expected_tensors,
     layer_bits,
     quantizer_bits,

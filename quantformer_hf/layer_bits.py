@@ -52,3 +52,21 @@ def layer_bits_by_kind(kinds: Mapping[str, str], config: QuantformerConfig) -> d
         for name in matches:
             bits[name] = replace(bits[name], **override)
     return bits
+
+
+def check_same_bits(backbone: nn.Module, config: QuantformerConfig, layer_bits: dict | str, source: str) -> None:
+    """Raise ValueError, with the first layer, if the quantized model of `config` has other bits than `layer_bits` asks for.
+
+    Args:
+        backbone: of the model.
+        layer_bits: as in `QuantformerConfig`.
+        source: where the model comes from, for the message.
+    """
+    wanted = resolve_layer_bits(backbone, QuantformerConfig.from_dict(config.to_dict() | {"layer_bits": layer_bits}))
+    for name, found in resolve_layer_bits(backbone, config).items():
+        if found != wanted[name]:
+            raise ValueError(
+                f"layer '{name}' of {source} has W{found.weight_bits}A{found.activation_bits}, and layer_bits asks for"
+                f" W{wanted[name].weight_bits}A{wanted[name].activation_bits}: start from the full-precision checkpoint, or"
+                f" leave out --layer_bits"
+            )

@@ -12,9 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from transformers import PreTrainedConfig
 
+from .backbone_layers import describe_backbone
 from .checkpoint_reader import CheckpointReader
 from .configuration_quantformer import QuantformerConfig
-from .expected_tensors import describe_backbone
+from .expected_tensors import layer_bits
 from .grids import FULL_PRECISION_BITS
 from .inspect_checkpoint import full_precision_bytes
 from .report import megabytes, weights_on_disk
@@ -108,7 +109,7 @@ def make_model_card(
     source = records[0].get("source") if records else None
     base_model = source or (hub_id(config.full_precision_name_or_path) if quantized else None)
     architecture = ARCHITECTURES[backbone.model_type]
-    widths = f"W{config.weight_bits}A{config.activation_bits}" if quantized else "full precision"
+    widths = _widths(config) if quantized else "full precision"
     name = repo_id.split("/")[-1] if repo_id else f"{architecture} {widths}"
     datasets = {record["dataset"]: None for record in records if record.get("dataset") not in (None, DIGITS)}
     data = ModelCardData(
@@ -147,14 +148,40 @@ def _bits(bits: int | None) -> str:
     return "floating point" if bits in (None, FULL_PRECISION_BITS) else f"{bits} bits" if bits > 1 else "1 bit"
 
 
+def _is_allocated(config: QuantformerConfig) -> bool:
+    """Whether `layer_bits` names each linear of the blocks, as a bit allocation does."""
+    layers = describe_backbone(config.backbone_config).layers
+    return {name for name, layer in layers.items() if layer.kind == "block"} <= set(config.layer_bits or ())
+
+
+def _widths(config: QuantformerConfig) -> str:
+    return "mixed precision" if _is_allocated(config) else f"W{config.weight_bits}A{config.activation_bits}"
+
+
+def _range(config: QuantformerConfig, what: str) -> str:
+    """The bits of the linears of the blocks in an allocation: `2 to 6 bits, by layer`."""
+    bits = {
+        getattr(width, what)
+        for name, width in layer_bits(describe_backbone(config.backbone_config), config).items()
+        if name in config.layer_bits
+    }
+    return _bits(bits.pop()) if len(bits) == 1 else f"{min(bits)} to {max(bits)} bits, by layer"
+
+
 def _quantization_rows(config: QuantformerConfig) -> list[tuple[str, str, str]]:
+    allocated = _is_allocated(config)
+    weights, inputs = (
+        (_range(config, "weight_bits"), _range(config, "activation_bits"))
+        if allocated
+        else (_bits(config.weight_bits), _bits(config.activation_bits))
+    )
     rows = [
-        ("linears of the blocks", _bits(config.weight_bits), _bits(config.activation_bits)),
+        ("linears of the blocks", weights, inputs),
         ("attention products: q, k, v and probabilities", "", _bits(config.attention_bits)),
         ("patch embedding", _bits(config.embedding_bits), _bits(config.embedding_bits)),
         ("classifier", _bits(config.classifier_bits), _bits(config.classifier_bits)),
     ]
-    for pattern, override in (config.layer_bits or {}).items():
+    for pattern, override in ({} if allocated else config.layer_bits or {}).items():
         if not isinstance(override, dict):
             override = {"weight_bits": override, "activation_bits": override}
         # What an override does not name stays as the rows above, or an earlier override, have it.

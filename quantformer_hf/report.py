@@ -1,6 +1,7 @@
 """The table at the end of a run, and the sizes in it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,25 +18,47 @@ def weights_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
-@torch.no_grad()
-def bit_operations(model: nn.Module, pixel_values: Tensor) -> int:
-    """`Σ multiplications * weight bits * activation bits` of one image: linears, patch embedding, attention products.
+@dataclass(frozen=True)
+class Product:
+    """The matrix product of a layer, or the two of an attention block, for one image.
 
-    Full precision counts as 32 bits (Baskin et al., UNIQ, arXiv 1804.10969, for the measure).
+    Attributes:
+        rows: positions (tokens, patches) that a layer's weight is applied to; of an attention block, rows of its map.
+        multiplications: of numbers.
+        weight_bits, activation_bits: of the two operands.
+    """
+
+    rows: int
+    multiplications: int
+    weight_bits: int
+    activation_bits: int
+
+    @property
+    def bit_operations(self) -> int:
+        """`multiplications * weight bits * activation bits`."""
+        return self.multiplications * self.weight_bits * self.activation_bits
+
+
+@torch.no_grad()
+def products(model: nn.Module, pixel_values: Tensor) -> dict[str, Product]:
+    """The products of one image, by the names of linears, patch embedding and attention blocks.
 
     Args:
         model: an image classifier, quantized or not, that runs this package's attention function.
-        pixel_values: one image, `(1, channels, height, width)`.
+        pixel_values: one image, `(1, channels, height, width)`. On the meta device nothing is computed.
     """
     input_bits = {layer: quantizer.grid.bits for quantizer, layers in reading_layers(model).items() for layer in layers}
-    total = 0
+    names = {module: name for name, module in model.named_modules()}
+    found = {}
 
     def count(layer: nn.Linear | nn.Conv2d, arguments: tuple, output: Tensor) -> None:
-        nonlocal total
-        weight_bits = _bits(getattr(layer, "weight_quantizer", None))
-        activation_bits = input_bits.get(layer) or _bits(getattr(layer, "input_quantizer", None))
-        positions = output.numel() // layer.weight.shape[0]
-        total += positions * layer.weight.numel() * weight_bits * activation_bits
+        rows = output.numel() // layer.weight.shape[0]
+        found[names[layer]] = Product(
+            rows=rows,
+            multiplications=rows * layer.weight.numel(),
+            weight_bits=_bits(getattr(layer, "weight_quantizer", None)),
+            activation_bits=input_bits.get(layer) or _bits(getattr(layer, "input_quantizer", None)),
+        )
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     handles = [layer.register_forward_hook(count) for layer in layers]
@@ -49,8 +72,17 @@ def bit_operations(model: nn.Module, pixel_values: Tensor) -> int:
         operands = getattr(attention, "operands", None)
         bits = _bits(operands.query if operands is not None else None)
         head_size = attention.q_proj.out_features // probabilities.shape[1]
-        total += 2 * probabilities.numel() * head_size * bits**2
-    return total
+        rows = probabilities.numel() // probabilities.shape[-1]
+        found[names[attention]] = Product(rows, 2 * probabilities.numel() * head_size, bits, bits)
+    return found
+
+
+def bit_operations(model: nn.Module, pixel_values: Tensor) -> int:
+    """`Σ multiplications * weight bits * activation bits` of one image: linears, patch embedding, attention products.
+
+    Full precision counts as 32 bits (Baskin et al., UNIQ, arXiv 1804.10969, for the measure). Arguments as in `products`.
+    """
+    return sum(product.bit_operations for product in products(model, pixel_values).values())
 
 
 def _bits(quantizer: nn.Module | None) -> int:

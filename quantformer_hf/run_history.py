@@ -17,6 +17,8 @@ STAGE_FILE = "stage.json"
 #: Arguments that say how a stage was run and hold no path.
 RECIPE_ARGUMENTS = (
     "preset",
+    "allocation_method",
+    "budget",
     "num_train_epochs",
     "max_steps",
     "global_batch",

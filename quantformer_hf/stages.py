@@ -30,7 +30,9 @@ from .configuration_quantformer import QuantformerConfig
 from .data import ImageData, load_image_data
 from .estimate import Estimate
 from .images import TransformedImages, calibration_batches, with_crop
+from .layer_bits import check_same_bits
 from .metrics import compute_metrics, rank_and_loss
+from .mixed_precision.allocation_file import BitAllocation
 from .model_card import write_model_card
 from .modeling_quantformer import QuantformerForImageClassification
 from .pretrained import QuantformerPreTrainedModel
@@ -83,6 +85,9 @@ class StageRun:
             # Each worker reads its own part of a stream.
             neutral = neutral - {"dataloader_num_workers"}
         self.told = {k: v for k, v in arguments.given.items() if k not in neutral} | {"source": source}
+        if isinstance(arguments.model.layer_bits, str):
+            # Another allocation in a file of the same name is another run.
+            self.told["layer_bits"] = BitAllocation.read(arguments.model.layer_bits).layer_bits
         training = arguments.training
         self.told["global_batch"] = (
             training.train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -145,9 +150,10 @@ class StageRun:
         )
         trains = training.max_steps > 0 or training.num_train_epochs > 0
         if self.stage == "finetune" and trains:
-            results["frozen_accuracy"] = accuracy(trainer)
+            results["frozen_accuracy"] = trainer.evaluate()["eval_accuracy"]
         if teacher is not None and not is_quantized(self.source):
-            results["full_precision_accuracy"] = accuracy(make_trainer(teacher, training, data, processor))
+            metrics = make_trainer(teacher, training, data, processor).evaluate()
+            results["full_precision_accuracy"] = metrics["eval_accuracy"]
         if trains:
             self._announce(trainer, teacher)
             # One process decides: another node's view of the folder may be older.
@@ -197,26 +203,20 @@ class StageRun:
         model, processor = load_classifier(self.source, data, arguments)
         processor = with_crop(processor, self.arguments.data.crop_pct)
         quantized = isinstance(model, QuantformerPreTrainedModel)
-        if quantized and self.stage in ("full_precision", "pretrain"):
+        if quantized and self.stage in ("full_precision", "allocate", "pretrain"):
             raise ValueError(f"{self.source} is quantized already: start it at the stage search or finetune")
         if self.stage == "full_precision":
             return model, None, processor
-        batches = partial(
-            calibration_batches,
-            data,
-            processor,
-            samples=self.arguments.data.calibration_samples,
-            batch_size=self.arguments.training.per_device_eval_batch_size,
-            seed=self.arguments.training.seed,
-            on_bad_image=self.arguments.training.on_bad_image,
-        )
+        if quantized and arguments.layer_bits:
+            check_same_bits(model.backbone, model.config, arguments.layer_bits, self.source)
+        batches = self._calibration_batches(data, processor)
         teacher = None
         if not quantized:
             # A later stage that starts here has the verbs of the earlier ones run, without their training.
             teacher = model
             model = QuantformerForImageClassification.from_full_precision(model, **arguments.quantization_arguments())
             model.calibrate(batches(), centre_channels=arguments.centre_channels)
-            if self.stage != "pretrain":
+            if self.stage in ("search", "finetune"):
                 model.begin_search()
         elif self.stage == "search":
             model.begin_search(arguments.num_groups, batches())
@@ -225,11 +225,23 @@ class StageRun:
                 model.unpack()
             else:
                 model.freeze_groups()
-        if not quantized and arguments.reconstruction_samples > 0:
+        if not quantized and self.stage != "allocate" and arguments.reconstruction_samples > 0:
             model.reconstruct(batches(samples=arguments.reconstruction_samples))
         if self.arguments.training.needs_teacher and (teacher is None or arguments.teacher_name_or_path is not None):
             teacher = self._load_teacher(model, data)
         return model, teacher, processor
+
+    def _calibration_batches(self, data: ImageData, processor: BaseImageProcessor) -> partial:
+        """A function that gives the calibration images anew at each call; `samples=` for more or fewer of them."""
+        return partial(
+            calibration_batches,
+            data,
+            processor,
+            samples=self.arguments.data.calibration_samples,
+            batch_size=self.arguments.training.per_device_eval_batch_size,
+            seed=self.arguments.training.seed,
+            on_bad_image=self.arguments.training.on_bad_image,
+        )
 
     def _load_teacher(self, model: QuantformerPreTrainedModel, data: ImageData) -> PreTrainedModel:
         arguments = self.arguments.model
@@ -338,11 +350,12 @@ def make_trainer(
     training,
     data: ImageData,
     processor: BaseImageProcessor,
+    kind: type[QuantformerTrainer] = QuantformerTrainer,
     **kwargs,
 ) -> QuantformerTrainer:
-    """A trainer that evaluates on `data.validation`."""
+    """A trainer of the class `kind` that evaluates on `data.validation`."""
     kwargs.setdefault("data_collator", Collator(model.config.num_labels))
-    return QuantformerTrainer(
+    return kind(
         model=model,
         args=training,
         eval_dataset=images_to_evaluate(data, processor, training),
@@ -383,8 +396,3 @@ def images_to_evaluate(
         num_processes=training.world_size,
         process_index=training.process_index,
     )
-
-
-def accuracy(trainer: QuantformerTrainer) -> float:
-    """Top-1 accuracy on the validation images."""
-    return trainer.evaluate()["eval_accuracy"]

@@ -45,7 +45,7 @@ DEGREE_MOMENTUM = 0.2
 DEGREE_ROWS = 512
 
 
-def _move_to_own_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
+def move_to_own_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
     """Give `parameters` a learning rate of their own, and no weight decay."""
     ids = {id(parameter) for parameter in parameters}
     for group in optimizer.param_groups:
@@ -177,10 +177,15 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         if self.args.dm_weight > 0 and quantized.config.stage == "search":
             probabilities = [quantizer.assignment_probabilities() for quantizer in group_quantizers(quantized)]
             terms["assignment"] = self.args.dm_weight * assignment_entropy(probabilities)
+        terms |= self._more_terms()
         loss = torch.stack(list(terms.values())).sum()
         self._check_finite(loss, terms)
         self._record(terms, quantized)
         return (loss, outputs) if return_outputs else loss
+
+    def _more_terms(self) -> dict[str, Tensor]:
+        """Weighted loss terms of a subclass, by name."""
+        return {}
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Trainer's loss, or the cross-entropy with the soft labels `(batch, classes)` of a mixed batch, and the outputs.
@@ -310,14 +315,14 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and name.rpartition(".")[2] in ("scale", "offset")
             ]
-            _move_to_own_group(optimizer, scales, self.args.scale_learning_rate)
+            move_to_own_group(optimizer, scales, self.args.scale_learning_rate)
         if self._searches():
             logits = []
             for quantizer in group_quantizers(model):
                 shape = quantizer.scale.numel(), quantizer.channels
                 placeholder = nn.Parameter(torch.zeros(shape, device=quantizer.scale.device), requires_grad=False)
                 logits.append(getattr(quantizer, "assignment_logits", placeholder))
-            _move_to_own_group(optimizer, logits, self.args.assignment_learning_rate)
+            move_to_own_group(optimizer, logits, self.args.assignment_learning_rate)
         return optimizer
 
     def _searches(self) -> bool:

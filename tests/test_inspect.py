@@ -12,8 +12,9 @@ from torch import nn
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.__main__ import main
+from quantformer_hf.backbone_layers import describe_backbone
 from quantformer_hf.configuration_quantformer import STAGES
-from quantformer_hf.expected_tensors import describe_backbone, expected_tensors, layer_bits, quantizer_bits
+from quantformer_hf.expected_tensors import expected_tensors, layer_bits, quantizer_bits
 from quantformer_hf.inspect_checkpoint import format_report, inspect_checkpoint
 from quantformer_hf.layer_bits import resolve_layer_bits
 from quantformer_hf.quantize import bit_widths

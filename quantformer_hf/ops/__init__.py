@@ -6,6 +6,7 @@ from .compiling import eager_functions
 from .gradients import scale_gradient
 from .scales import positive
 from .weight import fake_quantize_rows
+from .widths import fake_quantize_widths
 
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "fake_quantize_groups",
     "fake_quantize_mixture",
     "fake_quantize_rows",
+    "fake_quantize_widths",
     "positive",
     "quantized_attention",
     "scale_gradient",

@@ -1,0 +1,64 @@
+"""From widths to what is written: the allocation with its costs, and the pictures."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..backbone_layers import describe_backbone
+from ..checkpointing import write_durably
+from ..configuration_quantformer import QuantformerConfig
+from .allocation_file import ALLOCATION_FILE, AllocatedLayer, BitAllocation
+from .budget import Budget
+from .cost import CostModel
+from .search_space import Widths
+
+
+#: What an allocation's cost rests on beside its bits.
+SETTINGS = ("attention_bits", "embedding_bits", "classifier_bits", "num_groups", "weight_quantizer")
+
+
+def make_allocation(
+    config: QuantformerConfig, widths: Widths, costs: CostModel, budgets: Sequence[Budget], method: str
+) -> BitAllocation:
+    """The allocation of `widths`, with what it costs.
+
+    Args:
+        config: of the model that `costs` counts.
+        budgets: that it was found for.
+        method: by which, `budget` or `edmips`.
+    """
+    shapes = {name: layer.shape for name, layer in describe_backbone(config.backbone_config).layers.items()}
+    layers = {
+        name: AllocatedLayer(
+            width.weight_bits,
+            width.activation_bits,
+            shapes[name],
+            {unit: cost.share(name, widths) for unit, cost in costs.costs.items()},
+        )
+        for name, width in widths.items()
+    }
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    settings["candidate_bits"] = sorted({*costs.space.weight_bits, *costs.space.activation_bits})
+    budget = {budget.unit: budget.most for budget in budgets}
+    return BitAllocation(layers, costs.totals(widths), budget, method, settings)
+
+
+def write_allocation(folder: Path, allocation: BitAllocation) -> Path:
+    """Write `bit_allocation.json` in `folder`, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / ALLOCATION_FILE, allocation.to_json())
+    return folder / ALLOCATION_FILE
+
+
+def mean_bits(widths: Widths, costs: CostModel) -> tuple[float, float]:
+    """Mean bits of the weights, by elements, and of the activations, by multiplications."""
+    products = costs.products
+    elements = {name: products[name].multiplications / products[name].rows for name in widths}
+    return (
+        _mean((width.weight_bits, elements[name]) for name, width in widths.items()),
+        _mean((width.activation_bits, products[name].multiplications) for name, width in widths.items()),
+    )
+
+
+def _mean(pairs: Iterable[tuple[float, float]]) -> float:
+    pairs = list(pairs)
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)

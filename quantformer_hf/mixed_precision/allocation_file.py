@@ -1,0 +1,130 @@
+"""`bit_allocation.json`: the bit widths of each layer, what they cost, and the budget that they were found for."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import PreTrainedConfig
+
+from ..backbone_layers import describe_backbone
+
+
+#: Name of the file.
+ALLOCATION_FILE = "bit_allocation.json"
+
+#: Of the file's fields. One of another format is refused.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AllocatedLayer:
+    """A layer's bits.
+
+    Attributes:
+        weight_bits, activation_bits: of its weight and its input.
+        shape: of the weight, by which an allocation for another architecture is found out.
+        cost: its own share, by unit (`BitOps`, `bytes`, `ms`).
+    """
+
+    weight_bits: int
+    activation_bits: int
+    shape: tuple[int, ...]
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """Bit widths by layer.
+
+    Attributes:
+        layers: by name in the backbone.
+        cost: of the whole packed model, by unit.
+        budget: what `cost` was to stay within, by unit; empty where there was none.
+        method: `budget` or `edmips`.
+        settings: what was held fixed: candidates, groups, and the bits of everything that is not in `layers`.
+    """
+
+    layers: dict[str, AllocatedLayer]
+    cost: dict[str, float]
+    budget: dict[str, float]
+    method: str
+    settings: dict[str, Any]
+
+    @property
+    def layer_bits(self) -> dict[str, dict[str, int]]:
+        """What `QuantformerConfig.layer_bits` takes."""
+        return {
+            name: {"weight_bits": layer.weight_bits, "activation_bits": layer.activation_bits}
+            for name, layer in self.layers.items()
+        }
+
+    def to_json(self) -> str:
+        """The content of the file."""
+        return json.dumps({"format": FORMAT} | asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The allocation in the file `path`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']!r}, and this version reads {FORMAT}")
+            layers = {name: AllocatedLayer(**layer) for name, layer in content.pop("layers").items()}
+            del content["format"]
+            return cls(layers={n: _with_tuple(layer) for n, layer in layers.items()}, **content)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"there is no file {path}: name a bit allocation, or write layer_bits out"
+            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no bit allocation ({type(error).__name__}: {error}): make one by the stage 'allocate', or write"
+                f" layer_bits out"
+            ) from error
+
+    def check_architecture(self, config: PreTrainedConfig, source: str | Path) -> None:
+        """Raise ValueError, with the first layer that does not match, if this was made for another backbone.
+
+        Args:
+            config: of the backbone.
+            source: where the allocation comes from, for the message.
+        """
+        parts = describe_backbone(config).layers
+        way_out = "make one for this model by the stage 'allocate'"
+        for name, layer in self.layers.items():
+            if name not in parts:
+                raise ValueError(
+                    f"{source} is for another architecture: it names the layer '{name}', which this {config.model_type} does"
+                    f" not have; {way_out}"
+                )
+            if parts[name].shape != layer.shape:
+                raise ValueError(
+                    f"{source} is for another architecture: the weight of '{name}' has the shape {layer.shape} in it and"
+                    f" {parts[name].shape} in this {config.model_type}; {way_out}"
+                )
+        missing = [name for name, part in parts.items() if part.kind == "block" and name not in self.layers]
+        if missing:
+            raise ValueError(
+                f"{source} is for another architecture: it says nothing of the layer '{missing[0]}'; {way_out}"
+            )
+
+
+def _with_tuple(layer: AllocatedLayer) -> AllocatedLayer:
+    return AllocatedLayer(layer.weight_bits, layer.activation_bits, tuple(layer.shape), layer.cost)
+
+
+def read_layer_bits(path: str | Path, config: PreTrainedConfig) -> dict[str, dict[str, int]]:
+    """The `layer_bits` of the file `path`, for the backbone of `config`.
+
+    Raises:
+        FileNotFoundError, ValueError: no file, no allocation, or one for another architecture.
+    """
+    allocation = BitAllocation.read(path)
+    allocation.check_architecture(config, path)
+    return allocation.layer_bits

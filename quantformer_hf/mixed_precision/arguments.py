@@ -1,0 +1,59 @@
+"""Arguments of the stage `allocate` of `run_quantformer.py`."""
+
+from dataclasses import dataclass, field
+
+from .budget import Budget, parse_budgets
+from .search_space import CANDIDATE_BITS, check_candidates
+
+
+#: What `--allocation_method` may name.
+METHODS = ("budget", "edmips")
+
+
+@dataclass
+class AllocationArguments:
+    """How the stage `allocate` gives bits to layers.
+
+    Raises:
+        ValueError: a budget that cannot be read, or another value out of its range.
+    """
+
+    budget: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What the packed model may cost at most: 2.5MB, 30ms, 20GBitOps, or several that hold together."
+        },
+    )
+    allocation_method: str = field(
+        default="budget",
+        metadata={"help": "budget: measured losses and integer programming. edmips: a search by gradient descent."},
+    )
+    candidate_bits: list[int] = field(
+        default_factory=lambda: list(CANDIDATE_BITS), metadata={"help": "Widths to choose from, 1 to 8."}
+    )
+    latency_table: str | None = field(
+        default=None, metadata={"help": "CSV file of `python -m quantformer_hf measure-latency`, for budgets of time."}
+    )
+    sensitivity_samples: int = field(
+        default=64, metadata={"help": "Training images on which the losses of the choices are measured."}
+    )
+    refine: int = field(
+        default=0, metadata={"help": "Evaluations by which the allocation is refined. Needs quantformer_hf[refine]."}
+    )
+    width_learning_rate: float = field(
+        default=1e-2, metadata={"help": "edmips: learning rate of the logits of the widths."}
+    )
+    cost_weight: float = field(default=1e-3, metadata={"help": "edmips: weight of the expected cost in the loss."})
+
+    def __post_init__(self):
+        self.budgets()
+        self.candidate_bits = list(check_candidates(self.candidate_bits))
+        if self.allocation_method not in METHODS:
+            raise ValueError(f"allocation_method is {self.allocation_method!r}: choose one of {', '.join(METHODS)}")
+        for name, least in (("sensitivity_samples", 1), ("refine", 0), ("width_learning_rate", 0), ("cost_weight", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose {least} or more")
+
+    def budgets(self) -> list[Budget]:
+        """`budget`, read."""
+        return parse_budgets(self.budget)

@@ -1,0 +1,73 @@
+"""Budgets as people write them: `2.5MB`, `30ms`, `20GBitOps`."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+
+#: Units of costs: weight files, products of one image, time of one image.
+BYTES, BIT_OPERATIONS, MILLISECONDS = "bytes", "BitOps", "ms"
+
+_FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+#: A unit, and what one of it is, by what may stand behind the number.
+_SUFFIXES = {
+    **{f"{prefix}B": (BYTES, factor) for prefix, factor in _FACTORS.items()},
+    **{f"{prefix}iB": (BYTES, 1024.0**power) for power, prefix in enumerate("KMG", start=1)},
+    **{f"{prefix}BitOps": (BIT_OPERATIONS, factor) for prefix, factor in _FACTORS.items()},
+    "ms": (MILLISECONDS, 1.0),
+    "s": (MILLISECONDS, 1e3),
+}
+
+_BY_LOWER_CASE = {suffix.lower(): meaning for suffix, meaning in _SUFFIXES.items()}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may cost at most.
+
+    Attributes:
+        unit: `bytes`, `BitOps` or `ms`.
+        most: in that unit.
+    """
+
+    unit: str
+    most: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `2.5MB` (decimal), `2.4MiB`, `30ms` or `20GBitOps`; capitals do not matter.
+
+        Raises:
+            ValueError: no positive number, or no unit.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*", text.lower())
+        if match is None or match[2] not in _BY_LOWER_CASE or not float(match[1]) > 0:
+            raise ValueError(f"budget is {text!r}: write a size, a time or an effort, such as 2.5MB, 30ms or 20GBitOps")
+        unit, factor = _BY_LOWER_CASE[match[2]]
+        return cls(unit, float(match[1]) * factor)
+
+    def __str__(self) -> str:
+        return format_cost(self.unit, self.most)
+
+
+def parse_budgets(texts: Iterable[str]) -> list[Budget]:
+    """All of `texts`, which are to hold together.
+
+    Raises:
+        ValueError: as `Budget.parse`, or two budgets of one unit.
+    """
+    budgets = [Budget.parse(text) for text in texts]
+    units = [budget.unit for budget in budgets]
+    for unit in units:
+        if units.count(unit) > 1:
+            raise ValueError(f"budget names {unit} more than once: keep the smaller")
+    return budgets
+
+
+def format_cost(unit: str, value: float) -> str:
+    """A cost in words: bytes exactly, as a budget has to be; the others to four digits or so."""
+    if unit == BYTES:
+        return f"{value:,.0f} bytes ({value / 1e6:.3f} MB)"
+    return f"{value:.3f} ms" if unit == MILLISECONDS else f"{value / 1e9:.4f} GBitOps"

@@ -1,0 +1,119 @@
+"""Every tensor of the search space at every width.
+
+Weights are rounded as `reconstruct` rounds them (`reconstruction.py`), and inputs have groups of channels as in the stage
+`finetune`: what is measured is what will be used.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling_quantformer import QuantformerForImageClassification
+from ..quantize import blocks, channel_importance, full_precision, reading_layers
+from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
+from ..reconstruction import Moments, captured_outputs, refit_layer, token_weights, unit_inputs
+from .search_space import SearchSpace
+
+
+@dataclass
+class RoundedWeight:
+    """A weight `scale * (codes + shift)`, `(out, in)`, in a byte an element, and the bias that goes with it."""
+
+    codes: Tensor
+    scale: Tensor
+    shift: float
+    bias: Tensor | None
+
+    def value(self) -> Tensor:
+        return (self.codes.to(self.scale.dtype) + self.shift) * self.scale.unsqueeze(1)
+
+
+@dataclass
+class Candidates:
+    """Every tensor of the search space at every width.
+
+    Attributes:
+        weights: by layer, then bits.
+        inputs: quantizers with frozen groups, by the name of the one that they stand for, then bits.
+    """
+
+    weights: dict[str, dict[int, RoundedWeight]]
+    inputs: dict[str, dict[int, GroupActivationQuantizer]]
+
+    @classmethod
+    def of(
+        cls, model: QuantformerForImageClassification, space: SearchSpace, batches: Iterable[Tensor]
+    ) -> "Candidates":
+        """From a calibrated model in the stage `pretrain`, which stays as it is.
+
+        Args:
+            batches: `pixel_values`, to which the weights are fitted.
+        """
+        backbone = model.backbone
+        readers = reading_layers(backbone)
+        moments = _moments(model, list(batches))
+        weights = {}
+        for name in space.inputs:
+            layer = backbone.get_submodule(name)
+            seen = moments[backbone.get_submodule(space.inputs[name])]
+            weights[name] = {
+                bits: _rounded(layer, bits, model.config.weight_quantizer, seen) for bits in space.weight_bits
+            }
+        inputs = {
+            name: {
+                bits: grouped_quantizer(quantizer, bits, model.config.num_groups, readers[quantizer])
+                for bits in space.activation_bits
+            }
+            for name, quantizer in ((name, backbone.get_submodule(name)) for name in space.quantizers)
+        }
+        return cls(weights, inputs)
+
+
+def grouped_quantizer(
+    quantizer: GroupActivationQuantizer, bits: int, num_groups: int, readers: list[nn.Linear]
+) -> GroupActivationQuantizer:
+    """A quantizer of `bits` bits with frozen groups, from the ranges that the calibrated `quantizer` has seen."""
+    made = GroupActivationQuantizer(quantizer.channels, bits, quantizer.name, True, quantizer.producer)
+    made.to(quantizer.scale.device).channel_quantiles.copy_(quantizer.channel_quantiles)
+    made.begin_search(num_groups, channel_importance(readers))
+    made.freeze_groups()
+    return made
+
+
+@torch.no_grad()
+def _rounded(layer: nn.Linear, bits: int, weight_quantizer: str, moments: Moments) -> RoundedWeight:
+    fitted = copy.deepcopy(layer)
+    quantizer = build_weight_quantizer(weight_quantizer, bits, layer.out_features).to(layer.weight.device)
+    fitted.weight_quantizer = quantizer
+    if isinstance(quantizer, LSQWeightQuantizer):
+        refit_layer(fitted, moments)
+    bias = None if fitted.bias is None else fitted.bias.detach()
+    codes = quantizer.integers(fitted.weight).to(torch.int8)
+    return RoundedWeight(codes, quantizer.step(fitted.weight).detach().abs(), quantizer.shift, bias)
+
+
+def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQuantizer, Moments]:
+    """Second moments of what each input quantizer is given in full precision, weighted as in `reconstruct`."""
+    units, readers = blocks(model), reading_layers(model)
+    found = {}
+    with full_precision(model):
+        weights = [token_weights(model, batch, readers) for batch in batches]
+        with torch.no_grad():
+            hidden, arguments = unit_inputs(model, units, batches)
+            for unit, (positional, named) in zip(units, arguments, strict=True):
+                inside = [module for module in unit.modules() if module in readers]
+                seen = []
+                for number, x in enumerate(hidden):
+                    with captured_outputs(inside) as outputs:
+                        output = unit(x, *positional, **named)
+                    hidden[number] = output[0] if isinstance(output, tuple) else output
+                    seen.append(outputs)
+                for quantizer in inside:
+                    found[quantizer] = Moments.of(
+                        (outputs[quantizer], outputs[quantizer], weight[quantizer])
+                        for outputs, weight in zip(seen, weights, strict=True)
+                    )
+    return found

@@ -1,0 +1,124 @@
+"""`bit_allocation.json`: written, read, and taken by everything that takes `layer_bits`."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_batches, make_full_precision
+from test_cost import config_of, random_widths
+
+from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
+from quantformer_hf.inspect_checkpoint import inspect_checkpoint
+from quantformer_hf.layer_bits import check_same_bits
+from quantformer_hf.mixed_precision.allocation import make_allocation, write_allocation
+from quantformer_hf.mixed_precision.allocation_file import BitAllocation
+from quantformer_hf.mixed_precision.budget import Budget
+from quantformer_hf.mixed_precision.cost import CostModel
+from quantformer_hf.mixed_precision.search_space import SearchSpace
+
+
+def write(folder, backbone="vit"):
+    """A random allocation, and the path of its file."""
+    config = config_of(backbone)
+    costs = CostModel(config, SearchSpace.of(config))
+    widths = random_widths(costs.space, 0)
+    allocation = make_allocation(config, widths, costs, [Budget("bytes", 1e6)], "budget")
+    return allocation, str(write_allocation(folder, allocation))
+
+
+def edit(path, change):
+    with open(path) as file:
+        content = json.load(file)
+    change(content)
+    with open(path, "w") as file:
+        json.dump(content, file)
+
+
+def test_what_is_written_is_read(tmp_path):
+    allocation, path = write(tmp_path)
+    assert BitAllocation.read(path) == allocation
+    assert allocation.budget == {"bytes": 1e6}
+    # What the layers do not have is in the rest of the model.
+    shares = sum(layer.cost["BitOps"] for layer in allocation.layers.values())
+    assert 0 < shares < allocation.cost["BitOps"]
+
+
+def test_a_model_takes_it_in_every_stage_and_inspect_shows_it(backbone, tmp_path):
+    allocation, path = write(tmp_path, backbone)
+    assert config_of(backbone, layer_bits=path).layer_bits == allocation.layer_bits
+    model = QuantformerForImageClassification.from_full_precision(
+        make_full_precision(backbone), layer_bits=path, num_groups=4
+    )
+    model.calibrate(make_batches())
+    images, logits = make_batches(1)[0], {}
+    for verb in ("begin_search", "freeze_groups", "pack"):
+        getattr(model, verb)()
+        folder = tmp_path / verb
+        model.save_pretrained(folder)
+        loaded = QuantformerForImageClassification.from_pretrained(folder)
+        with torch.no_grad():
+            logits[verb] = loaded.eval()(images).logits
+        assert loaded.config.layer_bits == allocation.layer_bits
+        found = {row.name: (row.weight_bits, row.input_bits) for row in inspect_checkpoint(folder).layers}
+        for name, layer in allocation.layers.items():
+            assert found[name] == (layer.weight_bits, layer.activation_bits)
+    assert inspect_checkpoint(folder).file_bytes == allocation.cost["bytes"]
+    assert torch.equal(logits["pack"], logits["freeze_groups"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 1}, r"names the layer 'vit.layers.1.attention.q_proj', which this vit does not have"),
+        ({"num_hidden_layers": 3}, r"says nothing of the layer 'vit.layers.2.attention.q_proj'"),
+        (
+            {"intermediate_size": 128},
+            r"weight of 'vit.layers.0.mlp.fc1' has the shape \(64, 32\) in it and \(128, 32\)",
+        ),
+    ],
+)
+def test_an_allocation_for_another_architecture_names_the_first_layer(tmp_path, change, message):
+    _, path = write(tmp_path)
+    backbone_config = make_full_precision("vit").config.to_dict() | change
+    with pytest.raises(ValueError, match=message):
+        QuantformerConfig(backbone_config=backbone_config, layer_bits=path)
+
+
+def test_a_damaged_or_missing_file_is_named(tmp_path):
+    _, path = write(tmp_path)
+    edit(path, lambda content: content.update(format=9))
+    with pytest.raises(ValueError, match=r"bit_allocation.json is no bit allocation \(ValueError: its format is 9"):
+        BitAllocation.read(path)
+    (tmp_path / "torn.json").write_text('{"format": 1, "lay')
+    with pytest.raises(ValueError, match=r"torn\.json is no bit allocation"):
+        BitAllocation.read(tmp_path / "torn.json")
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.json"):
+        config_of("vit", layer_bits="nowhere.json")
+
+
+def test_bits_that_cannot_be_are_refused(tmp_path):
+    _, path = write(tmp_path)
+    edit(path, lambda content: content["layers"]["vit.layers.0.mlp.fc1"].update(weight_bits=9))
+    with pytest.raises(ValueError, match=r"layer_bits\['vit.layers.0.mlp.fc1'\]\['weight_bits'\] is 9"):
+        config_of("vit", layer_bits=path)
+
+
+def test_a_checkpoint_of_other_bits_is_not_taken_for_the_allocation(tmp_path):
+    _, path = write(tmp_path)
+    model = QuantformerForImageClassification(config_of("vit", bit_width=5))
+    with pytest.raises(ValueError, match=r"layer 'vit.layers.0.attention.q_proj' of somewhere has W5A5, and"):
+        check_same_bits(model.backbone, model.config, path, "somewhere")
+    model = QuantformerForImageClassification(config_of("vit", layer_bits=path))
+    check_same_bits(model.backbone, model.config, path, "somewhere")
+
+
+def test_the_card_says_which_bits_there_are_and_does_not_list_every_layer(tmp_path):
+    allocation, path = write(tmp_path)
+    QuantformerForImageClassification(config_of("vit", layer_bits=path)).save_pretrained(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    weights = [layer.weight_bits for layer in allocation.layers.values()]
+    inputs = [layer.activation_bits for layer in allocation.layers.values()]
+    row = "| linears of the blocks | {} to {} bits, by layer | {} to {} bits, by layer |"
+    assert row.format(min(weights), max(weights), min(inputs), max(inputs)) in card
+    assert "# ViT mixed precision" in card
+    assert "but `" not in card

@@ -1,0 +1,39 @@
+"""Budgets as people write them."""
+
+import pytest
+
+from quantformer_hf.mixed_precision.budget import Budget, format_cost, parse_budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "most"),
+    [
+        ("2.5MB", "bytes", 2_500_000),
+        ("2 MiB", "bytes", 2 * 2**20),
+        ("800kb", "bytes", 800_000),
+        ("1234B", "bytes", 1234),
+        ("30ms", "ms", 30),
+        ("0.5s", "ms", 500),
+        ("20GBitOps", "BitOps", 20e9),
+        (".5tbitops", "BitOps", 0.5e12),
+    ],
+)
+def test_a_budget_is_read(text, unit, most):
+    assert Budget.parse(text) == Budget(unit, most)
+
+
+@pytest.mark.parametrize("text", ["", "2.5", "MB", "-1MB", "0MB", "2.5 parsecs", "nanMB", "1,5MB"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(ValueError, match=r"such as 2\.5MB, 30ms or 20GBitOps"):
+        Budget.parse(text)
+
+
+def test_two_budgets_of_one_unit_are_refused():
+    with pytest.raises(ValueError, match="names bytes more than once"):
+        parse_budgets(["2MB", "10ms", "1MiB"])
+
+
+def test_a_cost_in_words_keeps_every_byte():
+    assert format_cost("bytes", 2777132) == "2,777,132 bytes (2.777 MB)"
+    assert format_cost("BitOps", 22719037440) == "22.7190 GBitOps"
+    assert format_cost("ms", 12.3456) == "12.346 ms"

@@ -1,0 +1,84 @@
+"""The latency table: measured, written, read."""
+
+import pytest
+from conftest import make_full_precision
+from test_cost import config_of
+
+from quantformer_hf.__main__ import main
+from quantformer_hf.mixed_precision.cost import CostModel
+from quantformer_hf.mixed_precision.latency_table import LatencyKey, LatencyTable
+from quantformer_hf.mixed_precision.measure_latency import measure_latency, packed_linear
+from quantformer_hf.mixed_precision.search_space import SearchSpace
+from quantformer_hf.packed_layers import PackedLinear
+
+
+HEADER = "rows,in_features,out_features,num_groups,weight_bits,activation_bits,milliseconds\n"
+
+
+def test_every_shape_is_measured_once_at_every_pair_of_bits():
+    lines = []
+    table = measure_latency(make_full_precision("vit"), (1, 2, 4), num_groups=4, repetitions=2, announce=lines.append)
+    shapes = {(17, 32, 32), (17, 32, 64), (17, 64, 32)}
+    assert set(table.times) == {LatencyKey(*s, 4, w, a) for s in shapes for w in (1, 2, 4) for a in (2, 4)}
+    assert len(lines) == len(table.times) + 1
+    assert all(time > 0 for time in table.times.values())
+    config = config_of("vit")
+    space = SearchSpace.of(config, (1, 2, 4))
+    costs = CostModel(config, space, table)
+    linears = sum(table.milliseconds(n, *shape_of(costs, n), 4, 2, 4) for n in space.inputs)
+    assert costs["ms"].total(space.uniform(2, 4)) == pytest.approx(table.rest + linears)
+
+
+def shape_of(costs, name):
+    kind = name.rpartition(".")[2]
+    return costs.products[name].rows, *{"fc1": (32, 64), "fc2": (64, 32)}.get(kind, (32, 32))
+
+
+def test_the_measured_layer_is_a_packed_one_of_the_shape_and_bits():
+    layer = packed_linear(LatencyKey(17, 32, 64, 4, 3, 5))
+    assert isinstance(layer, PackedLinear)
+    assert (layer.in_features, layer.out_features) == (32, 64)
+    assert (layer.weight_quantizer.grid.bits, layer.input_quantizer.grid.bits) == (3, 5)
+    assert layer.input_quantizer.scale.numel() == 4
+    assert len(layer.input_quantizer.group_index.unique()) == 4
+
+
+def test_the_command_writes_what_is_read_again(tmp_path, capsys):
+    make_full_precision("vit").save_pretrained(tmp_path / "model")
+    output = tmp_path / "latency.csv"
+    flags = ["--candidate_bits", "2", "--num_groups", "4", "--repetitions", "1", "--output", str(output)]
+    main(["measure-latency", str(tmp_path / "model"), *flags])
+    table = LatencyTable.read(output)
+    # Three shapes at W2A2, and at W4A4, at which the whole model is timed.
+    assert {(key.weight_bits, key.activation_bits) for key in table.times} == {(2, 2), (4, 4)}
+    assert len(table.times) == 6
+    assert "everything else in the model" in capsys.readouterr().out
+
+
+def test_a_table_is_written_to_the_last_digit_that_counts(tmp_path):
+    table = LatencyTable({LatencyKey(1, 2, 3, 4, 5, 6): 1.23456}, rest=7.5)
+    table.write(tmp_path / "latency.csv")
+    read = LatencyTable.read(tmp_path / "latency.csv")
+    assert (read.times, read.rest) == (table.times, table.rest)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rows,milliseconds\nrest,1\n", "lacks the column 'activation_bits'"),
+        (HEADER + "17,32,32,4,2,2,fast\n", "line 2, is no measurement"),
+        (HEADER + "17,32,32,4,2,2,-1\n", "line 2, is no measurement"),
+        (HEADER + "17,32,32,4,two,2,1\n", "line 2, is no measurement"),
+        (HEADER + "17,32,32,4,2,2,1\n", "no line whose rows is 'rest'"),
+    ],
+)
+def test_a_wrong_table_is_explained(tmp_path, text, message):
+    path = tmp_path / "latency.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        LatencyTable.read(path)
+
+
+def test_a_missing_table_is_named():
+    with pytest.raises(FileNotFoundError, match=r"there is no latency table nowhere\.csv"):
+        LatencyTable.read("nowhere.csv")

@@ -1,0 +1,120 @@
+"""`--stages allocate ...`, as a user types it."""
+
+import json
+
+import pytest
+import yaml
+from PIL import Image
+from runs import RECIPE, run
+from transformers import AutoModelForImageClassification
+
+from quantformer_hf.arguments import RunArguments
+from quantformer_hf.layer_bits import LayerBits
+from quantformer_hf.mixed_precision.allocation_file import BitAllocation
+from quantformer_hf.mixed_precision.pictures import draw_bits
+from quantformer_hf.report import weights_on_disk
+
+
+FLAGS = ["--dataset_name", "digits"]
+
+
+def test_flags_of_the_allocation_are_read():
+    told = RunArguments([*FLAGS, "--budget", "2.5MB", "20GBitOps", "--candidate_bits", "4", "2", "--refine", "3"])
+    allocation = told.for_stage("allocate").allocation
+    assert [(b.unit, b.most) for b in allocation.budgets()] == [("bytes", 2.5e6), ("BitOps", 20e9)]
+    assert (allocation.candidate_bits, allocation.refine) == ([2, 4], 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget", "2.5"], "budget is '2.5'"),
+        (["--candidate_bits", "4", "9"], "candidate_bits has 9: choose from 1 to 8"),
+        (["--allocation_method", "haq"], "allocation_method is 'haq': choose one of budget, edmips"),
+        (["--refine", "-1"], "refine is -1"),
+    ],
+)
+def test_wrong_flags_are_explained(flags, message):
+    with pytest.raises(ValueError, match=message):
+        RunArguments([*FLAGS, *flags]).for_stage("allocate")
+
+
+def test_a_picture_of_the_bits_is_a_png(tmp_path):
+    widths = {f"vit.layers.{i}.{kind}": LayerBits(i + 2, 3) for i in range(3) for kind in ("fc1", "fc2")}
+    draw_bits(widths, tmp_path / "bits.png")
+    with Image.open(tmp_path / "bits.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 300
+
+
+@pytest.fixture(scope="module")
+def full_precision(tmp_path_factory):
+    """A digits classifier, trained by the recipe."""
+    folder = tmp_path_factory.mktemp("full_precision")
+    recipe = RECIPE | {"stages": ["full_precision"], "output_dir": str(folder)}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run(path)
+    return folder / "full_precision"
+
+
+def write_recipe(folder, full_precision, **changes):
+    recipe = RECIPE | {
+        "model_name_or_path": str(full_precision),
+        "output_dir": str(folder / "out"),
+        "num_train_epochs": 1,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"save_strategy": "no"} | changes))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["budget", "edmips"])
+def test_one_command_makes_a_checkpoint_within_the_budget(full_precision, tmp_path, method):
+    recipe = write_recipe(
+        tmp_path,
+        full_precision,
+        stages=["allocate", "pretrain", "search", "finetune"],
+        budget=["28kB", "7MBitOps"],
+        allocation_method=method,
+        sensitivity_samples=16,
+        candidate_bits=[2, 3, 4, 8],
+    )
+    done = run(recipe)
+    out = tmp_path / "out"
+    allocation = BitAllocation.read(out / "allocate" / "bit_allocation.json")
+    assert allocation.method == method
+    assert weights_on_disk(out / "packed") == allocation.cost["bytes"] <= 28_000
+    assert allocation.cost["BitOps"] <= 7e6
+    assert len({(layer.weight_bits, layer.activation_bits) for layer in allocation.layers.values()}) > 1
+    for stage in ("pretrain", "search", "finetune", "packed"):
+        config = AutoModelForImageClassification.from_pretrained(out / stage).config
+        assert config.layer_bits == allocation.layer_bits
+    pictures = {"bit_allocation.png"} | ({"front.png"} if method == "budget" else set())
+    assert {path.name for path in (out / "allocate").glob("*.png")} == pictures
+    assert "mixed precision, packed" in done.stdout
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["allocation_bytes"] == allocation.cost["bytes"]
+    # Typed again, nothing is searched or trained anew.
+    before = (out / "allocate" / "bit_allocation.json").stat().st_mtime_ns
+    assert "the stage 'allocate' is complete" in run(recipe).stderr
+    assert (out / "allocate" / "bit_allocation.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_what_cannot_be_is_said_in_one_line(full_precision, tmp_path):
+    cases = {
+        ("--budget", "1kB"): "is below the smallest possible cost",
+        (): "needs a budget",
+        ("--budget", "5ms"): "measure-latency MODEL",
+        ("--budget", "5ms", "--latency_table", "nowhere.csv"): "no latency table nowhere.csv",
+        ("--budget", "1MB", "--layer_bits", '{"vit.*": 4}'): "chooses layer_bits",
+        ("--budget", "1MB", "--layer_bits", "nowhere.json"): "there is no file nowhere.json",
+        ("--allocation_method", "edmips", "--num_train_epochs", "0"): "edmips searches by training",
+    }
+    for number, (flags, message) in enumerate(cases.items()):
+        recipe = write_recipe(tmp_path, full_precision, stages=["allocate"])
+        done = run(recipe, *flags, "--output_dir", tmp_path / str(number), code=1)
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
