@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from .kernels import Remembered, in_integers, infers
+from .kernels import Remembered, in_integers, infers, operators
 from .ops import positive, quantized_attention
 from .quantizers import ActivationQuantizer
 
@@ -65,12 +65,12 @@ class AttentionOperands(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, both products in integers."""
         of_scores, of_mix = self.operands()
-        largest, operators = self.query.grid.qmax, torch.ops.quantformer
-        scores = operators.attention_scores(query.float(), key.float(), of_scores, largest, scaling)
+        largest = self.query.grid.qmax
+        scores = operators.call(operators.attention_scores, query.float(), key.float(), of_scores, largest, scaling)
         if mask is not None:
             scores = scores + mask
         probabilities = scores.softmax(-1)
-        output = operators.attention_mix(probabilities, value.float(), of_mix, largest)
+        output = operators.call(operators.attention_mix, probabilities, value.float(), of_mix, largest)
         return output.to(query.dtype).transpose(1, 2), probabilities.to(query.dtype)
 
     def operands(self) -> tuple[Tensor, Tensor]:

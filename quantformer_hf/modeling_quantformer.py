@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from . import quantize
+from . import pack, quantize
 from .attention import ATTENTION_IMPLEMENTATION, attention_modules
 from .checkpoints import load_full_precision
 from .configuration_quantformer import (
@@ -285,7 +285,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             StageError: not in the stage `finetune`.
         """
         self._require_stage("pack", "finetune")
-        quantize.pack(self.backbone)
+        pack.pack(self.backbone)
         self._go_to_packed(True)
         return self.eval()
 
@@ -296,7 +296,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             StageError: not in the stage `packed`.
         """
         self._require_stage("unpack", "packed")
-        quantize.unpack(self.backbone, self.config)
+        pack.unpack(self.backbone, self.config)
         self._go_to_packed(False)
         return self
 
@@ -307,7 +307,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             StageError: not in the stage `packed`.
         """
         self._require_stage("kernel_info", "packed")
-        return quantize.describe_kernels(self)
+        return pack.describe_kernels(self)
 
     def _go_to_packed(self, packed: bool) -> None:
         self.config.stage = "packed" if packed else "finetune"

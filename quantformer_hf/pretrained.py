@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
-from . import quantize
+from . import pack, quantize
 from .checkpointing import replaced_together
 from .configuration_quantformer import QuantformerConfig
 from .model_card import ModelCardMixin, write_model_card
@@ -121,7 +121,7 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         model.check_bit_widths(str(name))
         quantize.check_group_indices(model, str(name))
         if config.stage == "packed":
-            quantize.prepare_inference(model)
+            pack.prepare_inference(model)
         model.image_processor = find_image_processor(name, location)
         return (model, info) if wants_info else model
 

@@ -12,11 +12,11 @@ from .attention import AttentionOperands, attention_modules
 from .configuration_quantformer import QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
-from .kernels import describe_device, describe_layer
+from .kernels import fake_quantized
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
 from .layers import QuantConv2d, QuantLayerNorm, QuantLinear, quantize_for_readers
 from .ops import PRODUCERS
-from .packed_layers import PackedLayer, PackedLinear, packed_form, unpacked_form
+from .packed_layers import PackedLinear, packed_form
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
 from .reconstruction import reconstruct_units, token_weights, unit_inputs
 
@@ -60,7 +60,7 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
     for name, width in bits.items():
         module = backbone.get_submodule(name)
         in_block = isinstance(module, nn.Linear) and name not in CLASSIFIERS
-        weight_quantizer = _weight_quantizer(name, module, width, config)
+        weight_quantizer = make_weight_quantizer(name, module, width, config)
         input_quantizer = None
         if in_block and name not in shared:
             input_quantizer = group_quantizer(name, _absorb_producer(backbone, name, width))
@@ -315,7 +315,8 @@ def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]])
             weights = [token_weights(model, batch, readers) for batch in batches]
             with torch.no_grad():
                 inputs, arguments = unit_inputs(model, units, batches)
-        with torch.no_grad():
+        # What the quantizers put out is looked at.
+        with torch.no_grad(), fake_quantized():
             quantized_inputs, _ = unit_inputs(model, units, batches)
             off = functools.partial(full_precision, model)
             reconstruct_units(units, readers, inputs, quantized_inputs, arguments, weights, off)
@@ -343,60 +344,7 @@ def freeze_groups(model: nn.Module) -> None:
         quantizer.freeze_groups()
 
 
-@torch.no_grad()
-def pack(backbone: nn.Module) -> None:
-    """Put integer codes in the place of every quantized weight, one layer after the other."""
-    for name, layer in _named_weight_quantized_layers(backbone):
-        packed = packed_form(layer)
-        packed.weight_quantizer.fill(layer.weight, layer.weight_quantizer)
-        backbone.set_submodule(name, packed)
-    _mark_packed(backbone, True)
-    prepare_inference(backbone)
-
-
-def describe_kernels(model: nn.Module) -> dict[str, str]:
-    """What serves each packed layer and attention block, in words, by its name."""
-    said = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLayer):
-            said[name] = describe_layer(module, module.reads)
-        elif isinstance(module, AttentionOperands):
-            said[name] = f"{describe_device(module.query.scale.device.type)}, A{module.query.grid.bits}"
-    return said
-
-
-def prepare_inference(model: nn.Module) -> None:
-    """Make what packed layers remember beside their codes, so that the first call is no slower and can be traced."""
-    for module in model.modules():
-        if isinstance(module, PackedLayer) and module.can_infer():
-            module.plan()
-        elif isinstance(module, AttentionOperands):
-            module.operands()
-
-
-def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
-    """The inverse of `pack`: floating-point weights that round to the codes."""
-    bits = resolve_layer_bits(backbone, config)
-    for name, layer in _named_weight_quantized_layers(backbone):
-        backbone.set_submodule(name, unpacked_form(layer, _weight_quantizer(name, layer, bits[name], config)))
-    _mark_packed(backbone, False)
-
-
-def _mark_packed(backbone: nn.Module, packed: bool) -> None:
-    for quantizer in group_quantizers(backbone):
-        quantizer.stage = "packed" if packed else "finetune"
-    for attention in attention_modules(backbone):
-        if getattr(attention, "operands", None) is not None:
-            attention.operands.packed = packed
-    connect_readers(backbone)
-
-
-def _named_weight_quantized_layers(backbone: nn.Module) -> list[tuple[str, QuantLinear | QuantConv2d]]:
-    wanted = set(weight_quantized_layers(backbone))
-    return [(name, module) for name, module in backbone.named_modules() if module in wanted]
-
-
-def _weight_quantizer(
+def make_weight_quantizer(
     name: str, layer: nn.Module, width: LayerBits, config: QuantformerConfig
 ) -> WeightQuantizer | None:
     """The quantizer of one layer's weight: patch embedding and classifier always learn their scales."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .attention import attention_modules, capture_attention
 from .grids import FULL_PRECISION_BITS
+from .kernels import fake_quantized
 from .quantize import reading_layers
 
 
@@ -73,7 +74,8 @@ def distinct_levels(model: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
     readers = reading_layers(model)
     handles = [quantizer.register_forward_hook(count) for quantizer in readers]
     try:
-        model(pixel_values=pixel_values)
+        with fake_quantized():
+            model(pixel_values=pixel_values)
     finally:
         for handle in handles:
             handle.remove()

@@ -5,13 +5,18 @@ import importlib
 import logging
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .library import switched_off
-from .plans import ChannelPlan, WeightPlan
+
+
+if TYPE_CHECKING:
+    # They call the operators, which are registered with this module.
+    from .plans import ChannelPlan, WeightPlan
 
 
 #: Of the oldest devices whose tensor cores triton drives with signed bytes.
@@ -36,7 +41,7 @@ def triton_kernels() -> ModuleType | None:
         return None
 
 
-def reason_against(weight: WeightPlan, channels: ChannelPlan, device: torch.device) -> str | None:
+def reason_against(weight: "WeightPlan", channels: "ChannelPlan", device: torch.device) -> str | None:
     """Why the Triton kernels do not serve a layer on a CUDA device, or None where they do."""
     return reason_against_device(device) or _reason_against_sums(
         channels.group_ends, channels.largest, weight.largest_code, weight.multiplier, weight.addend

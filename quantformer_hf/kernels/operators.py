@@ -1,15 +1,17 @@
 """The operators of a packed model, as torch custom operators: `torch.compile` and `torch.export` see them whole.
 
 On a CPU they run the compiled kernels (`csrc/`), on CUDA quantization and the linear product those of `triton_kernels.py`,
-elsewhere and without these the plain torch of `reference.py`, with the same results bit for bit.
+elsewhere and without these the plain torch of `reference.py`, with the same results bit for bit. `call` runs one of them.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int64
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 
 from . import cuda, reference
 from .library import AttentionMix, AttentionScores, Codes, Product, check, library
@@ -23,6 +25,16 @@ _LIBRARY.define(
 )
 _LIBRARY.define("attention_scores(Tensor query, Tensor key, Tensor operands, int largest, float scaling) -> Tensor")
 _LIBRARY.define("attention_mix(Tensor probabilities, Tensor value, Tensor operands, int largest) -> Tensor")
+
+
+def call(kernel: Callable[..., Tensor], x: Tensor, *arguments) -> Tensor:
+    """Run one of the operators below on `x` and the rest of its arguments.
+
+    The dispatcher takes as long as a small product: where nothing listens there, and `x` is on a CPU, it is passed by.
+    """
+    if type(x) is Tensor and x.is_cpu and not is_compiling() and not _len_torch_dispatch_stack():
+        return kernel(x, *arguments)
+    return getattr(torch.ops.quantformer, kernel.__name__)(x, *arguments)
 
 
 def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from . import operators
+
 
 T = TypeVar("T")
 
@@ -38,7 +40,7 @@ class ChannelPlan:
         """`(..., channels)` to codes `(..., positions)`."""
         in_order = self.source.numel() == self.channels and len(self.group_ends) == 1
         source = None if in_order else self.source
-        return torch.ops.quantformer.quantize(x, self.offset, self.inverse, source, self.largest)
+        return operators.call(operators.quantize, x, self.offset, self.inverse, source, self.largest)
 
 
 def plan_channels(channels: int, scale: Tensor, offset: Tensor, index: Tensor | None, largest: int) -> ChannelPlan:
@@ -121,7 +123,8 @@ def plan_linear(weight: WeightPlan, packed: Tensor, bias: Tensor | None, channel
 
 
 def _multiply(codes, packed, weight: WeightPlan, channels: ChannelPlan, group_scales, scale, bias) -> Tensor:
-    return torch.ops.quantformer.multiply(
+    return operators.call(
+        operators.multiply,
         codes,
         packed,
         weight.columns,

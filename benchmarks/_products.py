@@ -1,0 +1,83 @@
+"""Matrix products of DeiT's shapes: our kernels beside torch in float32, and beside what the instructions allow."""
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from quantformer_hf.kernels import instruction_set, plan_channels, plan_linear, plan_weight
+from quantformer_hf.packing import pack_codes
+from quantformer_hf.report import format_table
+
+
+#: rows, inputs, outputs: DeiT-Tiny's, DeiT-Small's, and a batch of eight.
+SHAPES = [
+    (197, 192, 192),
+    (197, 192, 768),
+    (197, 768, 192),
+    (197, 384, 384),
+    (197, 384, 1536),
+    (197, 1536, 384),
+    (1576, 384, 384),
+]
+
+#: Long enough for the tile that multiplies to be all that counts.
+CEILING_SHAPE = (4096, 1024, 16)
+
+
+def print_products(rounds: int) -> None:
+    """Interleaved medians on one thread; W and A have the same bits."""
+    torch.set_num_threads(1)
+    rows = []
+    for shape in SHAPES:
+        for bits in (4, 2, 8):
+            for groups in (1, 8):
+                ours, ceiling = product(shape, bits, groups), product(CEILING_SHAPE, bits, 1)
+                x, weight = torch.randn(shape[0], shape[1]), torch.randn(shape[2], shape[1])
+                rates = interleaved_rates(
+                    {
+                        "torch": (lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), shape),
+                        "ours": (ours, shape),
+                        "ceiling": (ceiling, CEILING_SHAPE),
+                    },
+                    5 * rounds,
+                )
+                rows.append(
+                    [
+                        f"{'x'.join(map(str, shape))} W{bits}A{bits}, {groups} group{'s' if groups > 1 else ''}",
+                        f"{rates['torch']:.0f}",
+                        f"{rates['ours']:.0f}",
+                        f"{rates['ours'] / rates['torch']:.2f}",
+                        f"{100 * rates['ours'] / rates['ceiling']:.0f} %",
+                    ]
+                )
+    print(f"instruction set {instruction_set()}; GMAC/s on one thread")
+    print("The ceiling is the same tile on one panel of weights that stays in cache, one group, 4,096 rows.\n")
+    print(format_table(["", "torch fp32", "ours", "ratio", "of the ceiling"], rows))
+
+
+def product(shape: tuple[int, int, int], bits: int, groups: int):
+    """A call that multiplies random codes of `shape`."""
+    rows, inputs, outputs = shape
+    index = torch.randperm(inputs) % groups
+    channels = plan_channels(inputs, torch.rand(groups) + 0.1, torch.randn(groups), index, 2**bits - 1)
+    packed = pack_codes(torch.randint(0, 2**bits, (outputs, inputs)), bits)
+    weight = plan_weight(inputs, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0, torch.rand(outputs))
+    linear = plan_linear(weight, packed, None, channels)
+    codes: Tensor = channels.quantize(torch.randn(rows, inputs))
+    return lambda: linear(codes, packed, channels)
+
+
+def interleaved_rates(candidates: dict, rounds: int) -> dict[str, float]:
+    """Billions of multiplications a second, from the median time of each."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds + 1):
+        for name, (call, _) in candidates.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {
+        name: shape[0] * shape[1] * shape[2] / statistics.median(times[name][1:]) / 1e9
+        for name, (_, shape) in candidates.items()
+    }

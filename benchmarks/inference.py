@@ -1,0 +1,146 @@
+"""Speed and memory of packed models beside other engines, on this machine's CPU.
+
+    python benchmarks/inference.py [--models deit_small_patch16_224] [--batch_sizes 1] [--threads 1] [--rounds 7]
+    python benchmarks/inference.py --products
+
+Each engine runs in a process of its own, where its threads disturb no other's. The processes take turns: in each round
+every one times a few passes while the others wait. The table holds the median of all passes, its ratio to torch's in
+float32, eager, and the most memory that the process took beyond its imports. Weights are random: speed does not depend
+on them. ONNX Runtime and OpenVINO need `pip install onnx onnxruntime onnxscript openvino`; int8 in OpenVINO is the QDQ file
+of ONNX Runtime.
+`--products` times the matrix products alone, as a share of the most that the multiplying instructions allow.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from _machine import describe_machine
+
+from quantformer_hf.report import format_table
+
+
+MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
+BASELINE = "torch fp32 eager"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--passes", type=int, default=3, help="of each engine in a round")
+    parser.add_argument("--engines", nargs="+", help="by default all that are installed")
+    parser.add_argument("--folder", type=Path, help="to keep the models in for the next time")
+    parser.add_argument("--products", action="store_true", help="the matrix products alone")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(*arguments.worker)
+    elif arguments.products:
+        from _products import print_products
+
+        print(describe_machine())
+        print_products(arguments.rounds)
+    else:
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from _engines import available_engines, prepare
+    from checkpoint_size import full_precision
+
+    engines = arguments.engines or available_engines()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        print(describe_machine())
+        for name in arguments.models:
+            for batch in arguments.batch_sizes:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                prepare(full_precision(name, folder / name), folder / name, batch, engines)
+                for threads in arguments.threads:
+                    rows = race(engines, folder / name, batch, threads, arguments.rounds, arguments.passes)
+                    print(f"\n{name}, batch {batch}, threads {threads}\n")
+                    print(format_table(["", "speed", "median", "memory"], rows), flush=True)
+
+
+def race(engines: list[str], folder: Path, batch: int, threads: int, rounds: int, passes: int) -> list[list[str]]:
+    """Rows of the table: engine, speed as a ratio to the baseline's, milliseconds, memory."""
+    workers = {
+        engine: subprocess.Popen(
+            [sys.executable, __file__, "--worker", engine, str(folder), str(batch), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for engine in engines
+    }
+    times: dict[str, list[float]] = {engine: [] for engine in engines}
+    memory = {}
+    try:
+        for _ in range(rounds + 1):
+            for engine, worker in workers.items():
+                answer = ask(worker, engine, passes)
+                times[engine] += answer["seconds"]
+                memory[engine] = answer["memory"]
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+    # The first round warms up.
+    medians = {engine: statistics.median(measured[passes:]) for engine, measured in times.items()}
+    slowest = medians.get(BASELINE)
+    return [
+        [
+            engine,
+            f"{slowest / median:.2f}" if slowest else "-",
+            f"{1000 * median:.1f} ms",
+            f"{memory[engine] / 1e6:.0f} MB",
+        ]
+        for engine, median in medians.items()
+    ]
+
+
+def ask(worker: subprocess.Popen, engine: str, passes: int) -> dict:
+    worker.stdin.write(f"{passes}\n")
+    worker.stdin.flush()
+    for line in worker.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise RuntimeError(f"{engine} ended without an answer, exit code {worker.wait()}")
+
+
+def work(engine: str, folder: str, batch: str, threads: str) -> None:
+    """A process of one engine: for each line, that many passes, and their seconds."""
+    from _engines import import_engine, load
+
+    import_engine(engine)
+    # Loading and running are measured, not the imports: their highest mark is taken back.
+    Path("/proc/self/clear_refs").write_text("5")
+    imported = memory_of("VmRSS")
+    images = np.random.default_rng(0).standard_normal((int(batch), 3, 224, 224), dtype=np.float32)
+    run = load(engine, Path(folder), images, int(threads))
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            run(images)
+            seconds.append(time.perf_counter() - start)
+        print(json.dumps({"seconds": seconds, "memory": memory_of("VmHWM") - imported}), flush=True)
+
+
+def memory_of(field: str) -> int:
+    """Bytes of a field of this process's status (Linux)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

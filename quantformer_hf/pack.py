@@ -1,0 +1,65 @@
+"""From quantized layers to packed ones, and back."""
+
+import torch
+from torch import nn
+
+from .attention import AttentionOperands, attention_modules
+from .configuration_quantformer import QuantformerConfig
+from .kernels import describe_device, describe_layer
+from .layer_bits import resolve_layer_bits
+from .layers import QuantConv2d, QuantLinear
+from .packed_layers import PackedLayer, packed_form, unpacked_form
+from .quantize import connect_readers, group_quantizers, make_weight_quantizer, weight_quantized_layers
+
+
+@torch.no_grad()
+def pack(backbone: nn.Module) -> None:
+    """Put integer codes in the place of every quantized weight, one layer after the other."""
+    for name, layer in _named_weight_quantized_layers(backbone):
+        packed = packed_form(layer)
+        packed.weight_quantizer.fill(layer.weight, layer.weight_quantizer)
+        backbone.set_submodule(name, packed)
+    _mark_packed(backbone, True)
+    prepare_inference(backbone)
+
+
+def describe_kernels(model: nn.Module) -> dict[str, str]:
+    """What serves each packed layer and attention block, in words, by its name."""
+    said = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            said[name] = describe_layer(module, module.reads)
+        elif isinstance(module, AttentionOperands):
+            said[name] = f"{describe_device(module.query.scale.device.type)}, A{module.query.grid.bits}"
+    return said
+
+
+def prepare_inference(model: nn.Module) -> None:
+    """Make what packed layers remember beside their codes, so that the first call is no slower and can be traced."""
+    for module in model.modules():
+        if isinstance(module, PackedLayer) and module.can_infer():
+            module.plan()
+        elif isinstance(module, AttentionOperands):
+            module.operands()
+
+
+def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
+    """The inverse of `pack`: floating-point weights that round to the codes."""
+    bits = resolve_layer_bits(backbone, config)
+    for name, layer in _named_weight_quantized_layers(backbone):
+        backbone.set_submodule(name, unpacked_form(layer, make_weight_quantizer(name, layer, bits[name], config)))
+    _mark_packed(backbone, False)
+
+
+def _mark_packed(backbone: nn.Module, packed: bool) -> None:
+    for quantizer in group_quantizers(backbone):
+        quantizer.stage = "packed" if packed else "finetune"
+    for attention in attention_modules(backbone):
+        if getattr(attention, "operands", None) is not None:
+            attention.operands.packed = packed
+    connect_readers(backbone)
+
+
+def _named_weight_quantized_layers(backbone: nn.Module) -> list[tuple[str, QuantLinear | QuantConv2d]]:
+    wanted = set(weight_quantized_layers(backbone))
+    return [(name, module) for name, module in backbone.named_modules() if module in wanted]

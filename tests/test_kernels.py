@@ -1,0 +1,288 @@
+"""Kernels, whatever instructions this machine has, against plain torch and against exact arithmetic."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import make_batches, make_quantized
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quantformer_hf.kernels import fake_quantized, instruction_set, library, operators, plans, reference, using
+from quantformer_hf.modeling_quantformer import StageError
+from quantformer_hf.packed_layers import PackedLayer
+from quantformer_hf.packing import pack_codes
+
+
+def available() -> list[str]:
+    names = []
+    for name in ("plain", "avx2", "avx512", "neon"):
+        try:
+            with using(name):
+                names.append(name)
+        except ValueError:
+            # Not of this machine.
+            continue
+    return names
+
+
+needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the kernels were not built: no C++ compiler")
+
+#: rows, columns, outputs, groups: a single value, odd sizes, groups of one channel and of none, several panels.
+SHAPES = [(1, 1, 1, 1), (7, 33, 17, 5), (13, 100, 40, 8), (3, 700, 16, 2), (5, 8, 30, 8), (2, 3, 5, 6), (40, 64, 33, 1)]
+
+
+def make_layer(shape, weight_bits, activation_bits, shift, seed=0):
+    """Random codes, plans and bias of a linear layer, and its weight in integers."""
+    rows, columns, outputs, groups = shape
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, groups, (columns,), generator=generator)
+    scale, offset = torch.rand(groups, generator=generator) + 0.1, torch.randn(groups, generator=generator)
+    channels = plans.plan_channels(columns, scale, offset, index, 2**activation_bits - 1)
+    codes = torch.randint(0, 2**weight_bits, (outputs, columns), generator=generator)
+    packed = pack_codes(codes, weight_bits)
+    qmin, qmax = -(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1
+    weight = plans.plan_weight(columns, weight_bits, qmin, qmax, shift, torch.rand(outputs, generator=generator) + 0.1)
+    bias = torch.randn(outputs, generator=generator)
+    x = 4 * torch.randn(rows, columns, generator=generator)
+    return x, channels, packed, plans.plan_linear(weight, packed, bias, channels), bias, codes + qmin + shift
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("weight_bits", range(1, 9))
+def test_each_instruction_set_gives_the_bits_of_plain_torch(name, weight_bits):
+    for shape, bits, shift in itertools.product(SHAPES, range(2, 9), (0, 0.5)):
+        x, channels, packed, linear, _, _ = make_layer(shape, weight_bits, bits, shift)
+        with using(None):
+            expected_codes = channels.quantize(x)
+            expected = linear(expected_codes, packed, channels)
+        with using(name):
+            codes = channels.quantize(x)
+            assert torch.equal(codes, expected_codes)
+            assert torch.equal(linear(codes, packed, channels), expected)
+
+
+@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_inner_sums_are_exact(name, bits):
+    for shape in SHAPES:
+        x, channels, packed, linear, _, integers = make_layer(shape, bits, bits, 0)
+        with using(name):
+            codes = channels.quantize(x)
+            weight, ones = linear.weight, torch.ones(shape[2])
+            for group in range(shape[3]):
+                only = torch.zeros(shape[3])
+                only[group] = 1
+                sums = plans._multiply(codes, packed, weight, channels, only, ones, torch.zeros(shape[2]))
+                start = channels.group_ends[group - 1] if group else 0
+                members = channels.source[start : channels.group_ends[group]].long()
+                members = members[members < shape[1]]
+                exact = codes[:, start : start + len(members)].long() @ integers[:, members].long().T
+                assert torch.equal(sums.long(), exact)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shift", [0, 0.5])
+def test_a_layer_is_the_fake_quantized_one_to_the_last_digits(bits, shift):
+    """The formula of the deployment form, offsets folded, against float64 on dequantized operands."""
+    for shape in SHAPES:
+        x, channels, packed, linear, bias, levels = make_layer(shape, bits, bits, shift)
+        scale = channels.inverse.double().reciprocal()
+        dequantized = ((x - channels.offset) * channels.inverse).clamp(0, channels.largest).round() * scale
+        weight = levels.double() * (linear.weight.scale * (2 if shift else 1)).double().unsqueeze(1)
+        expected = (dequantized + channels.offset.double()) @ weight.T + bias.double()
+        result = linear(channels.quantize(x), packed, channels)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 11, 9), (17, 50, 64)])
+def test_attention_products_give_the_bits_of_plain_torch(name, bits, sizes):
+    queries, keys, head_size = sizes
+    generator = torch.Generator().manual_seed(bits)
+
+    def operand(tokens):
+        # As projections leave them: heads in the third dimension of memory.
+        return torch.randn(2, tokens, 3, head_size, generator=generator).transpose(1, 2)
+
+    query, key, value = operand(queries), operand(keys), operand(keys)
+    probabilities = torch.rand(2, 3, queries, keys, generator=generator)
+    scale = torch.rand(2, generator=generator) + 0.05
+    operands = torch.stack([scale, 1 / scale, torch.randn(2, generator=generator)], 1)
+    largest = 2**bits - 1
+    with using(name):
+        scores = operators.attention_scores(query, key, operands, largest, head_size**-0.5)
+        mixed = operators.attention_mix(probabilities, value, operands, largest)
+    assert torch.equal(scores, reference.attention_scores(query, key, operands, largest, head_size**-0.5))
+    assert torch.equal(mixed, reference.attention_mix(probabilities, value, operands, largest))
+
+    def dequantized(x, row):
+        scale, inverse, offset = operands[row]
+        codes = ((x - offset) * inverse).round().clamp(0, largest)
+        return codes.double() * scale.double().item() + offset.double().item()
+
+    exact = dequantized(query, 0) @ dequantized(key, 1).transpose(2, 3) * head_size**-0.5
+    # What is the same for all keys was left out, and the softmax does not see it.
+    torch.testing.assert_close(scores.double().softmax(-1), exact.softmax(-1), rtol=1e-4, atol=1e-6)
+    exact = (dequantized(probabilities, 0) @ dequantized(value, 1)).transpose(1, 2)
+    torch.testing.assert_close(mixed.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("name", [None, *available()])
+def test_what_is_no_number_has_code_zero_and_what_is_outside_is_clipped(name):
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1e30, 2.5, 3.5]])
+    with using(name):
+        codes = operators.quantize(x, torch.zeros(6), torch.ones(6), None, 15)
+    # Halves go to the even neighbour.
+    assert codes.tolist() == [[0, 15, 0, 15, 2, 4]]
+
+
+@needs_kernels
+def test_operands_that_a_kernel_cannot_take_are_refused():
+    x, channels, packed, linear, _, _ = make_layer((2, 8, 4, 2), 4, 4, 0)
+    with pytest.raises(TypeError, match=r"torch\.float64"):
+        operators.quantize(x.double(), channels.offset, channels.inverse, None, 15)
+    codes = channels.quantize(x)
+    with pytest.raises(ValueError, match=f"the codes have 3 positions, and the layer {codes.shape[1]}"):
+        linear(codes[:, :3], packed, channels)
+    with pytest.raises(ValueError, match="the instruction set 'mmx' cannot run here"), using("mmx"):
+        pass
+
+
+def test_operators_are_what_torch_expects_of_them():
+    x, channels, packed, linear, bias, _ = make_layer((5, 24, 18, 3), 4, 4, 0)
+    weight = linear.weight
+    codes = channels.quantize(x)
+    ops = torch.ops.quantformer
+    torch.library.opcheck(ops.quantize.default, (x, channels.offset, channels.inverse, channels.source, 15))
+    arguments = (weight.columns, weight.bits, weight.largest_code, weight.multiplier, weight.addend, channels.source)
+    arguments += (channels.group_ends, channels.group_scales, channels.largest, weight.scale, bias)
+    torch.library.opcheck(ops.multiply.default, (codes, packed, *arguments))
+    operands = torch.tensor([[0.1, 10.0, -1.0], [0.1, 10.0, -1.0]])
+    query, key = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8)
+    torch.library.opcheck(ops.attention_scores.default, (query, key, operands, 255, 0.5))
+    torch.library.opcheck(ops.attention_mix.default, (torch.rand(2, 3, 4, 6), key, operands, 255))
+
+
+# Models
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(pixel_values=batch).logits
+
+
+@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_packing_changes_no_bit_of_the_logits(backbone, bits, name):
+    model = make_quantized(backbone, "finetune", weight_bits=bits, activation_bits=max(2, bits))
+    batch = make_batches()[0]
+    expected = logits(model, batch)
+    with using(name):
+        assert torch.equal(logits(model.pack(), batch), expected)
+
+
+def test_batch_size_and_threads_change_no_bit():
+    model = make_quantized("swin", "finetune").pack()
+    batch = make_batches(1, batch_size=5)[0]
+    expected = logits(model, batch)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(torch.cat([logits(model, image) for image in batch.split(1)]), expected)
+            assert torch.equal(logits(model, batch), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_integers_and_floating_point_agree_where_no_activation_is_near_a_border():
+    """At eight bits and in a model of two blocks a last digit moves nothing far."""
+    model = make_quantized("vit", "finetune", bit_width=8)
+    batch = make_batches()[0]
+    expected = logits(model, batch)
+    with fake_quantized():
+        in_floating_point = logits(model, batch)
+        assert torch.equal(logits(model.pack(), batch), in_floating_point)
+    torch.testing.assert_close(in_floating_point, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_no_code_is_above_the_largest(backbone, bits):
+    model = make_quantized(backbone, "finetune", bit_width=bits, embedding_bits=bits, classifier_bits=bits).pack()
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if function is torch.ops.quantformer.quantize.default:
+                seen.append(result.max().item())
+            return result
+
+    with Watch():
+        logits(model, make_batches(1)[0])
+    assert len(seen) > 8
+    assert max(seen) <= 2**bits - 1
+
+
+def test_a_packed_model_compiles_and_exports_whole():
+    model = make_quantized("vit", "finetune").pack()
+    batch = make_batches()[0]
+    expected = logits(model, batch)
+    torch.testing.assert_close(logits(torch.compile(model.backbone, fullgraph=True), batch), expected)
+    exported = torch.export.export(model.backbone, (), {"pixel_values": batch})
+    names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    operators_of_ours = {name for name in names if name.startswith("quantformer.")}
+    assert operators_of_ours == {
+        f"quantformer.{name}.default" for name in ("quantize", "multiply", "attention_scores", "attention_mix")
+    }
+    with torch.no_grad():
+        assert torch.equal(exported.module()(pixel_values=batch).logits, expected)
+
+
+def test_plans_follow_tensors_that_change():
+    model = make_quantized("vit", "finetune").pack()
+    batch = make_batches()[0]
+    before = logits(model, batch)
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, PackedLayer) and m.reads).weight_quantizer.scale.mul_(1.5)
+    assert not torch.equal(logits(model, batch), before)
+
+
+def test_a_packed_model_has_no_gradients_and_half_precision_keeps_its_dtype(tmp_path):
+    model = make_quantized("swin", "finetune").pack()
+    batch = make_batches()[0]
+    assert not model(pixel_values=batch).logits.requires_grad
+    model.save_pretrained(tmp_path)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert logits(half, batch.bfloat16()).dtype == torch.bfloat16
+
+
+def test_kernel_info_says_what_serves_each_layer(backbone):
+    model = make_quantized(backbone, "finetune", layer_bits={"*.fc1": {"activation_bits": 32}})
+    with pytest.raises(StageError, match=r"run model\.pack\(\) first"):
+        model.kernel_info()
+    info = model.pack().kernel_info()
+    assert len([name for name in info if not name.endswith("operands")]) == len(
+        [m for m in model.modules() if isinstance(m, PackedLayer)]
+    )
+    served = f"kernel ({instruction_set()})" if instruction_set() else "integers in plain torch"
+    assert all(text.startswith("floating point, W4: its input") for name, text in info.items() if name.endswith("fc1"))
+    assert all(text == f"{served}, W4A4" for name, text in info.items() if name.endswith(("q_proj", "o_proj", "fc2")))
+    assert all(text == f"{served}, A8" for name, text in info.items() if name.endswith("operands"))
+    with using(None):
+        assert "integers in plain torch, W4A4" in model.kernel_info().values()
+
+
+def test_without_kernels_the_same_results_come_with_one_warning(monkeypatch, caplog):
+    model = make_quantized("vit", "finetune").pack()
+    batch = make_batches()[0]
+    expected = logits(model, batch)
+    monkeypatch.setattr(library, "_looked", False)
+    monkeypatch.setattr(library, "_kernels", None)
+    monkeypatch.setattr(library, "NAME", "quantformer_hf.kernels._absent")
+    assert torch.equal(logits(model, batch), expected)
+    logits(model, batch)
+    assert [record.message[:42] for record in caplog.records] == ["the kernels of quantformer_hf were not bui"]
