@@ -116,6 +116,11 @@ def library() -> ctypes.CDLL | None:
     return None if _off else _kernels
 
 
+def switched_off() -> bool:
+    """Whether plain torch was asked for, by `using(None)`."""
+    return _off
+
+
 def _load() -> ctypes.CDLL | None:
     found = importlib.util.find_spec(NAME)
     if found is None or found.origin is None:

@@ -1,7 +1,7 @@
 """The operators of a packed model, as torch custom operators: `torch.compile` and `torch.export` see them whole.
 
-On a CPU they run the compiled kernels (`csrc/`), elsewhere and without these the plain torch of `reference.py`, with the
-same results bit for bit. `call` runs one of them.
+On a CPU they run the compiled kernels (`csrc/`), on CUDA quantization and the linear product those of `triton_kernels.py`,
+elsewhere and without these the plain torch of `reference.py`, with the same results bit for bit. `call` runs one of them.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
-from . import reference
+from . import cuda, reference
 from .library import AttentionMix, AttentionScores, Codes, Product, check, library
 
 
@@ -256,3 +256,8 @@ for _kernel, _plain, _fake in (
     _LIBRARY.impl(_kernel.__name__, _plain, "CompositeExplicitAutograd")
     _LIBRARY.impl(_kernel.__name__, _kernel, "CPU")
     torch.library.register_fake(f"quantformer::{_kernel.__name__}", _fake, lib=_LIBRARY)
+
+# Both products of attention stay in plain torch on CUDA. There they are one matrix product of integers of at most 8 bits,
+# which TF32 and bfloat16 hold too; sums below 2^24 are exact in float32, and `exact_product` takes float64 beyond.
+_LIBRARY.impl("quantize", cuda.quantize, "CUDA")
+_LIBRARY.impl("multiply", cuda.multiply, "CUDA")

@@ -38,6 +38,11 @@ def exact_product(x: Tensor, weight: Tensor, largest: int) -> Tensor:
         return (x.to(wide) @ weight.to(wide).transpose(-2, -1)).float()
 
 
+def largest_weight(largest_code: int, multiplier: int, addend: int) -> int:
+    """Magnitude of any integer `code * multiplier + addend`."""
+    return max(abs(addend), abs(largest_code * multiplier + addend))
+
+
 def multiply(
     codes: Tensor,
     weight: Tensor,
@@ -56,7 +61,7 @@ def multiply(
     """See `operators.multiply`."""
     integers = unpack_codes(weight, bits, columns).short() * multiplier + addend
     integers = torch.nn.functional.pad(integers, (0, 1)).index_select(1, source)
-    largest_product = largest * max(abs(addend), abs(largest_code * multiplier + addend))
+    largest_product = largest * largest_weight(largest_code, multiplier, addend)
     sums, start = None, 0
     for end, group_scale in zip(group_ends, group_scales, strict=True):
         if end > start:

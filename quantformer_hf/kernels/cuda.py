@@ -1,0 +1,118 @@
+"""The operators on CUDA: Triton kernels where triton and the device allow, plain torch with the same bits elsewhere."""
+
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .library import switched_off
+
+
+if TYPE_CHECKING:
+    # They call the operators, which are registered with this module.
+    from .plans import ChannelPlan, WeightPlan
+
+
+#: Of the oldest devices whose tensor cores triton drives with signed bytes.
+LEAST_CAPABILITY = (8, 0)
+#: What the sums of a group stay within.
+LARGEST_INT32 = 2**31 - 1
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The module `triton_kernels`, imported when it is first needed; None, with one warning, where it cannot be."""
+    try:
+        return importlib.import_module(".triton_kernels", __package__)
+    except ImportError as error:
+        logger.warning(
+            "triton cannot be imported (%s), and packed models run in plain torch on CUDA: same results, slower."
+            " Install triton",
+            error,
+        )
+        return None
+
+
+def reason_against(weight: "WeightPlan", channels: "ChannelPlan", device: torch.device) -> str | None:
+    """Why the Triton kernels do not serve a layer on a CUDA device, or None where they do."""
+    return reason_against_device(device) or _reason_against_sums(
+        channels.group_ends, channels.largest, weight.largest_code, weight.multiplier, weight.addend
+    )
+
+
+@functools.cache
+def reason_against_device(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on a CUDA device, or None where they do."""
+    if triton_kernels() is None:
+        return "triton cannot be imported"
+    if torch.version.hip is not None:
+        return "the Triton kernels were written for NVIDIA's tensor cores only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"compute capability {capability}: the Triton kernels need {LEAST_CAPABILITY}"
+    return None
+
+
+def _reason_against_sums(
+    group_ends: Sequence[int], largest: int, largest_code: int, multiplier: int, addend: int
+) -> str | None:
+    longest = max(end - start for start, end in zip((0, *group_ends[:-1]), group_ends, strict=True))
+    if longest * largest * reference.largest_weight(largest_code, multiplier, addend) > LARGEST_INT32:
+        return f"the sums of a group of {longest} channels may not fit into 32 bits"
+    return None
+
+
+def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int) -> Tensor:
+    """See `operators.quantize`."""
+    # Float32 holds these exactly; in float64, plain torch would compute in float64.
+    taken = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if switched_off() or not taken or reason_against_device(x.device) is not None:
+        return reference.quantize(x, offset, inverse, source, largest)
+    return triton_kernels().quantize(x, offset, inverse, source, largest)
+
+
+def multiply(
+    codes: Tensor,
+    weight: Tensor,
+    columns: int,
+    bits: int,
+    largest_code: int,
+    multiplier: int,
+    addend: int,
+    source: Tensor,
+    group_ends: Sequence[int],
+    group_scales: Tensor,
+    largest: int,
+    scale: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """See `operators.multiply`."""
+    served = (
+        not switched_off()
+        and reason_against_device(codes.device) is None
+        and _reason_against_sums(group_ends, largest, largest_code, multiplier, addend) is None
+    )
+    run = triton_kernels().multiply if served else reference.multiply
+    return run(
+        codes,
+        weight,
+        columns,
+        bits,
+        largest_code,
+        multiplier,
+        addend,
+        source,
+        group_ends,
+        group_scales,
+        largest,
+        scale,
+        bias,
+    )

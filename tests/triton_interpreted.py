@@ -1,0 +1,125 @@
+"""The Triton kernels under Triton's interpreter, on CPU tensors: `test_triton.py` runs this file with TRITON_INTERPRET=1.
+
+Not collected by itself: triton looks at the variable when it is first imported, and torch may have done that.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from quantformer_hf.kernels import plans, reference, triton_kernels
+from quantformer_hf.packing import pack_codes
+
+
+#: rows, columns, outputs, groups: a single value, odd sizes, groups of one channel and of none, several blocks each way.
+SHAPES = [(1, 1, 1, 1), (1, 33, 17, 5), (5, 8, 30, 8), (2, 3, 5, 6), (35, 40, 65, 2), (130, 9, 3, 1)]
+
+
+def make_operands(shape, bits, activation_bits, shift):
+    """Random arguments of `multiply`."""
+    rows, columns, outputs, groups = shape
+    index = torch.randint(0, groups, (columns,))
+    channels = plans.plan_channels(
+        columns, torch.rand(groups) + 0.1, torch.randn(groups), index, 2**activation_bits - 1
+    )
+    weight = plans.plan_weight(columns, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, shift, torch.rand(outputs) + 0.1)
+    packed = pack_codes(torch.randint(0, 2**bits, (outputs, columns)), bits)
+    # What lies on the padding of a group must not count.
+    codes = torch.randint(0, channels.largest + 1, (rows, channels.source.numel()), dtype=torch.uint8)
+    return {
+        "codes": codes,
+        "weight": packed,
+        "columns": columns,
+        "bits": bits,
+        "largest_code": weight.largest_code,
+        "multiplier": weight.multiplier,
+        "addend": weight.addend,
+        "source": channels.source,
+        "group_ends": channels.group_ends,
+        "group_scales": channels.group_scales,
+        "largest": channels.largest,
+        "scale": weight.scale,
+        "bias": torch.randn(outputs),
+    }
+
+
+def same_bits(x, y):
+    """Also -0.0 is not 0.0."""
+    return torch.equal(x.view(torch.int32), y.view(torch.int32))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_products_are_those_of_the_reference_bit_for_bit(bits):
+    torch.manual_seed(bits)
+    for shape, activation_bits, shift in itertools.product(SHAPES, (7, 8), (0, 0.5)):
+        operands = make_operands(shape, bits, activation_bits, shift)
+        expected = reference.multiply(**operands)
+        assert same_bits(triton_kernels.multiply(**operands), expected), (shape, activation_bits, shift)
+
+
+def test_extreme_operands_and_sums_beyond_float32_are_exact():
+    for shift, code in itertools.product((0, 0.5), (0, 255)):
+        operands = make_operands((2, 2000, 3, 1), 8, 8, shift)
+        operands["codes"] = torch.full_like(operands["codes"], 255)
+        operands["weight"] = torch.full_like(operands["weight"], code)
+        operands["scale"], operands["bias"] = torch.ones(3), torch.zeros(3)
+        operands["group_scales"] = torch.ones(1)
+        weight = code * operands["multiplier"] + operands["addend"]
+        expected = torch.full((2, 3), 2000 * 255 * weight).float()
+        assert torch.equal(triton_kernels.multiply(**operands), expected)
+
+
+def test_any_number_of_dimensions_and_any_strides():
+    operands = make_operands((6, 33, 17, 5), 3, 4, 0)
+    expected = reference.multiply(**operands)
+    codes = operands["codes"]
+    operands["codes"] = codes.view(2, 3, -1)
+    assert same_bits(triton_kernels.multiply(**operands), expected.view(2, 3, -1))
+    operands["codes"] = codes.T.contiguous().T
+    assert same_bits(triton_kernels.multiply(**operands), expected)
+    operands["codes"] = codes[:0]
+    assert triton_kernels.multiply(**operands).shape == (0, 17)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_are_those_of_the_reference(dtype):
+    torch.manual_seed(0)
+    for shape, activation_bits in itertools.product(SHAPES, (1, 3, 8)):
+        rows, columns, _, groups = shape
+        index = torch.randint(0, groups, (columns,))
+        scale, offset = torch.rand(groups) + 0.1, torch.randn(groups)
+        channels = plans.plan_channels(columns, scale, offset, index, 2**activation_bits - 1)
+        x = (20 * torch.randn(rows, columns)).to(dtype)
+        x[0, 0] = float("nan")
+        x[-1, -1] = float("inf")
+        x[rows // 2, columns // 2] = -float("inf")
+        for source in (None, channels.source):
+            arguments = (x, channels.offset, channels.inverse, source, channels.largest)
+            assert torch.equal(triton_kernels.quantize(*arguments), reference.quantize(*arguments))
+
+
+def test_halves_are_rounded_to_even():
+    x = torch.arange(0, 256, 0.5).unsqueeze(0)
+    arguments = (x, torch.zeros(x.numel()), torch.ones(x.numel()), None, 255)
+    assert torch.equal(triton_kernels.quantize(*arguments), reference.quantize(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("codes", lambda t: t[:, :-1], ValueError),
+        ("codes", lambda t: t.float(), TypeError),
+        ("weight", lambda t: t[:, :-1], ValueError),
+        ("source", lambda t: t.long(), TypeError),
+        ("group_scales", lambda t: t[:-1], ValueError),
+        ("group_ends", lambda ends: (*ends[:-1], ends[-1] + 4), ValueError),
+        ("scale", lambda t: t.double(), TypeError),
+        ("bias", lambda t: t.to("meta"), ValueError),
+    ],
+)
+def test_what_the_kernel_would_read_beyond_is_refused(name, change, error):
+    operands = make_operands((2, 33, 17, 5), 3, 4, 0)
+    operands[name] = change(operands[name])
+    with pytest.raises(error, match=r"positions|takes|needs|rise to|is on"):
+        triton_kernels.multiply(**operands)
