@@ -30,7 +30,7 @@ def describe_kernels(model: nn.Module) -> dict[str, str]:
         if isinstance(module, PackedLayer):
             said[name] = describe_layer(module, module.reads)
         elif isinstance(module, AttentionOperands):
-            said[name] = f"{describe_device(module.query.scale.device.type)}, A{module.query.grid.bits}"
+            said[name] = f"{describe_device(module.query.scale.device)}, A{module.query.grid.bits}"
     return said
 
 

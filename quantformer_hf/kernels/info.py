@@ -1,9 +1,11 @@
 """Which arithmetic serves each layer of a packed model."""
 
+import torch
 from torch import nn
 
+from . import cuda
 from .arithmetic import in_integers
-from .library import instruction_set
+from .library import instruction_set, switched_off
 
 
 def describe_layer(layer: nn.Module, reads: nn.Module | None) -> str:
@@ -19,10 +21,14 @@ def describe_layer(layer: nn.Module, reads: nn.Module | None) -> str:
     bits += f"A{reads.grid.bits}"
     if not layer.can_infer():
         return f"floating point, {bits}: {'a convolution whose windows overlap' if in_integers() else 'asked for'}"
-    return f"{describe_device(layer.weight_quantizer.codes.device.type)}, {bits}"
+    device = layer.weight_quantizer.codes.device
+    if device.type != "cuda" or switched_off():
+        return f"{describe_device(device)}, {bits}"
+    reason = cuda.reason_against(layer.weight_quantizer.plan(), layer.channel_plan(), device)
+    return f"kernel (Triton), {bits}" if reason is None else f"integers in plain torch, {bits}: {reason}"
 
 
-def describe_device(device: str) -> str:
-    """The implementation of the operators (`operators.py`) on a kind of device."""
-    kernels = instruction_set() if device == "cpu" else None
+def describe_device(device: torch.device) -> str:
+    """What runs the products of attention on a device, and those of layers on a CPU."""
+    kernels = instruction_set() if device.type == "cpu" else None
     return f"kernel ({kernels})" if kernels else "integers in plain torch"
