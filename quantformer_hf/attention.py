@@ -25,8 +25,6 @@ class AttentionOperands(nn.Module):
 
     def __init__(self, bits: int, name: str, calibrated: bool):
         super().__init__()
-        #: Whether the block's model is packed, and computes in integers at all times.
-        self.packed = False
         self._operands: Remembered[tuple[Tensor, Tensor]] = Remembered()
         self.query = ActivationQuantizer(bits, f"{name}.query", calibrated)
         self.key = ActivationQuantizer(bits, f"{name}.key", calibrated)
@@ -41,7 +39,7 @@ class AttentionOperands(nn.Module):
         if all(quantizer.enabled for quantizer in quantizers):
             for quantizer in quantizers:
                 quantizer.check_calibrated()
-            if infers(self) or (self.packed and in_integers()):
+            if infers(self) or (self.query.packed and in_integers()):
                 return self.infer(query, key, value, mask, scaling)
             return quantized_attention(
                 query,
@@ -75,6 +73,8 @@ class AttentionOperands(nn.Module):
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """What both products need of the quantizers (`kernels.operators`)."""
+        if not self.query.packed:
+            return self._make_operands()
         return self._operands.get(tuple(self.parameters()), self._make_operands)
 
     def _make_operands(self) -> tuple[Tensor, Tensor]:

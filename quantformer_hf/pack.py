@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .attention import AttentionOperands, attention_modules
+from .attention import AttentionOperands
 from .configuration_quantformer import QuantformerConfig
 from .kernels import describe_device, describe_layer
 from .layer_bits import resolve_layer_bits
@@ -54,10 +54,7 @@ def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
 def _mark_packed(backbone: nn.Module, packed: bool) -> None:
     for quantizer in group_quantizers(backbone):
         quantizer.stage = "packed" if packed else "finetune"
-    for attention in attention_modules(backbone):
-        if getattr(attention, "operands", None) is not None:
-            attention.operands.packed = packed
-    connect_readers(backbone)
+    connect_readers(backbone, packed)
 
 
 def _named_weight_quantized_layers(backbone: nn.Module) -> list[tuple[str, QuantLinear | QuantConv2d]]:

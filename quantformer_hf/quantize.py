@@ -89,13 +89,15 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
         names = {module: name for name, module in backbone.named_modules()}
         for module in attention_modules(backbone):
             module.operands = AttentionOperands(config.attention_bits, names[module], config.calibrated)
-            module.operands.packed = config.stage == "packed"
     check_num_groups(backbone, config.num_groups)
-    connect_readers(backbone)
+    connect_readers(backbone, packed=config.stage == "packed")
 
 
-def connect_readers(backbone: nn.Module) -> None:
-    """Tell each layer what quantizes the tensor that it reads, and each producer whether its readers take codes."""
+def connect_readers(backbone: nn.Module, packed: bool) -> None:
+    """Tell each layer what quantizes the tensor that it reads, each producer whether its readers take codes, and each
+    quantizer whether it is part of a packed model."""
+    for quantizer in activation_quantizers(backbone):
+        quantizer.packed = packed
     readers = reading_layers(backbone)
     for quantizer, layers in readers.items():
         for layer in layers:

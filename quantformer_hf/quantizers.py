@@ -141,6 +141,8 @@ class ActivationQuantizer(nn.Module):
         self.calibrated = calibrated
         self.enabled = True
         self.observer: Observer | None = None
+        # In a packed model, whose tensors no optimizer moves: fused ones do so unseen, and plans are made anew till then.
+        self.packed = False
         self._plan: Remembered[ChannelPlan] = Remembered()
         # Of what was last made to codes, which do not tell: what reads them answers in it.
         self.input_dtype = torch.float32
@@ -180,10 +182,16 @@ class ActivationQuantizer(nn.Module):
 
     def plan(self, channels: int) -> ChannelPlan:
         """How a tensor of `channels` lies as codes."""
-        return self._plan.get(
-            (self.scale, self.offset),
-            lambda: plan_channels(channels, positive(self.scale), self.offset, None, self.grid.qmax),
-        )
+        index = self.channel_groups()
+
+        def make() -> ChannelPlan:
+            return plan_channels(channels, positive(self.scale), self.offset, index, self.grid.qmax)
+
+        return self._plan.get((self.scale, self.offset, index), make) if self.packed else make()
+
+    def channel_groups(self) -> Tensor | None:
+        """The group of each channel, `(channels,)`; None for one group."""
+        return None
 
     def to_codes(self, x: Tensor) -> Tensor:
         """The integers of `forward`, `(..., positions)` uint8 in the order of `plan`, from `x` `(..., channels)`.
@@ -271,13 +279,8 @@ class GroupActivationQuantizer(ActivationQuantizer):
     def hard(self) -> bool:
         return self.stage != "search"
 
-    def plan(self, channels: int) -> ChannelPlan:
-        if self.stage == "pretrain":
-            return super().plan(channels)
-        return self._plan.get(
-            (self.scale, self.offset, self.group_index),
-            lambda: plan_channels(channels, positive(self.scale), self.offset, self.group_index, self.grid.qmax),
-        )
+    def channel_groups(self) -> Tensor | None:
+        return None if self.stage == "pretrain" else self.group_index
 
     def assignment_probabilities(self) -> Tensor:
         """`softmax(α)` over the groups: `(groups, channels)`."""

@@ -251,6 +251,20 @@ def test_plans_follow_tensors_that_change():
     assert not torch.equal(logits(model, batch), before)
 
 
+def test_inference_sees_what_a_fused_optimizer_has_moved():
+    """Such a step leaves the version of a tensor as it was."""
+    model = make_quantized("vit", "finetune")
+    batch = make_batches()[0]
+    logits(model, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    model.train()(pixel_values=batch).logits.square().sum().backward()
+    optimizer.step()
+    result = logits(model.eval(), batch)
+    fresh = make_quantized("vit", "finetune")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(result, logits(fresh, batch))
+
+
 def test_a_packed_model_has_no_gradients_and_half_precision_keeps_its_dtype(tmp_path):
     model = make_quantized("swin", "finetune").pack()
     batch = make_batches()[0]
