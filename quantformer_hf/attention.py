@@ -77,12 +77,16 @@ class AttentionOperands(nn.Module):
             return self._make_operands()
         return self._operands.get(tuple(self.parameters()), self._make_operands)
 
+    def forget_plans(self) -> None:
+        """After the tensors may have changed unseen."""
+        self._operands.forget()
+
     def _make_operands(self) -> tuple[Tensor, Tensor]:
         """Scale, its inverse and offset of query and key, and of probabilities and value: `(2, 3)` each."""
         rows = []
         for quantizer in (self.query, self.key, self.probabilities, self.value):
-            scale = positive(quantizer.scale).detach()
-            rows.append(torch.cat([scale, 1 / scale, quantizer.offset.detach()]))
+            scale = positive(quantizer.scale).detach().float()
+            rows.append(torch.cat([scale, 1 / scale, quantizer.offset.detach().float()]))
         return torch.stack(rows[:2]), torch.stack(rows[2:])
 
 

@@ -46,18 +46,25 @@ class QuantizedInput:
             reads is not None
             and weight is not None
             and infers(self)
+            and reads.hard
+            and weight.hard
             and reads.enabled
             and weight.enabled
             and reads.calibrated
-            and reads.hard
             and reads.observer is None
         )
+
+    def check_channels(self, x: Tensor, expected: int) -> None:
+        """Raise ValueError unless `x` has as many channels as the weight."""
+        if x.shape[-1] != expected:
+            raise ValueError(f"layer '{self.reads.name}' takes {expected} channels, and was given {x.shape[-1]}")
 
     def infer(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`, in integers; `in` counts everything but the output channels."""
         quantizer, grid = self.weight_quantizer, self.weight_quantizer.grid
         # A byte a code: the same integers as packed ones.
         codes = (quantizer.integers(self.weight) - grid.qmin).to(torch.uint8)
+        self.check_channels(x, codes.shape[1])
         scale = positive(quantizer.step(self.weight)).float()
         weight = plan_weight(codes.shape[1], 8, grid.qmin, grid.qmax, quantizer.shift, scale)
         channels = self.reads.plan(x.shape[-1])
@@ -136,12 +143,14 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
 
     def infer_patches(self, x: Tensor) -> Tensor:
         """`forward`, in integers."""
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"layer '{self.reads.name}' takes {self.in_channels} channels, and was given {x.shape[1]}")
         (height, width), (rows, columns) = (
             self.kernel_size,
             (n // k for n, k in zip(x.shape[2:], self.kernel_size, strict=True)),
         )
         patches = x[..., : rows * height, : columns * width].reshape(*x.shape[:2], rows, height, columns, width)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, -1)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, self.in_channels * height * width)
         return self.infer(patches).transpose(1, 2).unflatten(2, (rows, columns))
 
 

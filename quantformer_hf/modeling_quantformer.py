@@ -278,8 +278,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
     def pack(self) -> Self:
         """Go to the stage `packed`: integer codes in the place of every quantized weight (`packing.py`), for inference.
 
-        The logits stay what they were, bit for bit. No full-precision copy of a weight is kept or made: layers multiply
-        codes (`kernels/`), and there are no gradients.
+        The logits of inference (`eval()`, no gradients) stay what they were, bit for bit. No full-precision copy of a
+        weight is kept or made: layers multiply codes (`kernels/`), and there are no gradients.
 
         Raises:
             StageError: not in the stage `finetune`.

@@ -88,8 +88,12 @@ class PackedLayer(QuantizedInput):
     def infer(self, x: Tensor) -> Tensor:
         """As `QuantizedInput.infer`; codes of the input may come in its place, `(..., positions)` uint8."""
         quantizer = self.reads
-        codes = x if x.dtype == torch.uint8 else quantizer.to_codes(x)
-        dtype = quantizer.input_dtype if x.dtype == torch.uint8 else x.dtype
+        # Only what shares its quantizer with other layers is handed codes; other bytes are data, as an image may be.
+        if self.shared_quantizer and x.dtype == torch.uint8:
+            codes, dtype = x, quantizer.input_dtype
+        else:
+            self.check_channels(x, self.weight_quantizer.columns)
+            codes, dtype = quantizer.to_codes(x), x.dtype if x.is_floating_point() else self.weight.dtype
         return self.plan()(codes, self.weight_quantizer.codes, self.channel_plan()).to(dtype)
 
     def channel_plan(self) -> ChannelPlan:

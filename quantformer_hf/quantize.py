@@ -98,6 +98,9 @@ def connect_readers(backbone: nn.Module, packed: bool) -> None:
     quantizer whether it is part of a packed model."""
     for quantizer in activation_quantizers(backbone):
         quantizer.packed = packed
+    for module in backbone.modules():
+        if isinstance(module, ActivationQuantizer | AttentionOperands):
+            module.forget_plans()
     readers = reading_layers(backbone)
     for quantizer, layers in readers.items():
         for layer in layers:

@@ -21,6 +21,9 @@ class WeightQuantizer(nn.Module):
     #: 0 on a grid that holds zero, 0.5 on the half-shifted one.
     shift = 0.0
 
+    #: Whether each weight has one level, as codes need.
+    hard = True
+
     def __init__(self, bits: int, out_channels: int):
         super().__init__()
         self.grid = Grid(bits, signed=True)
@@ -189,6 +192,10 @@ class ActivationQuantizer(nn.Module):
 
         return self._plan.get((self.scale, self.offset, index), make) if self.packed else make()
 
+    def forget_plans(self) -> None:
+        """After the tensors may have changed unseen."""
+        self._plan.forget()
+
     def channel_groups(self) -> Tensor | None:
         """The group of each channel, `(channels,)`; None for one group."""
         return None
@@ -202,7 +209,7 @@ class ActivationQuantizer(nn.Module):
         self.check_calibrated()
         if self.input_dtype != x.dtype:
             self.input_dtype = x.dtype
-        return self.plan(x.shape[-1]).quantize(PRODUCERS[self.producer][0](x).to(self.scale.dtype))
+        return self.plan(x.shape[-1]).quantize(PRODUCERS[self.producer][0](x).float())
 
     def make_observer(self) -> Observer:
         return Observer(channels=1)

@@ -265,6 +265,36 @@ def test_inference_sees_what_a_fused_optimizer_has_moved():
     assert torch.equal(result, logits(fresh, batch))
 
 
+def test_a_model_that_is_packed_again_follows_what_was_trained_between():
+    model = make_quantized("vit", "finetune").pack()
+    batch = make_batches()[0]
+    logits(model, batch)
+    model.unpack().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    model(pixel_values=batch).logits.square().sum().backward()
+    optimizer.step()
+    expected = logits(model.eval(), batch)
+    assert torch.equal(logits(model.pack(), batch), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_moved_to_another_dtype_infer_packed_or_not(backbone, dtype):
+    model = make_quantized(backbone, "finetune").to(dtype)
+    batch = make_batches()[0].to(dtype)
+    expected = logits(model, batch)
+    assert expected.dtype == dtype
+    result = logits(model.pack(), batch)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, expected)
+
+
+def test_inputs_of_other_sizes_are_refused():
+    model = make_quantized("vit", "finetune")
+    for fc2 in (model.backbone.vit.layers[0].mlp.fc2, model.pack().backbone.vit.layers[0].mlp.fc2):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"mlp\.fc2' takes 64 channels, and was given 40"):
+            fc2.eval()(torch.randn(2, 40))
+
+
 def test_a_packed_model_has_no_gradients_and_half_precision_keeps_its_dtype(tmp_path):
     model = make_quantized("swin", "finetune").pack()
     batch = make_batches()[0]

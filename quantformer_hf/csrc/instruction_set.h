@@ -1,4 +1,4 @@
-// What a set of instructions provides; the drivers (linear.cpp, attention.cpp, quantize.cpp) know no instruction.
+// What a set of instructions provides; the drivers (kernels.cpp, product.cpp) know no instruction.
 #pragma once
 
 #include <cstdint>

@@ -73,6 +73,8 @@ void multiply_all(const Product& job, int64_t threads, ParallelFor parallel_for,
   if (panels == 0 || job.rows == 0) return;
   int64_t parts = std::max<int64_t>(1, std::min(job.rows / kTaskRows, divide_up(kTasksPerThread * threads, panels)));
   if (threads == 1) parts = 1;
+  // Words are made of a part's codes: that memory is to stay small.
+  if (made.words) parts = std::max(parts, divide_up(job.rows, kTaskRows));
   // Whole tiles in all parts but the last.
   const int64_t part_rows = divide_up(divide_up(job.rows, parts), set.tile_rows) * set.tile_rows;
   *status = share(panels * parts, threads, parallel_for, [&](int64_t begin, int64_t end) {
@@ -240,3 +242,5 @@ int quantformer_scores(const Scores* job, int64_t threads, ParallelFor parallel_
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for) {
   return quantformer::by_head(*job, threads, parallel_for, quantformer::mix_head);
 }
+
+int64_t quantformer_job_bytes() { return sizeof(Codes) + sizeof(quantformer::Product) + sizeof(Scores) + sizeof(Mixed); }

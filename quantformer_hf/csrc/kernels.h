@@ -60,4 +60,7 @@ struct Mixed {
   float* output;  // `(batch, queries, heads, head_size)`
 };
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for);
+
+// Of all four jobs together: what a caller compares with its own, in case it was written for another build.
+int64_t quantformer_job_bytes();
 }

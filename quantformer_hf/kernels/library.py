@@ -129,13 +129,26 @@ def _load() -> ctypes.CDLL | None:
             " Install a C++ compiler and the package anew (pip install --force-reinstall --no-deps quantformer_hf)"
         )
         return None
-    kernels = ctypes.CDLL(found.origin)
-    for name, job in (
-        ("quantformer_quantize", Codes),
-        ("quantformer_multiply", Product),
-        ("quantformer_scores", AttentionScores),
-        ("quantformer_mix", AttentionMix),
-    ):
+    jobs = {
+        "quantformer_quantize": Codes,
+        "quantformer_multiply": Product,
+        "quantformer_scores": AttentionScores,
+        "quantformer_mix": AttentionMix,
+    }
+    try:
+        kernels = ctypes.CDLL(found.origin)
+        kernels.quantformer_job_bytes.restype = c_int64
+        fits = kernels.quantformer_job_bytes() == sum(ctypes.sizeof(job) for job in jobs.values())
+    except (OSError, AttributeError):
+        fits = False
+    if not fits:
+        logger.warning(
+            "the kernels of quantformer_hf (%s) are of another version or damaged, and packed models run in plain torch:"
+            " same results, slower. Install the package anew",
+            found.origin,
+        )
+        return None
+    for name, job in jobs.items():
         getattr(kernels, name).argtypes = [POINTER(job), c_int64, c_void_p]
         getattr(kernels, name).restype = c_int32
     kernels.quantformer_instruction_set.restype = c_char_p

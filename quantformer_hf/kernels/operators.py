@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
+from ..packing import packed_width
 from . import cuda, reference
 from .library import AttentionMix, AttentionScores, Codes, Product, check, library
 
@@ -32,7 +33,8 @@ def call(kernel: Callable[..., Tensor], x: Tensor, *arguments) -> Tensor:
 
     The dispatcher takes as long as a small product: where nothing listens there, and `x` is on a CPU, it is passed by.
     """
-    if type(x) is Tensor and x.is_cpu and not is_compiling() and not _len_torch_dispatch_stack():
+    nobody_listens = not is_compiling() and not torch.jit.is_tracing() and not _len_torch_dispatch_stack()
+    if type(x) is Tensor and x.is_cpu and nobody_listens:
         return kernel(x, *arguments)
     return getattr(torch.ops.quantformer, kernel.__name__)(x, *arguments)
 
@@ -56,6 +58,8 @@ def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, 
     channels = x.shape[-1]
     positions = channels if source is None else source.numel()
     _check_float32(x, offset, inverse)
+    if offset.numel() != channels or inverse.numel() != channels:
+        raise ValueError(f"there are {offset.numel()} offsets and {inverse.numel()} scales for {channels} channels")
     codes = torch.empty((*x.shape[:-1], positions), dtype=torch.uint8)
     job = Codes(
         x.data_ptr(),
@@ -124,6 +128,7 @@ def multiply(
     if codes.shape[-1] != positions:
         raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {positions}")
     _check_float32(group_scales, scale, bias)
+    _check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
     y = torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32)
     job = Product(
         codes.data_ptr(),
@@ -223,10 +228,26 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias) -> None:
+    """A kernel reads what it is told is there: raise ValueError where it is not."""
+    outputs = len(weight)
+    if weight.dtype != torch.uint8 or not weight.is_contiguous() or weight.shape[1] != packed_width(columns, bits):
+        raise ValueError(
+            f"a weight of {columns} columns and {bits} bits is packed in contiguous rows of {packed_width(columns, bits)}"
+            f" bytes, and this one is {tuple(weight.shape)} {weight.dtype}"
+        )
+    if len(group_ends) != group_scales.numel() or group_ends[-1] != positions:
+        raise ValueError(f"{group_scales.numel()} groups end at {list(group_ends)}, of {positions} positions")
+    if scale.numel() != outputs or bias.numel() != outputs:
+        raise ValueError(f"there are {scale.numel()} scales and {bias.numel()} biases for {outputs} outputs")
+
+
 def _check_float32(*tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.dtype != torch.float32:
             raise TypeError(f"a kernel was given {tensor.dtype}: convert it to torch.float32 first")
+        if not tensor.is_cpu:
+            raise ValueError(f"a kernel of the CPU was given a tensor on {tensor.device}: move the model to one device")
 
 
 def _fake_quantize(x, offset, inverse, source, largest):

@@ -58,13 +58,15 @@ def plan_channels(channels: int, scale: Tensor, offset: Tensor, index: Tensor | 
         source += members + [channels] * (-len(members) % STEP)
         ends.append(len(source))
     of_channel = of_channel.to(scale.device)
+    # A model in another dtype computes here in float32 all the same.
+    scale, offset = scale.detach().float(), offset.detach().float()
     return ChannelPlan(
         offset[of_channel].contiguous(),
         (1 / scale)[of_channel].contiguous(),
         torch.tensor(source, dtype=torch.int32, device=scale.device),
         tuple(ends),
-        scale.detach().clone(),
-        offset.detach().clone(),
+        scale.clone(),
+        offset.clone(),
         largest,
     )
 
@@ -86,9 +88,10 @@ def plan_weight(columns: int, bits: int, qmin: int, qmax: int, shift: float, sca
 
     On the half-shifted grid the integers are `2 q + 1`, with half the scale: both exact.
     """
+    scale = scale.detach().float()
     if shift == 0:
-        return WeightPlan(columns, bits, qmax - qmin, 1, qmin, scale.detach())
-    return WeightPlan(columns, bits, qmax - qmin, 2, 2 * qmin + 1, scale.detach() / 2)
+        return WeightPlan(columns, bits, qmax - qmin, 1, qmin, scale)
+    return WeightPlan(columns, bits, qmax - qmin, 2, 2 * qmin + 1, scale / 2)
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,14 @@ class Remembered(Generic[T]):
         if key != self._key:
             # Also under inference_mode, made tensors must serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._value, self._key = make(), key
+                value = make()
+            self._value, self._key = value, key
+            return value
         return self._value
+
+    def forget(self) -> None:
+        """Make it anew at the next call, whatever the tensors say."""
+        self._key = self._value = None
 
 
 def _version(tensor: Tensor) -> int:

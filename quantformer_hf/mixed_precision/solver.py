@@ -98,6 +98,7 @@ class AllocationProblem:
                     f" these candidates: raise it, or allow fewer bits in candidate_bits"
                 )
             room[budget.unit] = budget.most
+        found: list[dict[str, LayerBits]] = []
         while True:
             widths = self._solve(self.objective, room)
             if widths is None:
@@ -108,9 +109,12 @@ class AllocationProblem:
             exceeded = [b.unit for b in budgets if self.costs[b.unit].total(widths) > b.most]
             if not exceeded:
                 return widths
-            # By a header a few bytes longer than planned, or by the solver's tolerance: this allocation is out.
+            # By a header a few bytes longer than planned, or by the solver's tolerance: such allocations are out, and where
+            # the solver comes back with one that it was told to leave, by more than its tolerance.
+            less = 1e-9 if widths not in found else 1e-5
+            found.append(widths)
             for unit in exceeded:
-                room[unit] = self.costs[unit].linear(widths) * (1 - 1e-9)
+                room[unit] = self.costs[unit].linear(widths) * (1 - less)
 
     def smallest(self, unit: str) -> float:
         """The least that any allocation costs. Every cost grows with both widths, unless a table of times says otherwise."""

@@ -11,6 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..augmentation import Collator
 from ..checkpointing import write_durably, writing
 from ..data import ImageData, load_image_data
+from ..grids import FULL_PRECISION_BITS
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..stages import StageRun, images_to_train_on, make_trainer
 from .allocation import make_allocation, mean_bits, write_allocation
@@ -52,6 +53,9 @@ class AllocationStage(StageRun):
         budgets = told.budgets()
         if self.arguments.model.layer_bits:
             raise ValueError("the stage 'allocate' chooses layer_bits: leave out either")
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self.arguments.model, name) == FULL_PRECISION_BITS:
+                raise ValueError(f"{name} is 32, and the stage 'allocate' chooses it from candidate_bits: leave it out")
         if told.allocation_method == "budget" and not budgets:
             raise ValueError("the stage 'allocate' needs a budget: give --budget 2.5MB, 30ms, 20GBitOps, or several")
         check_refinement(told.refine)

@@ -25,6 +25,9 @@ class WeightWidthMixture(nn.Module):
         quantizers: one a candidate, calibrated, in ascending order of bits.
     """
 
+    #: No weight has one level: there are no codes, and evaluations are in floating point.
+    hard = False
+
     def __init__(self, quantizers: list[WeightQuantizer]):
         super().__init__()
         self.quantizers = nn.ModuleList(quantizers)
@@ -50,6 +53,8 @@ class ActivationWidthMixture(nn.Module):
     Args:
         quantizers: one a candidate, in the stage `finetune`, in ascending order of bits.
     """
+
+    hard = False
 
     def __init__(self, quantizers: list[GroupActivationQuantizer]):
         super().__init__()

@@ -22,15 +22,15 @@ def fingerprint(model) -> dict[str, str]:
     }
 
 
-class ReportingTrainer(QuantformerTrainer):
-    def save_model(self, *args, **kwargs):
-        super().save_model(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model)
-        path = (
-            Path(os.environ["REPORT_DIR"]) / f"{self.args.output_dir.replace('/', '_')}_{PartialState().process_index}"
-        )
-        path.write_text(json.dumps(fingerprint(model)))
+save_model = QuantformerTrainer.save_model
 
 
-run_quantformer.make_trainer.__globals__["QuantformerTrainer"] = ReportingTrainer
+def save_and_report(self, *args, **kwargs):
+    save_model(self, *args, **kwargs)
+    model = self.accelerator.unwrap_model(self.model)
+    path = Path(os.environ["REPORT_DIR"]) / f"{self.args.output_dir.replace('/', '_')}_{PartialState().process_index}"
+    path.write_text(json.dumps(fingerprint(model)))
+
+
+QuantformerTrainer.save_model = save_and_report
 run_quantformer.main()
