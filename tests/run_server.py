@@ -1,6 +1,6 @@
 """A process with the imports done, that forks a `run_quantformer.py` for each line of its input.
 
-A line is `{"argv": [...], "stdout": file, "stderr": file, "compiled": bool, "fault": null or {...}}`, and the answer the
+A line is `{"argv": [...], "stdout": file, "stderr": file, "fault": null or {...}}`, and the answer the
 exit code; `fault` holds the arguments of `faults.arm`. Forking saves the seconds of the imports, and is sound as torch has
 started no thread by then: nothing is computed before the fork.
 """
@@ -10,7 +10,6 @@ import os
 import runpy
 import signal
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from quantformer_hf.ops import eager_functions  # noqa: E402  likewise
 TIMEOUT = 540
 
 
-def become_the_run(argv: list[str], stdout: str, stderr: str, compiled: bool, fault: dict | None) -> None:
+def become_the_run(argv: list[str], stdout: str, stderr: str, fault: dict | None) -> None:
     """As `python run_quantformer.py *argv`: what it raises is for the interpreter."""
     signal.alarm(TIMEOUT)
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, stdout, os.O_WRONLY), (2, stderr, os.O_WRONLY)):
@@ -37,7 +36,8 @@ def become_the_run(argv: list[str], stdout: str, stderr: str, compiled: bool, fa
     if fault is not None:
         arm(**fault)
     sys.argv = ["run_quantformer.py", *argv]
-    with nullcontext() if compiled else eager_functions():
+    # Compiled functions set the number of threads, which torch refuses in a fork (an internal assertion).
+    with eager_functions():
         runpy.run_path(str(ROOT / "run_quantformer.py"), run_name="__main__")
 
 

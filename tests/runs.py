@@ -77,18 +77,17 @@ def _server():
     return server
 
 
-def run(*arguments, code=0, compiled=False, fault=None):
-    """The same without the seconds of the imports and, unless asked for, of the compiler: see `run_server.py`.
+def run(*arguments, code=0, fault=None):
+    """The same without the seconds of the imports and of the compiler: see `run_server.py`.
 
     Args:
         code: the exit code that is expected.
-        compiled: as `run_as_typed` does; else the functions of `quantformer_hf.ops` run eagerly.
         fault: the arguments of `faults.arm`.
     """
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-        order = {"argv": [str(argument) for argument in arguments], "compiled": compiled, "fault": fault} | files
+        order = {"argv": [str(argument) for argument in arguments], "fault": fault} | files
         server.stdin.write(json.dumps(order) + "\n")
         server.stdin.flush()
         returned = int(server.stdout.readline())

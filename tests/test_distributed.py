@@ -1,6 +1,5 @@
 """The real launcher: two processes on a CPU do what one does."""
 
-import functools
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from runs import ROOT, run, write_recipe
+from runs import ROOT, run, run_as_typed, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -62,7 +61,7 @@ def both(recipe):
     way. And what the two printed of the stages."""
     folder = recipe.parent
     printed = {}
-    for processes, batch_size, start in ((1, 16, functools.partial(run, compiled=True)), (2, 8, run_by_two)):
+    for processes, batch_size, start in ((1, 16, run_as_typed), (2, 8, run_by_two)):
         common = ["--per_device_train_batch_size", batch_size, "--stages"]
         source = ["--model_name_or_path", folder / "start" / "full_precision"]
         out = folder / f"by_{processes}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run, write_recipe
+from runs import write_recipe
 
 
 CURVES = Path(__file__).parent / "reference_curves.json"
@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def losses_of_all_stages(folder: Path) -> dict[str, list[float]]:
-    run(write_recipe(folder, **SETTINGS), compiled=True)
+    run_as_typed(write_recipe(folder, **SETTINGS))
     curves = {}
     for stage in ("full_precision", "pretrain", "search", "finetune"):
         history = json.loads((folder / "out" / stage / "trainer_state.json").read_text())["log_history"]

@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(finished, tmp_path):
         assert first_checkpoint.exists()
         assert json.loads((tmp_path / "out" / stage / "stage.json").read_text())["results"] is None
     # With the compiler, as the run that it is compared with.
-    run(recipe, compiled=True)
+    run_as_typed(recipe)
     for stage in RECIPE["stages"]:
         assert same_weights(weights(folder / "out" / stage), weights(tmp_path / "out" / stage)), stage
 
