@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import write_recipe
+from runs import run_as_typed, write_recipe
 
 
 CURVES = Path(__file__).parent / "reference_curves.json"
