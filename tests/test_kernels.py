@@ -242,6 +242,14 @@ def test_a_packed_model_compiles_and_exports_whole():
         assert torch.equal(exported.module()(pixel_values=batch).logits, expected)
 
 
+def test_a_trace_holds_the_operators():
+    layer = make_quantized("vit", "finetune").pack().backbone.vit.layers[0].mlp.fc2
+    example, other = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (example,), check_trace=False)
+        assert torch.equal(traced(other), layer(other))
+
+
 def test_plans_follow_tensors_that_change():
     model = make_quantized("vit", "finetune").pack()
     batch = make_batches()[0]
