@@ -66,7 +66,7 @@ def product(shape: tuple[int, int, int], bits: int, groups: int):
     weight = plan_weight(inputs, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0, torch.rand(outputs))
     linear = plan_linear(weight, packed, None, channels)
     codes: Tensor = channels.quantize(torch.randn(rows, inputs))
-    return lambda: linear(codes, packed, channels)
+    return lambda: linear(codes)
 
 
 def interleaved_rates(candidates: dict, rounds: int) -> dict[str, float]:

@@ -64,10 +64,10 @@ class AttentionOperands(nn.Module):
         """As `forward`, both products in integers."""
         of_scores, of_mix = self.operands()
         largest = self.query.grid.qmax
-        scores = operators.call(operators.attention_scores, query.float(), key.float(), of_scores, largest, scaling)
-        if mask is not None:
-            scores = scores + mask
-        probabilities = scores.softmax(-1)
+        mask = None if mask is None else mask.float()
+        probabilities = operators.call(
+            operators.attention_probabilities, query.float(), key.float(), mask, of_scores, largest, scaling
+        )
         output = operators.call(operators.attention_mix, probabilities, value.float(), of_mix, largest)
         return output.to(query.dtype).transpose(1, 2), probabilities.to(query.dtype)
 
@@ -75,7 +75,7 @@ class AttentionOperands(nn.Module):
         """What both products need of the quantizers (`kernels.operators`)."""
         if not self.query.packed:
             return self._make_operands()
-        return self._operands.get(tuple(self.parameters()), self._make_operands)
+        return self._operands.get(tuple(self.children()), self._make_operands)
 
     def forget_plans(self) -> None:
         """After the tensors may have changed unseen."""

@@ -68,7 +68,7 @@ class QuantizedInput:
         scale = positive(quantizer.step(self.weight)).float()
         weight = plan_weight(codes.shape[1], 8, grid.qmin, grid.qmax, quantizer.shift, scale)
         channels = self.reads.plan(x.shape[-1])
-        return plan_linear(weight, codes, self.bias, channels)(self.reads.to_codes(x), codes, channels).to(x.dtype)
+        return plan_linear(weight, codes, self.bias, channels)(self.reads.to_codes(x)).to(x.dtype)
 
 
 class QuantLinear(QuantizedInput, nn.Linear):

@@ -38,7 +38,7 @@ def prepare_inference(model: nn.Module) -> None:
     """Make what packed layers remember beside their codes, so that the first call is no slower and can be traced."""
     for module in model.modules():
         if isinstance(module, PackedLayer) and module.can_infer():
-            module.plan()
+            module.plan(module.channel_plan())
         elif isinstance(module, AttentionOperands):
             module.operands()
 

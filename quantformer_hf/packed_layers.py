@@ -1,5 +1,6 @@
 """Layers whose weights are integer codes: what `pack()` makes of `QuantLinear` and `QuantConv2d`."""
 
+import functools
 from collections.abc import Sequence
 from math import prod
 
@@ -90,21 +91,27 @@ class PackedLayer(QuantizedInput):
         quantizer = self.reads
         # Only what shares its quantizer with other layers is handed codes; other bytes are data, as an image may be.
         if self.shared_quantizer and x.dtype == torch.uint8:
-            codes, dtype = x, quantizer.input_dtype
+            codes, channels, dtype = x, quantizer.plan_of_codes, quantizer.input_dtype
         else:
             self.check_channels(x, self.weight_quantizer.columns)
-            codes, dtype = quantizer.to_codes(x), x.dtype if x.is_floating_point() else self.weight.dtype
-        return self.plan()(codes, self.weight_quantizer.codes, self.channel_plan()).to(dtype)
+            quantizer.check_calibrated()
+            dtype = x.dtype if x.is_floating_point() else self.weight.dtype
+            channels = self.channel_plan()
+            codes = channels.quantize(x.float())
+        return self.plan(channels)(codes).to(dtype)
 
     def channel_plan(self) -> ChannelPlan:
         """How its input lies as codes."""
         return self.reads.plan(self.weight_quantizer.columns)
 
-    def plan(self) -> LinearPlan:
-        """Weight and folded bias as the kernels take them."""
-        reads, weight = self.reads, self.weight_quantizer
-        tensors = (*reads.parameters(), *reads.buffers(), weight.codes, weight.scale, self.bias)
-        return self._plan.get(tensors, lambda: plan_linear(weight.plan(), weight.codes, self.bias, self.channel_plan()))
+    def plan(self, channels: ChannelPlan) -> LinearPlan:
+        """Weight and folded bias as the kernels take them, for an input of this plan."""
+        weight = self.weight_quantizer
+        make = functools.partial(self._make_plan, weight, channels)
+        return self._plan.get((weight, self), make, of=channels)
+
+    def _make_plan(self, weight: PackedWeight, channels: ChannelPlan) -> LinearPlan:
+        return plan_linear(weight.plan(), weight.codes, self.bias, channels)
 
 
 class PackedLinear(PackedLayer, QuantLinear):

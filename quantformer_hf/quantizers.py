@@ -1,5 +1,7 @@
 """Weight quantizers and group-wise activation quantizers."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -185,12 +187,17 @@ class ActivationQuantizer(nn.Module):
 
     def plan(self, channels: int) -> ChannelPlan:
         """How a tensor of `channels` lies as codes."""
-        index = self.channel_groups()
+        make = functools.partial(self._make_plan, channels)
+        return self._plan.get((self,), make) if self.packed else make()
 
-        def make() -> ChannelPlan:
-            return plan_channels(channels, positive(self.scale), self.offset, index, self.grid.qmax)
+    def _make_plan(self, channels: int) -> ChannelPlan:
+        gelu = self.producer == "gelu"
+        return plan_channels(channels, positive(self.scale), self.offset, self.channel_groups(), self.grid.qmax, gelu)
 
-        return self._plan.get((self.scale, self.offset, index), make) if self.packed else make()
+    @property
+    def plan_of_codes(self) -> ChannelPlan:
+        """The plan of what `to_codes` of a packed model made last."""
+        return self._plan.value
 
     def forget_plans(self) -> None:
         """After the tensors may have changed unseen."""
@@ -209,7 +216,7 @@ class ActivationQuantizer(nn.Module):
         self.check_calibrated()
         if self.input_dtype != x.dtype:
             self.input_dtype = x.dtype
-        return self.plan(x.shape[-1]).quantize(PRODUCERS[self.producer][0](x).float())
+        return self.plan(x.shape[-1]).quantize(x.float())
 
     def make_observer(self) -> Observer:
         return Observer(channels=1)

@@ -52,14 +52,14 @@ def make_layer(shape, weight_bits, activation_bits, shift, seed=0):
 @pytest.mark.parametrize("weight_bits", range(1, 9))
 def test_each_instruction_set_gives_the_bits_of_plain_torch(name, weight_bits):
     for shape, bits, shift in itertools.product(SHAPES, range(2, 9), (0, 0.5)):
-        x, channels, packed, linear, _, _ = make_layer(shape, weight_bits, bits, shift)
+        x, channels, _, linear, _, _ = make_layer(shape, weight_bits, bits, shift)
         with using(None):
             expected_codes = channels.quantize(x)
-            expected = linear(expected_codes, packed, channels)
+            expected = linear(expected_codes)
         with using(name):
             codes = channels.quantize(x)
             assert torch.equal(codes, expected_codes)
-            assert torch.equal(linear(codes, packed, channels), expected)
+            assert torch.equal(linear(codes), expected)
 
 
 @pytest.mark.parametrize("name", [None, *available()])
@@ -73,7 +73,8 @@ def test_the_inner_sums_are_exact(name, bits):
             for group in range(shape[3]):
                 only = torch.zeros(shape[3])
                 only[group] = 1
-                sums = plans._multiply(codes, packed, weight, channels, only, ones, torch.zeros(shape[2]))
+                arguments = plans._arguments(packed, weight, channels, only, ones, torch.zeros(shape[2]))
+                sums = operators.multiply(codes, *arguments)
                 start = channels.group_ends[group - 1] if group else 0
                 members = channels.source[start : channels.group_ends[group]].long()
                 members = members[members < shape[1]]
@@ -86,12 +87,12 @@ def test_the_inner_sums_are_exact(name, bits):
 def test_a_layer_is_the_fake_quantized_one_to_the_last_digits(bits, shift):
     """The formula of the deployment form, offsets folded, against float64 on dequantized operands."""
     for shape in SHAPES:
-        x, channels, packed, linear, bias, levels = make_layer(shape, bits, bits, shift)
+        x, channels, _, linear, bias, levels = make_layer(shape, bits, bits, shift)
         scale = channels.inverse.double().reciprocal()
         dequantized = ((x - channels.offset) * channels.inverse).clamp(0, channels.largest).round() * scale
         weight = levels.double() * (linear.weight.scale * (2 if shift else 1)).double().unsqueeze(1)
         expected = (dequantized + channels.offset.double()) @ weight.T + bias.double()
-        result = linear(channels.quantize(x), packed, channels)
+        result = linear(channels.quantize(x))
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
@@ -112,10 +113,16 @@ def test_attention_products_give_the_bits_of_plain_torch(name, bits, sizes):
     scale = torch.rand(2, generator=generator) + 0.05
     operands = torch.stack([scale, 1 / scale, torch.randn(2, generator=generator)], 1)
     largest = 2**bits - 1
+    # None, Swin's (bias by head, shift by window), and one that hides keys.
+    biases = torch.randn(1, 3, queries, keys, generator=generator), torch.randn(2, 1, 1, keys, generator=generator)
+    hiding = torch.zeros(queries, keys).masked_fill(torch.ones(queries, keys).triu(1) > 0, -torch.inf)
+    for mask in (hiding, sum(biases), None):
+        arguments = query, key, mask, operands, largest, head_size**-0.5
+        with using(name):
+            attention = operators.attention_probabilities(*arguments)
+        assert torch.equal(attention, reference.attention_probabilities(*arguments))
     with using(name):
-        scores = operators.attention_scores(query, key, operands, largest, head_size**-0.5)
         mixed = operators.attention_mix(probabilities, value, operands, largest)
-    assert torch.equal(scores, reference.attention_scores(query, key, operands, largest, head_size**-0.5))
     assert torch.equal(mixed, reference.attention_mix(probabilities, value, operands, largest))
 
     def dequantized(x, row):
@@ -124,10 +131,29 @@ def test_attention_products_give_the_bits_of_plain_torch(name, bits, sizes):
         return codes.double() * scale.double().item() + offset.double().item()
 
     exact = dequantized(query, 0) @ dequantized(key, 1).transpose(2, 3) * head_size**-0.5
-    # What is the same for all keys was left out, and the softmax does not see it.
-    torch.testing.assert_close(scores.double().softmax(-1), exact.softmax(-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(attention.double(), exact.softmax(-1), rtol=1e-4, atol=1e-6)
     exact = (dequantized(probabilities, 0) @ dequantized(value, 1)).transpose(1, 2)
     torch.testing.assert_close(mixed.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("channels", [1, 8, 100])
+def test_gelu_is_made_on_the_way_to_codes(name, channels):
+    """The bits of plain torch, and the function of torch to 1e-6."""
+    x = torch.linspace(-12, 12, 40 * channels).view(channels, 40).T.contiguous()
+    offset, inverse = torch.full((channels,), -0.25), torch.full((channels,), 20.0)
+    with using(name):
+        codes = operators.quantize(x, offset, inverse, None, 255, gelu=True)
+    assert torch.equal(codes, reference.quantize(reference.gelu_of(x), offset, inverse, None, 255))
+    torch.testing.assert_close(reference.gelu_of(x).double(), torch.nn.functional.gelu(x.double()), rtol=0, atol=1e-6)
+
+
+def test_softmax_is_that_of_torch_to_its_last_digits():
+    x = torch.randn(50, 197, generator=torch.Generator().manual_seed(0)) * 20
+    # The subtraction of the largest is exact then.
+    x -= x.amax(1, keepdim=True)
+    # A last digit of 80 is 4e-6 in its exponent.
+    torch.testing.assert_close(reference.softmax(x).double(), x.double().softmax(-1), rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("name", [None, *available()])
@@ -141,12 +167,12 @@ def test_what_is_no_number_has_code_zero_and_what_is_outside_is_clipped(name):
 
 @needs_kernels
 def test_operands_that_a_kernel_cannot_take_are_refused():
-    x, channels, packed, linear, _, _ = make_layer((2, 8, 4, 2), 4, 4, 0)
+    x, channels, _, linear, _, _ = make_layer((2, 8, 4, 2), 4, 4, 0)
     with pytest.raises(TypeError, match=r"torch\.float64"):
         operators.quantize(x.double(), channels.offset, channels.inverse, None, 15)
     codes = channels.quantize(x)
     with pytest.raises(ValueError, match=f"the codes have 3 positions, and the layer {codes.shape[1]}"):
-        linear(codes[:, :3], packed, channels)
+        linear(codes[:, :3])
     with pytest.raises(ValueError, match="the instruction set 'mmx' cannot run here"), using("mmx"):
         pass
 
@@ -162,7 +188,8 @@ def test_operators_are_what_torch_expects_of_them():
     torch.library.opcheck(ops.multiply.default, (codes, packed, *arguments))
     operands = torch.tensor([[0.1, 10.0, -1.0], [0.1, 10.0, -1.0]])
     query, key = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8)
-    torch.library.opcheck(ops.attention_scores.default, (query, key, operands, 255, 0.5))
+    for mask in (None, torch.randn(4, 6)):
+        torch.library.opcheck(ops.attention_probabilities.default, (query, key, mask, operands, 255, 0.5))
     torch.library.opcheck(ops.attention_mix.default, (torch.rand(2, 3, 4, 6), key, operands, 255))
 
 
@@ -236,7 +263,7 @@ def test_a_packed_model_compiles_and_exports_whole():
     names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     operators_of_ours = {name for name in names if name.startswith("quantformer.")}
     assert operators_of_ours == {
-        f"quantformer.{name}.default" for name in ("quantize", "multiply", "attention_scores", "attention_mix")
+        f"quantformer.{name}.default" for name in ("quantize", "multiply", "attention_probabilities", "attention_mix")
     }
     with torch.no_grad():
         assert torch.equal(exported.module()(pixel_values=batch).logits, expected)

@@ -8,6 +8,7 @@
 
 #define TARGET __attribute__((target("avx2")))
 #include "columns.h"
+#include "pointwise.h"
 
 namespace quantformer {
 namespace {
@@ -183,7 +184,7 @@ TARGET void quantize(const float* x, const float* offset, const float* inverse, 
 const InstructionSet* avx2() {
   static const InstructionSet set = {
       "avx2", 6, true, 255, kTiles<Bytes>, kTiles<Words>, unpack_bytes<Vectors>, unpack_words, quantize,
-      reorder<Vectors>};
+      gelu, softmax, reorder<Vectors>};
   return __builtin_cpu_supports("avx2") ? &set : nullptr;
 }
 

@@ -113,6 +113,8 @@ const InstructionSet* avx512() {
                                      narrower->unpack_bytes,
                                      narrower->unpack_words,
                                      narrower->quantize,
+                                     narrower->gelu,
+                                     narrower->softmax,
                                      narrower->reorder};
   return &set;
 }

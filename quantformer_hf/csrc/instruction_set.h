@@ -80,6 +80,9 @@ struct InstructionSet {
   void (*unpack_words)(const Panel&, int16_t* panel);
   // One row: codes = clamp(round((x - offset) * inverse), 0, largest), in the order of the channels.
   void (*quantize)(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes);
+  // One row, see pointwise.h.
+  void (*gelu)(const float* x, int64_t n, float* y);
+  void (*softmax)(float* row, const float* mask, int64_t n);
   // kBlock rows: out[row][position] = rows[row][source[position]], zero where that is `columns`.
   void (*reorder)(const Order&);
 };

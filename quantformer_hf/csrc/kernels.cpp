@@ -46,22 +46,26 @@ int64_t padded(int64_t n) { return divide_up(n, 4) * 4; }
 void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
   const InstructionSet& set = current();
   const auto largest = static_cast<float>(job.largest);
-  if (job.source == nullptr) {
-    for (int64_t r = begin; r < end; ++r) {
-      set.quantize(job.x + r * job.channels, job.offset, job.inverse, largest, job.channels,
-                   job.codes + r * job.channels);
-    }
-    return;
-  }
   const int64_t stride = divide_up(job.channels, 16) * 16;
   thread_local Scratch scratch;
-  scratch.reserve((2 * stride + 1) * kBlock);
+  scratch.reserve(job.channels * sizeof(float) + (2 * stride + 1) * kBlock);
+  auto made = scratch.take<float>(job.channels);
+  const auto quantize = [&](int64_t r, uint8_t* codes) {
+    const float* x = job.x + r * job.channels;
+    if (job.gelu) {
+      set.gelu(x, job.channels, made);
+      x = made;
+    }
+    set.quantize(x, job.offset, job.inverse, largest, job.channels, codes);
+  };
+  if (job.source == nullptr) {
+    for (int64_t r = begin; r < end; ++r) quantize(r, job.codes + r * job.channels);
+    return;
+  }
   auto rows = scratch.take<uint8_t>(stride * kBlock), columns = scratch.take<uint8_t>((stride + 1) * kBlock);
   for (int64_t r = begin; r < end; r += kBlock) {
     const int64_t n = std::min<int64_t>(kBlock, end - r);
-    for (int64_t i = 0; i < n; ++i) {
-      set.quantize(job.x + (r + i) * job.channels, job.offset, job.inverse, largest, job.channels, rows + i * stride);
-    }
+    for (int64_t i = 0; i < n; ++i) quantize(r + i, rows + i * stride);
     set.reorder({rows, stride, job.channels, job.source, job.positions, job.codes + r * job.positions, n, columns});
   }
 }
@@ -124,7 +128,7 @@ void fill_source(int32_t* source, int64_t columns, int64_t positions) {
   for (int64_t k = 0; k < positions; ++k) source[k] = static_cast<int32_t>(std::min(k, columns));
 }
 
-void scores_of_head(const Scores& job, int64_t b, int64_t h) {
+void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h) {
   const int64_t positions = padded(job.head_size);
   thread_local Scratch scratch;
   scratch.reserve((job.queries + job.keys) * positions + 2 * positions * sizeof(float) +
@@ -142,6 +146,7 @@ void scores_of_head(const Scores& job, int64_t b, int64_t h) {
   };
   quantized(job.query, job.query_strides, job.queries, job.operands[0], query);
   quantized(job.key, job.key_strides, job.keys, job.operands[1], key);
+  // What is the same for all keys of a query is left out: it goes in the softmax.
   const float of_products = job.operands[0].scale * job.operands[1].scale * job.scaling;
   const float of_sums = job.operands[0].offset * job.operands[1].scale * job.scaling;
   for (int64_t j = 0; j < job.keys; ++j) {
@@ -154,9 +159,14 @@ void scores_of_head(const Scores& job, int64_t b, int64_t h) {
                            &positions, &one);
   p.scale = scale;
   p.bias = bias;
-  p.y = job.scores + (b * job.heads + h) * job.queries * job.keys;
+  p.y = job.probabilities + (b * job.heads + h) * job.queries * job.keys;
   p.y_stride = job.keys;
   multiply(p, plan(p, current()), current(), 0, divide_up(p.outputs, kPanel), 0, p.rows);
+  const float* mask = job.mask;
+  if (mask != nullptr) mask += b * job.mask_strides[0] + h * job.mask_strides[1];
+  for (int64_t i = 0; i < job.queries; ++i) {
+    current().softmax(p.y + i * job.keys, mask == nullptr ? nullptr : mask + i * job.mask_strides[2], job.keys);
+  }
 }
 
 void mix_head(const Mixed& job, int64_t b, int64_t h) {
@@ -235,12 +245,14 @@ int quantformer_multiply(const quantformer::Product* job, int64_t threads, Paral
   }
 }
 
-int quantformer_scores(const Scores* job, int64_t threads, ParallelFor parallel_for) {
-  return quantformer::by_head(*job, threads, parallel_for, quantformer::scores_of_head);
+int quantformer_probabilities(const Probabilities* job, int64_t threads, ParallelFor parallel_for) {
+  return quantformer::by_head(*job, threads, parallel_for, quantformer::probabilities_of_head);
 }
 
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for) {
   return quantformer::by_head(*job, threads, parallel_for, quantformer::mix_head);
 }
 
-int64_t quantformer_job_bytes() { return sizeof(Codes) + sizeof(quantformer::Product) + sizeof(Scores) + sizeof(Mixed); }
+int64_t quantformer_job_bytes() {
+  return sizeof(Codes) + sizeof(quantformer::Product) + sizeof(Probabilities) + sizeof(Mixed);
+}

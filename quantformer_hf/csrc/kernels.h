@@ -16,13 +16,14 @@ typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, void (
 const char* quantformer_instruction_set();
 int quantformer_use_instruction_set(const char* name);
 
-// Codes of activations: row by row, clamp(round((x - offset) * inverse), 0, largest), then in the order of `source`.
+// Codes of activations: row by row, clamp(round((f(x) - offset) * inverse), 0, largest), then in the order of `source`.
+// f is GELU where `gelu` is not zero.
 struct Codes {
   const float* x;  // `(rows, channels)`
   int64_t rows, channels;
   const float* offset;   // `(channels,)`
   const float* inverse;  // `(channels,)`, 1 / scale
-  int32_t largest;
+  int32_t largest, gelu;
   const int32_t* source;  // `(positions,)`, the channel of each position, `channels` for padding; null: as they are
   int64_t positions;
   uint8_t* codes;  // `(rows, positions)`
@@ -37,17 +38,19 @@ struct Operand {
   float scale, inverse, offset;
 };
 
-// scores = Q(q) Q(k)ᵀ * scaling, without what is the same for all keys and so goes in the softmax.
-struct Scores {
+// probabilities = softmax(Q(q) Q(k)ᵀ * scaling + mask).
+struct Probabilities {
   const float *query, *key;  // `(batch, heads, tokens, head_size)` by their strides; the last one is 1
   int64_t batch, heads, queries, keys, head_size;
   int64_t query_strides[3], key_strides[3];  // of batch, head, token
+  const float* mask;  // `(batch, heads, queries, keys)` by its strides, which may be 0; the last one is 1. Null: none
+  int64_t mask_strides[3];
   const Operand* operands;  // of query and key
   int32_t largest;
   float scaling;
-  float* scores;  // `(batch, heads, queries, keys)`
+  float* probabilities;  // `(batch, heads, queries, keys)`
 };
-int quantformer_scores(const Scores* job, int64_t threads, ParallelFor parallel_for);
+int quantformer_probabilities(const Probabilities* job, int64_t threads, ParallelFor parallel_for);
 
 // output = Q(p) Q(v).
 struct Mixed {

@@ -12,6 +12,7 @@
 
 #define TARGET
 #include "columns.h"
+#include "pointwise.h"
 
 // Not for compilers that are told of a processor which has them: `arch` would take the rest of it away.
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -194,14 +195,15 @@ bool has_dotprod() {
 const InstructionSet* neon() {
   // Without dot products, words are as fast as bytes: no code of activations is small enough for bytes.
   static const InstructionSet set = {
-      "neon", kTileRows, false, -1, nullptr, kWords, nullptr, unpack_words, quantize, reorder<Vectors>};
+      "neon", kTileRows, false, -1, nullptr, kWords, nullptr, unpack_words, quantize, gelu, softmax,
+      reorder<Vectors>};
   return &set;
 }
 
 const InstructionSet* neon_dotprod() {
   static const InstructionSet set = {
       "neon_dotprod", kTileRows, false, 127, kBytes, kWords, unpack_bytes<Vectors>, unpack_words, quantize,
-      reorder<Vectors>};
+      gelu, softmax, reorder<Vectors>};
   return has_dotprod() ? &set : nullptr;
 }
 

@@ -4,6 +4,9 @@
 
 #include "instruction_set.h"
 
+#define TARGET
+#include "pointwise.h"
+
 namespace quantformer {
 namespace {
 
@@ -91,6 +94,8 @@ const InstructionSet* plain() {
                                      unpack<int8_t, 4>,
                                      unpack<int16_t, 2>,
                                      quantize,
+                                     gelu,
+                                     softmax,
                                      reorder};
   return &set;
 }

@@ -69,18 +69,22 @@ void multiply(const Product& p, const Plan& plan, const InstructionSet& set, int
     const bool whole = outputs == kPanel;
     std::copy_n(p.scale + output, outputs, scale);
     std::copy_n(p.bias + output, outputs, bias);
+    Tile tile = {plan.words ? static_cast<const void*>(wide) : p.x + first * p.x_stride,
+                 plan.words ? p.positions : p.x_stride, panel, plan.segments.data(),
+                 static_cast<int64_t>(plan.segments.size()), scale, bias, whole ? p.y + first * p.y_stride + output : narrow,
+                 whole ? p.y_stride : kPanel, sums, carry};
+    const int64_t x_step = tile_rows * tile.x_stride * (plan.words ? sizeof(int16_t) : 1);
     for (int64_t row = first; row < last; row += tile_rows) {
       const int64_t rows = std::min(tile_rows, last - row);
-      float* y = p.y + row * p.y_stride + output;
-      Tile tile = {p.x + row * p.x_stride, p.x_stride, panel, plan.segments.data(),
-                   static_cast<int64_t>(plan.segments.size()), scale, bias, whole ? y : narrow,
-                   whole ? p.y_stride : kPanel, sums, carry};
-      if (plan.words) {
-        tile.x = wide + (row - first) * p.positions;
-        tile.x_stride = p.positions;
-      }
       (plan.words ? set.words : set.bytes)[rows - 1](tile);
-      for (int64_t r = 0; !whole && r < rows; ++r) std::copy_n(narrow + r * kPanel, outputs, y + r * p.y_stride);
+      tile.x = static_cast<const uint8_t*>(tile.x) + x_step;
+      if (whole) {
+        tile.y += tile_rows * p.y_stride;
+      } else {
+        for (int64_t r = 0; r < rows; ++r) {
+          std::copy_n(narrow + r * kPanel, outputs, p.y + (row + r) * p.y_stride + output);
+        }
+      }
     }
   }
 }

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -70,13 +71,27 @@ def _reason_against_sums(
     return None
 
 
-def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int) -> Tensor:
-    """See `operators.quantize`."""
+def quantize(
+    x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool = False
+) -> Tensor:
+    """See `operators.quantize`; GELU is torch's, whose last digits are others."""
+    x = F.gelu(x) if gelu else x
     # Float32 holds these exactly; in float64, plain torch would compute in float64.
     taken = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if switched_off() or not taken or reason_against_device(x.device) is not None:
         return reference.quantize(x, offset, inverse, source, largest)
     return triton_kernels().quantize(x, offset, inverse, source, largest)
+
+
+def attention_probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, operands: Tensor, largest: int, scaling: float
+) -> Tensor:
+    """See `operators.attention_probabilities`; the softmax is torch's, one kernel in place of sixty.
+
+    The product stays in plain torch: it is one matrix product of integers of at most 8 bits, which TF32 and bfloat16 hold
+    too; sums below 2^24 are exact in float32, and `exact_product` takes float64 beyond.
+    """
+    return reference.attention_scores(query, key, mask, operands, largest, scaling).softmax(-1)
 
 
 def multiply(

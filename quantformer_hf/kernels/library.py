@@ -35,6 +35,7 @@ class Codes(Structure):
         ("offset", c_void_p),
         ("inverse", c_void_p),
         ("largest", c_int32),
+        ("gelu", c_int32),
         ("source", c_void_p),
         ("positions", c_int64),
         ("codes", c_void_p),
@@ -69,8 +70,8 @@ class Product(Structure):
     ]
 
 
-class AttentionScores(Structure):
-    """`Scores` of `kernels.h`."""
+class AttentionProbabilities(Structure):
+    """`Probabilities` of `kernels.h`."""
 
     _fields_ = [
         ("query", c_void_p),
@@ -82,10 +83,12 @@ class AttentionScores(Structure):
         ("head_size", c_int64),
         ("query_strides", c_int64 * 3),
         ("key_strides", c_int64 * 3),
+        ("mask", c_void_p),
+        ("mask_strides", c_int64 * 3),
         ("operands", c_void_p),
         ("largest", c_int32),
         ("scaling", c_float),
-        ("scores", c_void_p),
+        ("probabilities", c_void_p),
     ]
 
 
@@ -132,7 +135,7 @@ def _load() -> ctypes.CDLL | None:
     jobs = {
         "quantformer_quantize": Codes,
         "quantformer_multiply": Product,
-        "quantformer_scores": AttentionScores,
+        "quantformer_probabilities": AttentionProbabilities,
         "quantformer_mix": AttentionMix,
     }
     try:

@@ -15,16 +15,21 @@ from torch.compiler import is_compiling
 
 from ..packing import packed_width
 from . import cuda, reference
-from .library import AttentionMix, AttentionScores, Codes, Product, check, library
+from .library import AttentionMix, AttentionProbabilities, Codes, Product, check, library
 
 
 _LIBRARY = torch.library.Library("quantformer", "DEF")
-_LIBRARY.define("quantize(Tensor x, Tensor offset, Tensor inverse, Tensor? source, int largest) -> Tensor")
+_LIBRARY.define(
+    "quantize(Tensor x, Tensor offset, Tensor inverse, Tensor? source, int largest, bool gelu=False) -> Tensor"
+)
 _LIBRARY.define(
     "multiply(Tensor codes, Tensor weight, int columns, int bits, int largest_code, int multiplier, int addend,"
     " Tensor source, int[] group_ends, Tensor group_scales, int largest, Tensor scale, Tensor bias) -> Tensor"
 )
-_LIBRARY.define("attention_scores(Tensor query, Tensor key, Tensor operands, int largest, float scaling) -> Tensor")
+_LIBRARY.define(
+    "attention_probabilities(Tensor query, Tensor key, Tensor? mask, Tensor operands, int largest, float scaling)"
+    " -> Tensor"
+)
 _LIBRARY.define("attention_mix(Tensor probabilities, Tensor value, Tensor operands, int largest) -> Tensor")
 
 
@@ -33,45 +38,64 @@ def call(kernel: Callable[..., Tensor], x: Tensor, *arguments) -> Tensor:
 
     The dispatcher takes as long as a small product: where nothing listens there, and `x` is on a CPU, it is passed by.
     """
-    nobody_listens = not is_compiling() and not torch.jit.is_tracing() and not _len_torch_dispatch_stack()
-    if type(x) is Tensor and x.is_cpu and nobody_listens:
+    if nobody_listens(x):
         return kernel(x, *arguments)
     return getattr(torch.ops.quantformer, kernel.__name__)(x, *arguments)
 
 
-def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int) -> Tensor:
-    """Codes `clip(round((x - offset) * inverse), 0, largest)`, then in the order of `source`.
+def nobody_listens(x: Tensor) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel of the CPU."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not is_compiling()
+        and not torch.jit.is_tracing()
+        and not _len_torch_dispatch_stack()
+    )
+
+
+def quantize(
+    x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool = False
+) -> Tensor:
+    """Codes `clip(round((f(x) - offset) * inverse), 0, largest)`, then in the order of `source`.
 
     Args:
         x: `(..., channels)`, float32.
         offset, inverse: `(channels,)`, float32; `inverse` is 1 / scale.
         source: `(positions,)`, int32: the channel of each position, `channels` where there is none (code 0).
         largest: at most 255.
+        gelu: whether f is GELU, and not the identity.
 
     Returns:
         `(..., positions)`, uint8.
     """
+    if library() is None:
+        return reference.quantize(x, offset, inverse, source, largest, gelu)
+    return run_quantize(prepare_quantize(offset, inverse, source, largest, gelu), x)
+
+
+def prepare_quantize(offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool) -> Codes:
+    """All of `quantize` but x, for `run_quantize`. It points into these tensors, which the caller keeps."""
+    _check_float32(offset, inverse)
+    channels = offset.numel()
+    if inverse.numel() != channels:
+        raise ValueError(f"there are {channels} offsets and {inverse.numel()} scales")
+    at, positions = (0, channels) if source is None else (source.data_ptr(), source.numel())
+    return Codes(0, 0, channels, offset.data_ptr(), inverse.data_ptr(), largest, gelu, at, positions, 0)
+
+
+def run_quantize(prepared: Codes, x: Tensor) -> Tensor:
+    """`quantize`, of what is prepared."""
     kernels = library()
-    if kernels is None:
-        return reference.quantize(x, offset, inverse, source, largest)
     x = x.contiguous()
-    channels = x.shape[-1]
-    positions = channels if source is None else source.numel()
-    _check_float32(x, offset, inverse)
-    if offset.numel() != channels or inverse.numel() != channels:
-        raise ValueError(f"there are {offset.numel()} offsets and {inverse.numel()} scales for {channels} channels")
-    codes = torch.empty((*x.shape[:-1], positions), dtype=torch.uint8)
-    job = Codes(
-        x.data_ptr(),
-        x.shape[:-1].numel(),
-        channels,
-        offset.data_ptr(),
-        inverse.data_ptr(),
-        largest,
-        0 if source is None else source.data_ptr(),
-        positions,
-        codes.data_ptr(),
-    )
+    _check_float32(x)
+    rows = x.shape[:-1]
+    # A copy, since several threads may run what one of them prepared.
+    job = Codes.from_buffer_copy(prepared)
+    if x.shape[-1] != job.channels:
+        raise ValueError(f"there are scales and offsets for {job.channels} channels, and the input has {x.shape[-1]}")
+    codes = torch.empty((*rows, job.positions), dtype=torch.uint8)
+    job.x, job.rows, job.codes = x.data_ptr(), rows.numel(), codes.data_ptr()
     check(kernels.quantformer_quantize(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
     return codes
 
@@ -108,8 +132,8 @@ def multiply(
     Returns:
         `(..., outputs)`, float32.
     """
-    kernels = library()
     arguments = (
+        weight,
         columns,
         bits,
         largest_code,
@@ -122,17 +146,32 @@ def multiply(
         scale,
         bias,
     )
-    if kernels is None:
-        return reference.multiply(codes, weight, *arguments)
-    codes, outputs, positions = codes.contiguous(), weight.shape[0], source.numel()
-    if codes.shape[-1] != positions:
-        raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {positions}")
+    if library() is None:
+        return reference.multiply(codes, *arguments)
+    return run_multiply(prepare_multiply(*arguments), codes)
+
+
+def prepare_multiply(
+    weight: Tensor,
+    columns: int,
+    bits: int,
+    largest_code: int,
+    multiplier: int,
+    addend: int,
+    source: Tensor,
+    group_ends: Sequence[int],
+    group_scales: Tensor,
+    largest: int,
+    scale: Tensor,
+    bias: Tensor,
+) -> Product:
+    """All of `multiply` but the codes, for `run_multiply`. It points into these tensors, which the caller keeps."""
+    outputs, positions = weight.shape[0], source.numel()
     _check_float32(group_scales, scale, bias)
     _check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
-    y = torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32)
-    job = Product(
-        codes.data_ptr(),
-        codes.shape[:-1].numel(),
+    return Product(
+        0,
+        0,
         positions,
         largest,
         weight.data_ptr(),
@@ -150,18 +189,34 @@ def multiply(
         group_scales.numel(),
         scale.data_ptr(),
         bias.data_ptr(),
-        y.data_ptr(),
+        0,
         outputs,
     )
+
+
+def run_multiply(prepared: Product, codes: Tensor) -> Tensor:
+    """`multiply`, of what is prepared."""
+    kernels = library()
+    codes = codes.contiguous()
+    rows = codes.shape[:-1]
+    # A copy, since several threads may run what one of them prepared.
+    job = Product.from_buffer_copy(prepared)
+    if codes.shape[-1] != job.positions:
+        raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {job.positions}")
+    y = torch.empty((*rows, job.outputs), dtype=torch.float32)
+    job.x, job.rows, job.y = codes.data_ptr(), rows.numel(), y.data_ptr()
     check(kernels.quantformer_multiply(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
     return y
 
 
-def attention_scores(query: Tensor, key: Tensor, operands: Tensor, largest: int, scaling: float) -> Tensor:
-    """`Q(query) Q(key)ᵀ * scaling`, less what is the same for all keys of a query: the softmax does not see it.
+def attention_probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, operands: Tensor, largest: int, scaling: float
+) -> Tensor:
+    """`softmax(Q(query) Q(key)ᵀ * scaling + mask)`.
 
     Args:
         query, key: `(batch, heads, tokens, head_size)`, float32.
+        mask: broadcast to `(batch, heads, queries, keys)`, float32.
         operands: `(2, 3)` float32: scale, 1 / scale and offset of the query, and of the key.
         largest: code of both.
 
@@ -170,24 +225,29 @@ def attention_scores(query: Tensor, key: Tensor, operands: Tensor, largest: int,
     """
     kernels = library()
     if kernels is None:
-        return reference.attention_scores(query, key, operands, largest, scaling)
+        return reference.attention_probabilities(query, key, mask, operands, largest, scaling)
     query, key = _rows(query), _rows(key)
     _check_float32(query, key, operands)
     batch, heads, queries, head_size = query.shape
-    scores = torch.empty((batch, heads, queries, key.shape[2]), dtype=torch.float32)
-    job = AttentionScores(
+    probabilities = torch.empty((batch, heads, queries, key.shape[2]), dtype=torch.float32)
+    if mask is not None:
+        _check_float32(mask)
+        mask = _rows(mask.expand(probabilities.shape))
+    job = AttentionProbabilities(
         query.data_ptr(),
         key.data_ptr(),
         *(batch, heads, queries, key.shape[2], head_size),
         query.stride()[:3],
         key.stride()[:3],
+        0 if mask is None else mask.data_ptr(),
+        (0, 0, 0) if mask is None else mask.stride()[:3],
         operands.data_ptr(),
         largest,
         scaling,
-        scores.data_ptr(),
+        probabilities.data_ptr(),
     )
-    check(kernels.quantformer_scores(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
-    return scores
+    check(kernels.quantformer_probabilities(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+    return probabilities
 
 
 def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, largest: int) -> Tensor:
@@ -250,7 +310,7 @@ def _check_float32(*tensors: Tensor) -> None:
             raise ValueError(f"a kernel of the CPU was given a tensor on {tensor.device}: move the model to one device")
 
 
-def _fake_quantize(x, offset, inverse, source, largest):
+def _fake_quantize(x, offset, inverse, source, largest, gelu=False):
     positions = x.shape[-1] if source is None else source.shape[0]
     return x.new_empty((*x.shape[:-1], positions), dtype=torch.uint8)
 
@@ -259,7 +319,7 @@ def _fake_multiply(codes, weight, *arguments):
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
-def _fake_scores(query, key, operands, largest, scaling):
+def _fake_probabilities(query, key, mask, operands, largest, scaling):
     return query.new_empty((*query.shape[:-1], key.shape[-2]))
 
 
@@ -271,14 +331,13 @@ def _fake_mix(probabilities, value, operands, largest):
 for _kernel, _plain, _fake in (
     (quantize, reference.quantize, _fake_quantize),
     (multiply, reference.multiply, _fake_multiply),
-    (attention_scores, reference.attention_scores, _fake_scores),
+    (attention_probabilities, reference.attention_probabilities, _fake_probabilities),
     (attention_mix, reference.attention_mix, _fake_mix),
 ):
     _LIBRARY.impl(_kernel.__name__, _plain, "CompositeExplicitAutograd")
     _LIBRARY.impl(_kernel.__name__, _kernel, "CPU")
     torch.library.register_fake(f"quantformer::{_kernel.__name__}", _fake, lib=_LIBRARY)
 
-# Both products of attention stay in plain torch on CUDA. There they are one matrix product of integers of at most 8 bits,
-# which TF32 and bfloat16 hold too; sums below 2^24 are exact in float32, and `exact_product` takes float64 beyond.
 _LIBRARY.impl("quantize", cuda.quantize, "CUDA")
 _LIBRARY.impl("multiply", cuda.multiply, "CUDA")
+_LIBRARY.impl("attention_probabilities", cuda.attention_probabilities, "CUDA")

@@ -1,13 +1,15 @@
 """What the operators need beside codes, made once from a layer's tensors: the order of the channels, the folded bias."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import operators
+from .library import Codes, Product, library
 
 
 T = TypeVar("T")
@@ -16,11 +18,11 @@ T = TypeVar("T")
 STEP = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelPlan:
     """How a quantized tensor lies as codes: each group's channels side by side, padded with zeros.
 
-    `source`, `group_ends` and `group_scales` as in `operators.multiply`, `offset` and `inverse` as in
+    `source`, `group_ends` and `group_scales` as in `operators.multiply`, `offset`, `inverse` and `gelu` as in
     `operators.quantize`; `group_offsets` is `(groups,)`.
     """
 
@@ -31,25 +33,40 @@ class ChannelPlan:
     group_scales: Tensor
     group_offsets: Tensor
     largest: int
+    gelu: bool
 
     @property
     def channels(self) -> int:
         return self.offset.numel()
 
+    @functools.cached_property
+    def arguments(self) -> tuple:
+        """Of `operators.quantize`, after x."""
+        in_order = self.source.numel() == self.channels and len(self.group_ends) == 1
+        return self.offset, self.inverse, None if in_order else self.source, self.largest, self.gelu
+
+    @functools.cached_property
+    def job(self) -> Codes:
+        """The same for the kernel."""
+        return operators.prepare_quantize(*self.arguments)
+
     def quantize(self, x: Tensor) -> Tensor:
         """`(..., channels)` to codes `(..., positions)`."""
-        in_order = self.source.numel() == self.channels and len(self.group_ends) == 1
-        source = None if in_order else self.source
-        return operators.call(operators.quantize, x, self.offset, self.inverse, source, self.largest)
+        if operators.nobody_listens(x) and library() is not None:
+            return operators.run_quantize(self.job, x)
+        return operators.call(operators.quantize, x, *self.arguments)
 
 
-def plan_channels(channels: int, scale: Tensor, offset: Tensor, index: Tensor | None, largest: int) -> ChannelPlan:
+def plan_channels(
+    channels: int, scale: Tensor, offset: Tensor, index: Tensor | None, largest: int, gelu: bool = False
+) -> ChannelPlan:
     """The plan of a tensor of `channels`, quantized as `ops.fake_quantize_groups` does.
 
     Args:
         scale, offset: `(groups,)`, scales positive.
         index: `(channels,)`, the group of each; None for one group.
         largest: code.
+        gelu: whether GELU makes the tensor, on the way to codes.
     """
     of_channel = torch.zeros(channels, dtype=torch.long) if index is None else index.long().cpu()
     source, ends = [], []
@@ -68,6 +85,7 @@ def plan_channels(channels: int, scale: Tensor, offset: Tensor, index: Tensor | 
         scale.clone(),
         offset.clone(),
         largest,
+        gelu,
     )
 
 
@@ -94,16 +112,32 @@ def plan_weight(columns: int, bits: int, qmin: int, qmax: int, shift: float, sca
     return WeightPlan(columns, bits, qmax - qmin, 2, 2 * qmin + 1, scale / 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearPlan:
-    """A linear layer: its weight's plan, and the bias `(out,)` float32 with the input's offsets folded in."""
+    """A linear layer: its weight's codes and their plan, that of its input, and the bias `(out,)` float32 with the
+    input's offsets folded in."""
 
     weight: WeightPlan
+    packed: Tensor
+    channels: ChannelPlan
     bias: Tensor
 
-    def __call__(self, codes: Tensor, packed: Tensor, channels: ChannelPlan) -> Tensor:
-        """`(..., positions)` to `(..., out)`, float32. `packed` is the weight's codes."""
-        return _multiply(codes, packed, self.weight, channels, channels.group_scales, self.weight.scale, self.bias)
+    @functools.cached_property
+    def arguments(self) -> tuple:
+        """Of `operators.multiply`, after the codes of the input."""
+        scales = self.channels.group_scales, self.weight.scale, self.bias
+        return _arguments(self.packed, self.weight, self.channels, *scales)
+
+    @functools.cached_property
+    def job(self) -> Product:
+        """The same for the kernel."""
+        return operators.prepare_multiply(*self.arguments)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """`(..., positions)` to `(..., out)`, float32."""
+        if operators.nobody_listens(codes) and library() is not None:
+            return operators.run_multiply(self.job, codes)
+        return operators.call(operators.multiply, codes, *self.arguments)
 
 
 def plan_linear(weight: WeightPlan, packed: Tensor, bias: Tensor | None, channels: ChannelPlan) -> LinearPlan:
@@ -116,19 +150,16 @@ def plan_linear(weight: WeightPlan, packed: Tensor, bias: Tensor | None, channel
         row[start:end] = channels.source[start:end] < channels.channels
         start = end
     unit = torch.ones_like(weight.scale)
-    sums = _multiply(
-        ones, packed, weight, channels, torch.ones_like(channels.group_scales), unit, torch.zeros_like(unit)
-    )
+    scales = torch.ones_like(channels.group_scales), unit, torch.zeros_like(unit)
+    sums = operators.call(operators.multiply, ones, *_arguments(packed, weight, channels, *scales))
     folded = weight.scale.double() * (channels.group_offsets.double() @ sums.double())
     if bias is not None:
         folded = folded + bias.double()
-    return LinearPlan(weight, folded.float())
+    return LinearPlan(weight, packed, channels, folded.float())
 
 
-def _multiply(codes, packed, weight: WeightPlan, channels: ChannelPlan, group_scales, scale, bias) -> Tensor:
-    return operators.call(
-        operators.multiply,
-        codes,
+def _arguments(packed, weight: WeightPlan, channels: ChannelPlan, group_scales, scale, bias) -> tuple:
+    return (
         packed,
         weight.columns,
         weight.bits,
@@ -145,29 +176,34 @@ def _multiply(codes, packed, weight: WeightPlan, channels: ChannelPlan, group_sc
 
 
 class Remembered(Generic[T]):
-    """A value made from tensors, and made anew when one of them was changed, moved or replaced."""
+    """A value made from the tensors of modules, and made anew when one of them was changed, moved or replaced."""
 
     def __init__(self) -> None:
-        self._key: tuple | None = None
-        self._value: T | None = None
+        self._key: list | None = None
+        self.value: T | None = None
 
-    def get(self, tensors: Sequence[Tensor | None], make: Callable[[], T]) -> T:
+    def get(self, modules: Sequence[nn.Module], make: Callable[[], T], of: object = None) -> T:
+        """The value: of the modules' own parameters and buffers, not of those in their submodules, and of an object."""
         # A graph that is being traced takes what the last eager call, or loading, has left: a key is no tensor.
-        if torch.compiler.is_compiling() and self._value is not None:
-            return self._value
-        key = tuple(None if t is None else (t.data_ptr(), t.device, _version(t)) for t in tensors)
+        if self.value is not None and torch.compiler.is_compiling():
+            return self.value
+        # By the dictionaries themselves, for this is done in each call of each layer. Inference tensors have no version.
+        key: list = [
+            (t.data_ptr(), t.is_inference() or t._version)
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for t in tensors.values()
+            if t is not None
+        ]
+        key.append(of)
         if key != self._key:
             # Also under inference_mode, made tensors must serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
                 value = make()
-            self._value, self._key = value, key
+            self.value, self._key = value, key
             return value
-        return self._value
+        return self.value
 
     def forget(self) -> None:
         """Make it anew at the next call, whatever the tensors say."""
-        self._key = self._value = None
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+        self._key = self.value = None

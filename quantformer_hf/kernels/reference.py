@@ -8,6 +8,7 @@ of threads or a batch size changes no bit, and no activation moves to another le
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import unpack_codes
@@ -17,12 +18,58 @@ from ..packing import unpack_codes
 EXACT_FLOAT32 = 2**24
 
 
-def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int) -> Tensor:
+def quantize(
+    x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool = False
+) -> Tensor:
     """See `operators.quantize`."""
+    x = gelu_of(x) if gelu else x
     codes = ((x - offset) * inverse).nan_to_num(nan=0.0).clamp(0, largest).round().to(torch.uint8)
     if source is None:
         return codes
-    return torch.nn.functional.pad(codes, (0, 1)).index_select(-1, source)
+    return F.pad(codes, (0, 1)).index_select(-1, source)
+
+
+def exponential(x: Tensor) -> Tensor:
+    """e^x for x <= 0, and 2^-124 for all that is less than that, float32, in the order of `csrc/pointwise.h`."""
+    x = x * 1.44269504088896341
+    x = torch.where(x > -124.0, x, -124.0)
+    n = x.round()
+    f = x - n
+    p = f * 1.3276471771e-3 + 9.6755413327e-3
+    p = p * f + 5.5507132742e-2
+    p = p * f + 2.4022119724e-1
+    p = p * f + 6.9314696706e-1
+    p = p * f + 1.0
+    return p * ((n.int() + 127) << 23).view(torch.float32)
+
+
+def gelu_of(x: Tensor) -> Tensor:
+    """`x Φ(x)`, float32, in the order of `csrc/pointwise.h`."""
+    size = x.abs()
+    p = size * 5.3829750000e-6 + 4.8890635643e-5
+    p = p * size + 3.8003575000e-5
+    p = p * size + 3.2776263241e-3
+    p = p * size + 2.1141006150e-2
+    p = p * size + 4.9867346967e-2
+    p = p * size + 1.0
+    for _ in range(4):
+        p = p * p
+    tail = 0.5 * p.reciprocal()
+    return x * torch.where(x < 0, tail, 1.0 - tail)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Over the last dimension, float32, in the order of `csrc/pointwise.h`."""
+    powers = exponential(x - x.amax(-1, keepdim=True))
+    # Each of eight lanes adds up by itself, and the lanes then by halves.
+    lanes = F.pad(powers, (0, -powers.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    total = torch.zeros_like(lanes[..., 0, :])
+    for part in lanes.unbind(-2):
+        total = total + part
+    while total.shape[-1] > 1:
+        low, high = total.chunk(2, -1)
+        total = low + high
+    return powers * total.reciprocal()
 
 
 def exact_product(x: Tensor, weight: Tensor, largest: int) -> Tensor:
@@ -60,7 +107,7 @@ def multiply(
 ) -> Tensor:
     """See `operators.multiply`."""
     integers = unpack_codes(weight, bits, columns).short() * multiplier + addend
-    integers = torch.nn.functional.pad(integers, (0, 1)).index_select(1, source)
+    integers = F.pad(integers, (0, 1)).index_select(1, source)
     largest_product = largest * largest_weight(largest_code, multiplier, addend)
     sums, start = None, 0
     for end, group_scale in zip(group_ends, group_scales, strict=True):
@@ -73,12 +120,22 @@ def multiply(
     return sums * scale + bias
 
 
-def attention_scores(query: Tensor, key: Tensor, operands: Tensor, largest: int, scaling: float) -> Tensor:
-    """See `operators.attention_scores`."""
+def attention_probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, operands: Tensor, largest: int, scaling: float
+) -> Tensor:
+    """See `operators.attention_probabilities`."""
+    return softmax(attention_scores(query, key, mask, operands, largest, scaling))
+
+
+def attention_scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, operands: Tensor, largest: int, scaling: float
+) -> Tensor:
+    """What the softmax of attention takes, less what is the same for all keys of a query: it does not see that."""
     of_query, of_key = operands
     query, key = _operand(query, of_query, largest), _operand(key, of_key, largest)
     products = exact_product(query, key, largest**2) * (of_query[0] * of_key[0] * scaling)
-    return products + (key.float().sum(-1) * (of_query[2] * of_key[0] * scaling)).unsqueeze(-2)
+    scores = products + (key.float().sum(-1) * (of_query[2] * of_key[0] * scaling)).unsqueeze(-2)
+    return scores if mask is None else scores + mask
 
 
 def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, largest: int) -> Tensor:

@@ -131,6 +131,44 @@ inline uint8_t code(float x, float offset, float inverse, int largest) {
   return static_cast<uint8_t>(std::nearbyint(std::fmin(std::fmax(position, 0.0f), static_cast<float>(largest))));
 }
 
+// The formulas of pointwise.h, one number at a time.
+inline float exponential(float x) {
+  x = x * 1.44269504088896341f;
+  x = x > -124.0f ? x : -124.0f;
+  const float n = std::nearbyint(x), f = x - n;
+  float p = 1.3276471771e-3f;
+  for (float c : {9.6755413327e-3f, 5.5507132742e-2f, 2.4022119724e-1f, 6.9314696706e-1f, 1.0f}) {
+    p = p * f;
+    p = p + c;
+  }
+  return std::ldexp(p, static_cast<int>(n));
+}
+
+inline float gelu(float x) {
+  const float size = std::fabs(x);
+  float p = 5.3829750000e-6f;
+  for (float c : {4.8890635643e-5f, 3.8003575000e-5f, 3.2776263241e-3f, 2.1141006150e-2f, 4.9867346967e-2f, 1.0f}) {
+    p = p * size;
+    p = p + c;
+  }
+  for (int i = 0; i < 4; ++i) p = p * p;
+  const float tail = 0.5f / p;
+  return x * (x < 0 ? tail : 1.0f - tail);
+}
+
+// Of `n` scores with the mask added.
+inline void softmax(float* row, int64_t n) {
+  float largest = row[0], lanes[8] = {};
+  for (int64_t i = 1; i < n; ++i) largest = std::fmax(largest, row[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    row[i] = exponential(row[i] - largest);
+    lanes[i % 8] += row[i];
+  }
+  const float total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  const float factor = 1.0f / total;
+  for (int64_t i = 0; i < n; ++i) row[i] = row[i] * factor;
+}
+
 // Values of an operand and, among them, all that is special: halves between codes, infinities, NaN.
 inline Exact<float> values(Random& random, int64_t n) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();

@@ -47,6 +47,37 @@ void test_quantize(const InstructionSet& set, Random& random) {
   }
 }
 
+void test_gelu(const InstructionSet& set, Random& random) {
+  for (int64_t n : {0, 1, 7, 8, 9, 16, 17, 100}) {
+    const auto x = values(random, n);
+    // Also where GELU bends.
+    for (int64_t i = 0; i < n; i += 2) x[i] = random.real(-6, 6);
+    Exact<float> got(n), expected(n);
+    for (int64_t i = 0; i < n; ++i) expected[i] = cases::gelu(x[i]);
+    set.gelu(x, n, got);
+    // What is not a number has no one pattern.
+    for (auto made : {&got, &expected}) {
+      for (float& y : *made) y = std::isnan(y) ? 0 : y;
+    }
+    check(same_bits(got, expected), set, "gelu", describe({{"n", n}}));
+  }
+}
+
+void test_softmax(const InstructionSet& set, Random& random) {
+  for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 197}) {
+    for (bool masked : {false, true}) {
+      const auto got = random.reals(n, -100, 100), mask = random.reals(n, -5, 5);
+      mask[0] = -100;
+      if (n > 1) mask[n - 1] = -std::numeric_limits<float>::infinity();
+      Exact<float> expected(n);
+      for (int64_t i = 0; i < n; ++i) expected[i] = masked ? got[i] + mask[i] : got[i];
+      cases::softmax(expected, n);
+      set.softmax(got, masked ? mask.begin() : nullptr, n);
+      check(same_bits(got, expected), set, "softmax", describe({{"n", n}, {"masked", masked}}));
+    }
+  }
+}
+
 void test_reorder(const InstructionSet& set, Random& random) {
   for (int64_t columns : {0, 1, 4, 15, 16, 17, 31, 32, 50, 100}) {
     for (int64_t groups : {1, 3, 16}) {
@@ -192,8 +223,15 @@ void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t
       expected[i] = c < channels ? code(x[i / positions * channels + c], offset[c], inverse[c], 15) : 0;
     }
     const int32_t* order = ordered ? source.begin() : nullptr;
-    const Codes job = {x, rows, channels, offset, inverse, 15, order, positions, codes};
+    Codes job = {x, rows, channels, offset, inverse, 15, 0, order, positions, codes};
     check(quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, expected), set, "codes", of);
+    for (int64_t i = 0; i < codes.size; ++i) {
+      const int64_t c = ordered ? source[i % positions] : i % positions;
+      const float made = c < channels ? cases::gelu(x[i / positions * channels + c]) : 0;
+      expected[i] = c < channels ? code(made, offset[c], inverse[c], 15) : 0;
+    }
+    job.gelu = 1;
+    check(quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, expected), set, "codes of gelu", of);
   }
 }
 
@@ -226,12 +264,15 @@ void for_each_score(const AttentionShape& s, const Visit& visit) {
   }
 }
 
-void test_scores(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, const std::string& of) {
+void test_probabilities(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, bool masked,
+                        const std::string& of) {
   const int largest = (1 << bits) - 1;
   const Operand operands[] = {{0.1f, 10, -1.5f}, {0.07f, 1 / 0.07f, -0.75f}};
   const Tokens query(random, s, s.queries), key(random, s, s.keys);
   const int64_t scores = s.batch * s.heads * s.queries * s.keys;
   Exact<float> expected(scores), got(scores);
+  // One for all heads, as Swin's shift mask is.
+  const auto mask = random.reals(s.batch * s.queries * s.keys, -3, 3);
   const float scaling = 0.125f;
   for_each_score(s, [&](int64_t i, int64_t b, int64_t h, int64_t q, int64_t k) {
     int64_t product = 0, of_key = 0;
@@ -244,12 +285,15 @@ void test_scores(const InstructionSet& set, Random& random, const AttentionShape
     const float shift = operands[0].offset * operands[1].scale * scaling;
     const float bias = static_cast<float>(of_key) * shift, scaled = static_cast<float>(product) * scale;
     expected[i] = scaled + bias;
+    if (masked) expected[i] += mask[(b * s.queries + q) * s.keys + k];
   });
-  Scores job = {query.values, key.values, s.batch,  s.heads, s.queries, s.keys, s.size, {}, {},
-                operands,     largest,    scaling, got};
+  for (int64_t i = 0; i < scores; i += s.keys) cases::softmax(expected + i, s.keys);
+  Probabilities job = {query.values, key.values, s.batch, s.heads, s.queries, s.keys,  s.size, {}, {},
+                       masked ? mask.begin() : nullptr, {s.queries * s.keys, 0, s.keys}, operands, largest, scaling,
+                       got};
   std::copy_n(query.strides, 3, job.query_strides);
   std::copy_n(key.strides, 3, job.key_strides);
-  check(quantformer_scores(&job, 3, backwards) == 0 && same_bits(got, expected), set, "scores", of);
+  check(quantformer_probabilities(&job, 3, backwards) == 0 && same_bits(got, expected), set, "probabilities", of);
 }
 
 void test_mix(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, const std::string& of) {
@@ -285,6 +329,8 @@ void test(const InstructionSet& set) {
   quantformer_use_instruction_set(set.name);
   check(&current() == &set, set, "choice", "by name");
   test_quantize(set, random);
+  test_gelu(set, random);
+  test_softmax(set, random);
   test_reorder(set, random);
   for (int bits = 1; bits <= 8; ++bits) {
     for (int of_activations = 2; of_activations <= 8; ++of_activations) {
@@ -311,7 +357,7 @@ void test(const InstructionSet& set) {
                                     {1, 1, 2, 1, 600}, {1, 1, 3, 600, 1}, {1, 1, 0, 3, 4}, {0, 2, 3, 3, 4}}) {
       const std::string of =
           describe({{"queries", s.queries}, {"keys", s.keys}, {"head size", s.size}, {"bits", bits}});
-      test_scores(set, random, s, bits, of);
+      for (bool masked : {false, true}) test_probabilities(set, random, s, bits, masked, of);
       test_mix(set, random, s, bits, of);
     }
   }
