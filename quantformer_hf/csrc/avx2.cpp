@@ -22,9 +22,11 @@ TARGET inline __m256i broadcast(const void* p) {
   return _mm256_set1_epi32(value);
 }
 
-// Keeps the compiler from interleaving the rows of a tile: it would need more registers than there are. For the same
-// reason each loop over rows is unrolled: an array that is indexed at run time lies in memory.
-TARGET inline void in_order(__m256i& a, __m256i& b) { asm volatile("" : "+x"(a), "+x"(b)); }
+// Additions in place, and in the order written. The compiler would interleave the rows of a tile, for which there are not
+// registers enough, and give each sum another register at each step, at the cost of a move. For the same reason loops over
+// rows are unrolled: an array that is indexed at run time lies in memory.
+TARGET inline void add_words(__m256i& sum, __m256i x) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
+TARGET inline void add_longs(__m256i& sum, __m256i x) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
 
 // The integers of a segment, 8 outputs, into the floating-point sums, or into the carry while their group goes on.
 TARGET inline void flush(__m256i integers, bool first, bool last, bool fresh, __m256 scale, float* sums,
@@ -52,9 +54,7 @@ struct Bytes {
   using X = uint8_t;
   using W = int8_t;
   static constexpr int kTogether = 4;
-  TARGET static __m256i step(__m256i sum, __m256i x, __m256i w) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, w));
-  }
+  TARGET static void step(__m256i& sum, __m256i x, __m256i w) { add_words(sum, _mm256_maddubs_epi16(x, w)); }
   TARGET static __m256i widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
 
@@ -62,9 +62,7 @@ struct Words {
   using X = int16_t;
   using W = int16_t;
   static constexpr int kTogether = 2;
-  TARGET static __m256i step(__m256i sum, __m256i x, __m256i w) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w));
-  }
+  TARGET static void step(__m256i& sum, __m256i x, __m256i w) { add_longs(sum, _mm256_madd_epi16(x, w)); }
   TARGET static __m256i widen(__m256i sum) { return sum; }
 };
 
@@ -86,9 +84,8 @@ TARGET void multiply(const Tile& tile) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const __m256i a = broadcast(x + r * stride);
-        low[r] = Kind::step(low[r], a, w0);
-        high[r] = Kind::step(high[r], a, w1);
-        in_order(low[r], high[r]);
+        Kind::step(low[r], a, w0);
+        Kind::step(high[r], a, w1);
       }
     }
     const __m256 scale = _mm256_set1_ps(segment.scale);
@@ -129,6 +126,8 @@ struct Vectors {
   TARGET static Block repeat_byte(int value) { return _mm_set1_epi8(static_cast<char>(value)); }
   TARGET static Block add_bytes(Block a, Block b) { return _mm_add_epi8(a, b); }
   TARGET static Block both(Block a, Block b) { return _mm_and_si128(a, b); }
+  // Of each two bytes together: what comes over from the other one has to be masked.
+  TARGET static Block shift_right(Block a, int bits) { return _mm_srl_epi16(a, _mm_cvtsi32_si128(bits)); }
   TARGET static void decode_row(const uint8_t* packed, int bits, int64_t columns, uint8_t* codes);
 };
 
@@ -164,15 +163,27 @@ TARGET void unpack_words(const Panel& p, int16_t* panel) {
   }
 }
 
+TARGET inline __m256i quantize8(const float* x, const float* offset, const float* inverse, __m256 top) {
+  const __m256 difference = _mm256_sub_ps(_mm256_loadu_ps(x), _mm256_loadu_ps(offset));
+  const __m256 position = _mm256_mul_ps(difference, _mm256_loadu_ps(inverse));
+  // The order of operands makes zero of a NaN.
+  return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top));
+}
+
 TARGET void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n,
                      uint8_t* codes) {
-  const __m256 top = _mm256_set1_ps(largest), zero = _mm256_setzero_ps();
+  const __m256 top = _mm256_set1_ps(largest);
+  const auto quantized = [&](int64_t at) TARGET { return quantize8(x + at, offset + at, inverse + at, top); };
+  // Packing works on halves, and leaves runs of four in this order.
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m256i words = _mm256_packs_epi32(quantized(i), quantized(i + 8));
+    const __m256i more = _mm256_packs_epi32(quantized(i + 16), quantized(i + 24));
+    store(codes + i, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, more), in_order));
+  }
   for (; i + 8 <= n; i += 8) {
-    __m256 v = _mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(offset + i));
-    v = _mm256_mul_ps(v, _mm256_loadu_ps(inverse + i));
-    // The order of operands makes zero of a NaN.
-    const __m256i q = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(v, zero), top));
+    const __m256i q = quantized(i);
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm_packus_epi16(words, words));
   }

@@ -66,6 +66,19 @@ TARGET void reorder(const Order& order) {
   }
 }
 
+// Bytes of packed codes by column, `[byte][16]`, to codes by column; `bits` is 1, 2 or 4, and none lies across bytes.
+template <typename V>
+TARGET void split_bytes(const uint8_t* bytes, int bits, int64_t columns, uint8_t* codes) {
+  const auto mask = V::repeat_byte((1 << bits) - 1);
+  for (int64_t c = 0; c < columns; bytes += 16) {
+    auto byte = V::load(bytes);
+    for (int bit = 0; bit < 8 && c < columns; bit += bits, ++c) {
+      V::store(codes + c * 16, V::both(byte, mask));
+      byte = V::shift_right(byte, bits);
+    }
+  }
+}
+
 // Codes by column, `[columns + 1][kPanel]`, the last one of zeros.
 template <typename V>
 TARGET const uint8_t* codes_by_column(const Panel& p) {
@@ -73,16 +86,21 @@ TARGET const uint8_t* codes_by_column(const Panel& p) {
   uint8_t* rows = p.scratch;
   uint8_t* columns = rows + stride * kPanel;
   uint8_t* bytes = columns + (stride + 1) * kPanel;
-  for (int64_t r = 0; r < p.rows; ++r) {
-    if (p.bits == 8) {
-      std::memcpy(rows + r * stride, p.codes + r * p.code_stride, p.columns);
-    } else {
+  const int64_t width = (p.columns * p.bits + 7) / 8;
+  if (8 % p.bits == 0) {
+    // Whole bytes change places: fewer than codes.
+    const int64_t width_stride = (width + 15) / 16 * 16;
+    for (int64_t r = 0; r < p.rows; ++r) std::memcpy(rows + r * width_stride, p.codes + r * p.code_stride, width);
+    to_columns<V>(rows, width_stride, p.bits == 8 ? columns : bytes);
+    if (p.bits < 8) split_bytes<V>(bytes, p.bits, p.columns, columns);
+  } else {
+    for (int64_t r = 0; r < p.rows; ++r) {
       // Decoding reads beyond the end of its row, and so works on a copy.
-      std::memcpy(bytes, p.codes + r * p.code_stride, (p.columns * p.bits + 7) / 8);
+      std::memcpy(bytes, p.codes + r * p.code_stride, width);
       V::decode_row(bytes, p.bits, p.columns, rows + r * stride);
     }
+    to_columns<V>(rows, stride, columns);
   }
-  to_columns<V>(rows, stride, columns);
   std::memset(columns + p.columns * kPanel, 0, kPanel);
   return columns;
 }

@@ -54,7 +54,7 @@ struct Panel {
   uint8_t* scratch;        // panel_scratch_bytes(columns)
 };
 
-inline int64_t panel_scratch_bytes(int64_t columns) { return 2 * (columns + 32) * kPanel + 2 * columns + 128; }
+inline int64_t panel_scratch_bytes(int64_t columns) { return 3 * (columns + 32) * kPanel; }
 
 // Rows whose channels are brought into order together.
 constexpr int kBlock = 16;

@@ -135,6 +135,7 @@ struct Vectors {
   static Block repeat_byte(int value) { return vdupq_n_u8(static_cast<uint8_t>(value)); }
   static Block add_bytes(Block a, Block b) { return vaddq_u8(a, b); }
   static Block both(Block a, Block b) { return vandq_u8(a, b); }
+  static Block shift_right(Block a, int bits) { return vshlq_u8(a, vdupq_n_s8(static_cast<int8_t>(-bits))); }
   static void decode_row(const uint8_t* packed, int bits, int64_t columns, uint8_t* codes);
 };
 
