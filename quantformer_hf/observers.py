@@ -12,8 +12,7 @@ QUANTILE_WEIGHTS = torch.diff(torch.cat([torch.zeros(1), (QUANTILES[1:] + QUANTI
 
 
 class Observer:
-    """Keeps some rows of what it is shown, the same ones for the same batches on every machine: evenly spaced ones, or, with
-    weights, each in proportion to its weight.
+    """Keeps evenly spaced rows of what it is shown, the same ones for the same batches on every machine.
 
     Args:
         channels: columns to keep apart; 1 pools the whole tensor.
@@ -27,27 +26,16 @@ class Observer:
         self.rows_per_batch = rows_per_batch * many
         self.most_rows = most_rows * many
         self.batches: list[Tensor] = []
-        #: Of the rows of the next batch, `(rows,)`, not negative; None for all the same.
-        self.row_weights: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Take rows of `x`, of any shape whose last dimension is a multiple of `channels`."""
         rows = x.detach().reshape(-1, self.channels)
-        self.batches.append(self._some(rows).float().clone())
-        if sum(len(batch) for batch in self.batches) > self.most_rows:
-            self.batches = [batch[::2].clone() for batch in self.batches]
-
-    def _some(self, rows: Tensor) -> Tensor:
-        if self.row_weights is not None and self.row_weights.sum() > 0:
-            # Evenly spaced in what the rows weigh together.
-            ends = self.row_weights.double().cumsum(0)
-            count = min(self.rows_per_batch, len(rows))
-            places = (torch.arange(count, dtype=torch.float64, device=rows.device) + 0.5) * (ends[-1] / count)
-            return rows[torch.searchsorted(ends, places).clamp_max(len(rows) - 1)]
         step = max(1, rows.shape[0] // self.rows_per_batch)
         # An odd step does not fall in with the (even or square) number of tokens.
         step += step > 1 and step % 2 == 0
-        return rows[::step]
+        self.batches.append(rows[::step].float().clone())
+        if sum(len(batch) for batch in self.batches) > self.most_rows:
+            self.batches = [batch[::2].clone() for batch in self.batches]
 
     def quantiles(self) -> Tensor:
         """`(channels, quantiles)`, float32, at the probabilities `QUANTILES`.

@@ -261,43 +261,32 @@ def observe(
 ) -> dict[ActivationQuantizer, Tensor]:
     """Show `batches` to the model and return the quantiles `(channels, quantiles)` that each quantizer saw.
 
-    Tokens count by how much the full-precision model's output depends on them (`token_weights`): a scale that clips what
-    matters little leaves finer steps to the rest.
-
     Raises:
         TypeError: a batch that is neither `pixel_values` nor a dictionary that holds them.
         RuntimeError: a layer that no batch reached, or that saw something that is not finite.
     """
     training = model.training
     model.eval()
+    for quantizer in quantizers:
+        quantizer.observer = quantizer.make_observer()
     device = next(model.parameters()).device
-    observers = {quantizer: quantizer.make_observer() for quantizer in quantizers}
-    readers = {quantizer: layers for quantizer, layers in reading_layers(model).items() if quantizer in observers}
     try:
         for batch in batches:
-            pixel_values = pixel_values_of(batch).to(device)
-            with full_precision(model):
-                weights = token_weights(model, pixel_values, readers)
-            for quantizer, observer in observers.items():
-                observer.row_weights = weights.get(quantizer)
-                quantizer.observer = observer
-            model(pixel_values)
-            for quantizer in quantizers:
-                quantizer.observer = None
+            model(pixel_values_of(batch).to(device))
+        seen = {}
+        for quantizer in quantizers:
+            try:
+                seen[quantizer] = quantizer.observer.quantiles()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"layer '{quantizer.name}' cannot be calibrated: {error}. Give model.calibrate() batches of images"
+                    f" that run through the whole model"
+                ) from error
+        return seen
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
         model.train(training)
-    seen = {}
-    for quantizer, observer in observers.items():
-        try:
-            seen[quantizer] = observer.quantiles()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"layer '{quantizer.name}' cannot be calibrated: {error}. Give model.calibrate() batches of images"
-                f" that run through the whole model"
-            ) from error
-    return seen
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], centre_channels: bool = True) -> None:

@@ -133,9 +133,6 @@ def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> d
         model: an image classifier in full precision.
         pixel_values: `(batch, channels, height, width)`.
         readers: the linears that read what each quantizer puts out.
-
-    Returns:
-        weights of the quantizers that the images reached; none where the model's output is not finite.
     """
     outputs: dict[GroupActivationQuantizer, list[Tensor]] = {quantizer: [] for quantizer in readers}
     handles = [
@@ -144,11 +141,8 @@ def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> d
         for layer in layers
     ]
     try:
-        # Also where a caller works in inference_mode, or has frozen the parameters.
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = model(pixel_values=pixel_values.clone().requires_grad_()).logits.float()
-            if not logits.isfinite().all():
-                return {}
+        with torch.enable_grad():
+            logits = model(pixel_values=pixel_values).logits.float()
             # The same draw for the same images, on every process.
             generator = torch.Generator().manual_seed(0)
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
@@ -160,8 +154,6 @@ def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> d
             handle.remove()
     weights = {}
     for quantizer, group in outputs.items():
-        if not group:
-            continue
         information = sum(next(gradients).float().square().sum(-1).flatten() for _ in group)
         weight = information.pow(TOKEN_WEIGHT_POWER)
         weights[quantizer] = weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)

@@ -161,18 +161,6 @@ def test_observer_keeps_a_bounded_number_of_rows_and_finds_the_quantiles():
     assert median.abs()[1] < 1.0
 
 
-def test_an_observer_keeps_rows_in_proportion_to_their_weights():
-    rows = torch.arange(8.0).unsqueeze(1)
-    observer = Observer(1, rows_per_batch=8)
-    observer.row_weights = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0, 0.0, 1.0, 0.0])
-    observer.add(rows)
-    assert torch.bincount(observer.batches[0].flatten().long(), minlength=8).tolist() == [0, 2, 0, 4, 0, 0, 2, 0]
-    # Where nothing weighs anything, all rows are alike.
-    observer.row_weights = torch.zeros(8)
-    observer.add(rows)
-    assert torch.equal(observer.batches[1], rows)
-
-
 def test_an_observer_without_data_says_so():
     with pytest.raises(RuntimeError, match="no calibration batch reached it"):
         Observer(2).quantiles()
