@@ -40,8 +40,8 @@ CROP_SCALE = "0.7"
 
 #: LSQ, from the weights as they are, at the learning rate that suited it better than that of ours.
 PLAIN = [
-    *("--preset", "lightning", "--centre_channels", "False", "--reconstruction_samples", "0"),
-    *("--feature_weight", "0", "--aux_weight", "0", "--block_gradient_scale", "1"),
+    *("--preset", "lightning", "--centre_channels", "False", "--rotate_channels", "False"),
+    *("--reconstruction_samples", "0", "--feature_weight", "0", "--aux_weight", "0", "--block_gradient_scale", "1"),
     *("--learning_rate", "2e-4", "--scale_learning_rate", "2e-5"),
 ]
 ONE_GROUP = ["--stages", "pretrain"]
@@ -59,6 +59,7 @@ ROWS = {
     "ours_fixed_degree": ["--preset", "lightning", "--pnorm", "2"],
     "ours_no_features": ["--preset", "lightning", "--feature_weight", "0"],
     "ours_not_centred": ["--preset", "lightning", "--centre_channels", "False"],
+    "ours_not_rotated": ["--preset", "lightning", "--rotate_channels", "False"],
     "ours_not_reconstructed": ["--preset", "lightning", "--reconstruction_samples", "0"],
     "ours_not_damped": ["--preset", "lightning", "--block_gradient_scale", "1"],
     "ours_searched": [*SEARCHED],

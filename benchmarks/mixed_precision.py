@@ -109,7 +109,7 @@ def subject(arguments: argparse.Namespace, common: list[str]) -> tuple[Quantform
         seed=told.training.seed,
     )
     model = QuantformerForImageClassification.from_full_precision(full_precision, **told.model.quantization_arguments())
-    return model.calibrate(batches(), centre_channels=told.model.centre_channels), batches
+    return model.calibrate(batches(), told.model.centre_channels, told.model.rotate_channels), batches
 
 
 def reference_budgets(costs: CostModel, units: tuple[str, ...]) -> list[Budget]:

@@ -71,10 +71,14 @@ class ModelArguments:
     centre_channels: bool = field(
         default=True, metadata={"help": "Shift channels towards each other before they are calibrated (folding.py)."}
     )
+    rotate_channels: bool = field(
+        default=True,
+        metadata={"help": "Spread outlying channels of a ViT or DeiT over all others before that (rotation.py)."},
+    )
     reconstruction_samples: int = field(
         default=0,
         metadata={
-            "help": "Training images to which the weights are refitted, before any training (reconstruction.py)."
+            "help": "Training images to which scales and weights are refitted, before any training (reconstruction.py)."
         },
     )
     bit_width: int | None = field(default=None, metadata={"help": "Sets weight_bits and activation_bits."})

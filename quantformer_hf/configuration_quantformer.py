@@ -45,6 +45,8 @@ class QuantformerConfig(PreTrainedConfig):
         stage: `pretrain`, `search`, `finetune` or `packed`. The verbs of the model set it.
         packing_layout: version of the layout of packed weights (`packing.py`), in the stage `packed`. `pack()` sets it.
         calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
+        channels_rotated: whether hidden states are those of the full-precision model times `rotation.rotation`.
+            `calibrate()` sets it.
         full_precision_name_or_path: the checkpoint that the model was made from, its default teacher.
         run_history: records of the stages that `run_quantformer.py` ran (`run_history.py`), for the model card.
 
@@ -68,6 +70,7 @@ class QuantformerConfig(PreTrainedConfig):
     stage: str = "pretrain"
     packing_layout: int | None = None
     calibrated: bool = False
+    channels_rotated: bool = False
     full_precision_name_or_path: str | None = None
     run_history: list | None = None
 

@@ -1,12 +1,13 @@
 """From the ranges of the channels to groups of channels."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grids import Grid, fit_affine, refine_affine
 from .observers import QUANTILE_WEIGHTS
@@ -37,7 +38,7 @@ def cluster_channels(
         `(num_groups, channels)`, float32. A group that nobody wants keeps its last quantizer.
     """
     index = _cluster_ranges(quantiles, num_groups)
-    mass = (importance.float().clamp_min(0) + 1e-12).unsqueeze(1) * QUANTILE_WEIGHTS.to(quantiles.device)
+    mass = channel_mass(importance).unsqueeze(1) * QUANTILE_WEIGHTS.to(quantiles.device)
 
     def weights_of_groups() -> Tensor:
         members = F.one_hot(index, num_groups).T.to(mass.dtype)
@@ -57,6 +58,17 @@ def cluster_channels(
         fitted = refine_affine(values, weights_of_groups(), grid, scale, offset, refinements=4)
         scale, offset = fitted[0].where(inhabited, scale), fitted[1].where(inhabited, offset)
     return scale, offset, channel_errors(quantiles, scale, offset, grid)
+
+
+@torch.no_grad()
+def channel_importance(layers: Sequence[nn.Linear]) -> Tensor:
+    """`Σ_o w_oc²` over the outputs o of all `layers`, `(channels,)`: what an error of channel c adds to theirs, squared."""
+    return torch.stack([layer.weight.float().square().sum(0) for layer in layers]).sum(0)
+
+
+def channel_mass(importance: Tensor) -> Tensor:
+    """`importance` `(channels,)` as weights of a fit, which must not all be zero."""
+    return importance.float().clamp_min(0) + 1e-12
 
 
 def channel_errors(quantiles: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:

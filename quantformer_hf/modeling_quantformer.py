@@ -30,6 +30,7 @@ from .configuration_quantformer import (
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
 from .pretrained import QuantformerPreTrainedModel
+from .rotation import rotate_stream
 from .run_history import note_change
 
 
@@ -200,7 +201,12 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         quantized.image_processor = processor
         return quantized.to(device=model.device)
 
-    def calibrate(self, batches: Iterable[Tensor | Mapping[str, Any]], centre_channels: bool = True) -> Self:
+    def calibrate(
+        self,
+        batches: Iterable[Tensor | Mapping[str, Any]],
+        centre_channels: bool = True,
+        rotate_channels: bool = True,
+    ) -> Self:
         """Set scales and offsets from data.
 
         Args:
@@ -208,14 +214,25 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
                 images are enough for a start.
             centre_channels: shift channels towards each other first, where biases on both sides can hold the shift
                 (`folding.py`). What the model computes in full precision stays the same.
+            rotate_channels: before that, in a ViT or DeiT, spread outlying channels of the residual stream over all others
+                (`rotation.py`). Logits in full precision stay the same, and hidden states are rotated.
 
         Raises:
             StageError: not in the stage `pretrain`.
             RuntimeError: a layer that no batch reached.
         """
         self._require_stage("calibrate", "pretrain")
-        quantize.calibrate(self, batches, centre_channels)
+        rotates = rotate_channels and not self.config.channels_rotated
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()} if rotates else {}
+        try:
+            rotated = rotates and rotate_stream(self.backbone)
+            quantize.calibrate(self, batches, centre_channels)
+        except BaseException:
+            # Batches that are no good change nothing.
+            self.load_state_dict(before, strict=False)
+            raise
         self.config.calibrated = True
+        self.config.channels_rotated |= rotated
         note_change(self.config)
         return self
 

@@ -11,6 +11,20 @@ QUANTILES = torch.linspace(-8, 8, 33).sigmoid()
 QUANTILE_WEIGHTS = torch.diff(torch.cat([torch.zeros(1), (QUANTILES[1:] + QUANTILES[:-1]) / 2, torch.ones(1)]))
 
 
+def weighted_quantiles(rows: Tensor, weights: Tensor, most_rows: int = 4096) -> Tensor:
+    """Quantiles of each channel `(channels, quantiles)` at the probabilities `QUANTILES`, each row counted by its weight.
+
+    Args:
+        rows: `(rows, channels)`.
+        weights: `(rows,)`, not negative, of a positive sum.
+        most_rows: how many rows are drawn, evenly spaced in what the rows weigh together.
+    """
+    ends = weights.double().cumsum(0)
+    places = (torch.arange(most_rows, dtype=torch.float64, device=rows.device) + 0.5) * (ends[-1] / most_rows)
+    drawn = rows[torch.searchsorted(ends, places).clamp_max(len(rows) - 1)]
+    return torch.quantile(drawn, QUANTILES.to(rows.device), dim=0).T.contiguous()
+
+
 class Observer:
     """Keeps evenly spaced rows of what it is shown, the same ones for the same batches on every machine.
 

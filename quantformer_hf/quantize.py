@@ -12,6 +12,7 @@ from .attention import AttentionOperands, attention_modules
 from .configuration_quantformer import QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
+from .groups import channel_importance
 from .kernels import fake_quantized
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
 from .layers import QuantConv2d, QuantLayerNorm, QuantLinear, quantize_for_readers
@@ -197,12 +198,6 @@ def reading_layers(model: nn.Module) -> dict[GroupActivationQuantizer, list[nn.L
 
 def _shared_quantizer(producer: nn.Module) -> GroupActivationQuantizer | None:
     return getattr(producer, "output_quantizer", None) or getattr(producer, "input_quantizer", None)
-
-
-@torch.no_grad()
-def channel_importance(layers: list[nn.Linear]) -> Tensor:
-    """`Σ_o w_oc²` over the outputs o of all `layers`, `(channels,)`: what an error of channel c adds to theirs, squared."""
-    return torch.stack([layer.weight.float().square().sum(0) for layer in layers]).sum(0)
 
 
 def check_num_groups(model: nn.Module, num_groups: int) -> None:

@@ -3,10 +3,11 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .grids import Grid, fit_affine, fit_row_scales
-from .groups import cluster_channels, initial_assignment_logits
+from .groups import channel_mass, cluster_channels, initial_assignment_logits
 from .kernels import ChannelPlan, Remembered, plan_channels
 from .observers import QUANTILE_WEIGHTS, QUANTILES, Observer
 from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, fake_quantize_rows, positive
@@ -165,12 +166,16 @@ class ActivationQuantizer(nn.Module):
             RuntimeError: scale and offset were never calibrated.
         """
         if self.observer is not None:
-            self.observer.add(PRODUCERS[self.producer][0](x))
+            self.observer.add(self.produce(x))
         if not self.enabled:
-            return PRODUCERS[self.producer][0](x)
+            return self.produce(x)
         self.check_calibrated()
         gradient_scale = (x[0].numel() / self.scale.numel() * self.grid.qmax) ** -0.5
         return self.quantize(x, gradient_scale)
+
+    def produce(self, x: Tensor) -> Tensor:
+        """What is to be quantized, in full precision."""
+        return PRODUCERS[self.producer][0](x)
 
     def check_calibrated(self) -> None:
         """Raise RuntimeError, with the layer's name, if scale and offset mean nothing yet."""
@@ -323,6 +328,25 @@ class GroupActivationQuantizer(ActivationQuantizer):
         self.scale.copy_(scale)
         self.offset.copy_(offset)
         self.assignment_logits.copy_(initial_assignment_logits(errors))
+
+    @torch.no_grad()
+    def refit(self, quantiles: Tensor, importance: Tensor) -> None:
+        """Fit scale and offset of each group anew. Channels stay in their groups, and an empty group as it is.
+
+        Args:
+            quantiles: `(channels, quantiles)`, of what the quantizer sees now.
+            importance: as in `begin_search`.
+        """
+        if self.stage == "pretrain":
+            members = torch.ones(1, self.channels, device=self.scale.device)
+        elif self.stage == "search":
+            members = self.assignment_probabilities()
+        else:
+            members = F.one_hot(self.group_index.long(), self.scale.numel()).T.float()
+        inhabited = members.sum(1) > 0
+        mass = (members * channel_mass(importance)).unsqueeze(2) * QUANTILE_WEIGHTS.to(quantiles.device)
+        scale, offset = fit_affine(quantiles.flatten(), mass[inhabited].flatten(1), self.grid)
+        self.scale[inhabited], self.offset[inhabited] = scale, offset
 
     @torch.no_grad()
     def freeze_groups(self) -> None:

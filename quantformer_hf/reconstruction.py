@@ -1,10 +1,11 @@
-"""Weights refitted to calibration data, layer by layer, without training.
+"""Scales and weights refitted to calibration data, layer by layer, without training.
 
-Each linear is to give on the quantized inputs that it will see what the full-precision one gives on its own: a regression
-with a strong pull to the old weight, then rounding column by column, where the columns not yet rounded make up for the
-error of those that are (GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). Tokens count by how
-much the model's output depends on them (FIMA-Q, arXiv 2506.11543, weighs errors by the Fisher information): without that
-the few tokens with huge values, which cannot be met, spoil the fit of all others.
+Each quantizer of activations is fitted to what reaches it through the quantized layers before it. Then each linear that
+reads it is to give on these quantized inputs what the full-precision one gives on its own: a regression with a strong pull
+to the old weight, then rounding column by column, where the columns not yet rounded make up for the error of those that are
+(GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). Tokens count by how much the model's output
+depends on them (FIMA-Q, arXiv 2506.11543, weighs errors by the Fisher information): without that the few tokens with huge
+values, which cannot be met, spoil the fit of all others.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .grids import Grid, fit_row_scales
+from .groups import channel_importance
+from .observers import weighted_quantiles
 from .quantizers import GroupActivationQuantizer, LSQWeightQuantizer
 
 
@@ -189,7 +192,7 @@ def reconstruct_units(
         expected = []
         with full_precision():
             for batch, hidden in enumerate(full_precision_inputs):
-                with captured_outputs(inside) as seen:
+                with captured_inputs(inside) as seen:
                     full_precision_inputs[batch] = run(hidden)
                 expected.append(seen)
         # In the order in which they ran.
@@ -206,31 +209,41 @@ def _refit_readers(
     inputs: Sequence[Tensor],
     weights: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
 ) -> None:
-    """Refit what reads `quantizer`: `expected` is what it puts out in full precision, `inputs` enter the quantized unit."""
+    """Refit `quantizer`, then what reads it.
+
+    Args:
+        run: the quantized unit, on one of `inputs`.
+        expected: what enters the quantizer in full precision.
+        weights: `token_weights` of each batch.
+    """
+    seen = []
+    for hidden in inputs:
+        with captured_inputs([quantizer]) as of_batch:
+            run(hidden)
+        seen.append(of_batch[quantizer])
+    row_weights = torch.cat([of_batch[quantizer] for of_batch in weights])
+    produced = torch.cat([quantizer.produce(x) for x in seen])
+    quantizer.refit(weighted_quantiles(produced, row_weights), channel_importance(layers))
     layers = [layer for layer in layers if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer)]
     if not layers:
         return
-
-    def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch, hidden in enumerate(inputs):
-            with captured_outputs([quantizer]) as seen:
-                run(hidden)
-            yield expected[batch][quantizer], seen[quantizer], weights[batch][quantizer]
-
-    moments = Moments.of(parts())
+    moments = Moments.of(
+        (quantizer.produce(expected[batch][quantizer]), quantizer.quantize(x, 1.0), weights[batch][quantizer])
+        for batch, x in enumerate(seen)
+    )
     for layer in layers:
         refit_layer(layer, moments)
 
 
 @contextlib.contextmanager
-def captured_outputs(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Collect what `modules` put out inside the `with` block, as `(rows, channels)` float32, in the order of their calls."""
+def captured_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collect what enters `modules` inside the `with` block, as `(rows, channels)` float32, in the order of their calls."""
     seen: dict[nn.Module, Tensor] = {}
 
-    def keep(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        seen[module] = output.detach().reshape(-1, output.shape[-1]).float()
+    def keep(module: nn.Module, arguments: tuple) -> None:
+        seen[module] = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
 
-    handles = [module.register_forward_hook(keep) for module in modules]
+    handles = [module.register_forward_pre_hook(keep) for module in modules]
     try:
         yield seen
     finally:

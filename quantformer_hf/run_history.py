@@ -43,6 +43,7 @@ RECIPE_ARGUMENTS = (
     "calibration_samples",
     "reconstruction_samples",
     "centre_channels",
+    "rotate_channels",
     "crop_scale",
     "horizontal_flip",
     "color_jitter",

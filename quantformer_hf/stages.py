@@ -215,7 +215,7 @@ class StageRun:
             # A later stage that starts here has the verbs of the earlier ones run, without their training.
             teacher = model
             model = QuantformerForImageClassification.from_full_precision(model, **arguments.quantization_arguments())
-            model.calibrate(batches(), centre_channels=arguments.centre_channels)
+            model.calibrate(batches(), arguments.centre_channels, arguments.rotate_channels)
             if self.stage in ("search", "finetune"):
                 model.begin_search()
         elif self.stage == "search":

@@ -29,6 +29,7 @@ from .pretrained import QuantformerPreTrainedModel
 from .quantize import blocks, group_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .resumable_trainer import ResumableTrainer
+from .rotation import rotated
 from .stochastic_depth import stochastic_depth
 from .training_args import QuantformerTrainingArguments
 
@@ -171,9 +172,10 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 outputs.logits, taught.logits, self.args.distillation_temperature
             )
         if wants_features:
-            terms["features"] = self.args.feature_weight * feature_distillation(
-                outputs.hidden_states, taught.hidden_states
-            )
+            features = taught.hidden_states
+            if quantized.config.channels_rotated:
+                features = rotated(features)
+            terms["features"] = self.args.feature_weight * feature_distillation(outputs.hidden_states, features)
         if self.args.dm_weight > 0 and quantized.config.stage == "search":
             probabilities = [quantizer.assignment_probabilities() for quantizer in group_quantizers(quantized)]
             terms["assignment"] = self.args.dm_weight * assignment_entropy(probabilities)

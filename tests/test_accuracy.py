@@ -19,8 +19,8 @@ FLAGS = [
     *("--report_to", "none", "--seed", "0", "--use_cpu", "True"),
 ]
 PLAIN_LSQ = [
-    *("--stages", "pretrain", "--centre_channels", "False", "--reconstruction_samples", "0"),
-    *("--feature_weight", "0", "--aux_weight", "0", "--block_gradient_scale", "1"),
+    *("--stages", "pretrain", "--centre_channels", "False", "--rotate_channels", "False"),
+    *("--reconstruction_samples", "0", "--feature_weight", "0", "--aux_weight", "0", "--block_gradient_scale", "1"),
 ]
 
 

@@ -256,3 +256,37 @@ def test_groups_lose_less_than_one_scale_for_all():
 def test_an_uncalibrated_quantizer_names_its_layer_and_the_way_out():
     with pytest.raises(RuntimeError, match=r"layer 'block\.fc1' was not calibrated: run model\.calibrate"):
         ActivationQuantizer(4, "block.fc1")(torch.randn(2, 3))
+
+
+def test_refitted_scales_follow_what_is_seen_and_channels_stay(stage):
+    quantizer = make_group_quantizer_for_refit(stage)
+    before = quantizer.scale.detach().clone()
+    quantiles = 3 * torch.linspace(-1, 1, len(QUANTILES)).expand(8, -1) * torch.arange(1.0, 9.0).unsqueeze(1)
+    assignment = {name: t.clone() for name, t in quantizer.state_dict().items() if name not in ("scale", "offset")}
+    quantizer.refit(quantiles, torch.ones(8))
+    rows = quantiles.T.contiguous()
+    error = (quantizer.quantize(rows, 1.0) - rows).square().mean()
+    assert (quantizer.scale > 2 * before).all()
+    assert all(torch.equal(t, assignment[name]) for name, t in quantizer.state_dict().items() if name in assignment)
+    quantizer.scale.data.copy_(before)
+    assert error < (quantizer.quantize(rows, 1.0) - rows).square().mean()
+
+
+def make_group_quantizer_for_refit(stage: str) -> GroupActivationQuantizer:
+    """Calibrated on eight channels of ever larger ranges."""
+    quantizer = GroupActivationQuantizer(8, 4, "layer")
+    quantizer.calibrate(torch.linspace(-1, 1, len(QUANTILES)).expand(8, -1) * torch.arange(1.0, 9.0).unsqueeze(1))
+    if stage != "pretrain":
+        quantizer.begin_search(2)
+    if stage == "finetune":
+        quantizer.freeze_groups()
+    return quantizer
+
+
+def test_an_empty_group_is_left_as_it_is_by_a_refit():
+    quantizer = make_group_quantizer_for_refit("finetune")
+    quantizer.group_index.fill_(1)
+    before = quantizer.scale.tolist()
+    quantizer.refit(torch.linspace(-99, 99, len(QUANTILES)).expand(8, -1), torch.zeros(8))
+    assert quantizer.scale[0].item() == before[0]
+    assert quantizer.scale[1].item() > 2 * before[1]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..groups import channel_importance
 from ..modeling_quantformer import QuantformerForImageClassification
-from ..quantize import blocks, channel_importance, full_precision, reading_layers
+from ..quantize import blocks, full_precision, reading_layers
 from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
-from ..reconstruction import Moments, captured_outputs, refit_layer, token_weights, unit_inputs
+from ..reconstruction import Moments, captured_inputs, refit_layer, token_weights, unit_inputs
 from .search_space import SearchSpace
 
 
@@ -96,7 +97,7 @@ def _rounded(layer: nn.Linear, bits: int, weight_quantizer: str, moments: Moment
 
 
 def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQuantizer, Moments]:
-    """Second moments of what each input quantizer is given in full precision, weighted as in `reconstruct`."""
+    """Second moments of what each input quantizer quantizes, in full precision, weighted as in `reconstruct`."""
     units, readers = blocks(model), reading_layers(model)
     found = {}
     with full_precision(model):
@@ -107,13 +108,13 @@ def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQua
                 inside = [module for module in unit.modules() if module in readers]
                 seen = []
                 for number, x in enumerate(hidden):
-                    with captured_outputs(inside) as outputs:
+                    with captured_inputs(inside) as inputs:
                         output = unit(x, *positional, **named)
                     hidden[number] = output[0] if isinstance(output, tuple) else output
-                    seen.append(outputs)
+                    seen.append({quantizer: quantizer.produce(rows) for quantizer, rows in inputs.items()})
                 for quantizer in inside:
                     found[quantizer] = Moments.of(
-                        (outputs[quantizer], outputs[quantizer], weight[quantizer])
-                        for outputs, weight in zip(seen, weights, strict=True)
+                        (produced[quantizer], produced[quantizer], weight[quantizer])
+                        for produced, weight in zip(seen, weights, strict=True)
                     )
     return found

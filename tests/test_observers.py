@@ -1,0 +1,20 @@
+"""Quantiles of what calibration sees."""
+
+import torch
+
+from quantformer_hf.observers import QUANTILES, weighted_quantiles
+
+
+def test_rows_count_by_their_weight():
+    rows = torch.cat([torch.randn(1000, 3), 50 + torch.randn(1000, 3)])
+    weights = torch.cat([torch.full((1000,), 9.0), torch.ones(1000)])
+    quantiles = weighted_quantiles(rows, weights)
+    assert quantiles.shape == (3, len(QUANTILES))
+    # A tenth of the weight lies at 50.
+    assert (quantiles[:, QUANTILES < 0.88] < 10).all()
+    assert (quantiles[:, QUANTILES > 0.92] > 40).all()
+
+
+def test_rows_without_weight_are_not_seen():
+    rows = torch.tensor([[0.0], [1.0], [1e6]])
+    assert weighted_quantiles(rows, torch.tensor([1.0, 1.0, 0.0])).max() == 1

@@ -1,0 +1,82 @@
+"""The residual stream turned by an orthogonal matrix."""
+
+import pytest
+import torch
+from conftest import make_batches, make_full_precision
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf.quantize import full_precision
+from quantformer_hf.rotation import rotate_stream, rotated, rotation
+
+
+@pytest.fixture(params=["vit", "deit", "deit-distilled"])
+def original(request):
+    """A model whose LayerNorms and biases do something."""
+    model = make_full_precision(request.param)
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data += torch.randn(module.weight.shape, generator=generator)
+        if getattr(module, "bias", None) is not None:
+            module.bias.data += torch.randn(module.bias.shape, generator=generator)
+    return model.eval()
+
+
+def states_and_logits(model) -> tuple[list[torch.Tensor], torch.Tensor]:
+    with torch.no_grad():
+        outputs = model(pixel_values=make_batches(1, seed=5)[0], output_hidden_states=True)
+    return list(outputs.hidden_states), outputs.logits
+
+
+@pytest.mark.parametrize("size", [16, 192, 384])
+def test_the_matrix_is_orthogonal_keeps_means_and_spreads_every_channel(size):
+    matrix = rotation(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(matrix.sum(0), torch.ones(size, dtype=torch.float64))
+    assert matrix.abs().max() < 4.5 * size**-0.5
+
+
+def test_logits_stay_and_hidden_states_are_rotated(original):
+    expected_states, expected = states_and_logits(original)
+    model = QuantformerForImageClassification.from_full_precision(original)
+    model.calibrate(make_batches(), centre_channels=False).eval()
+    with full_precision(model):
+        states, logits = states_and_logits(model)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for found, state in zip(states, rotated(expected_states), strict=True):
+        torch.testing.assert_close(found, state, rtol=1e-4, atol=1e-4)
+    assert model.config.channels_rotated
+
+
+def test_it_happens_once_and_can_be_left_out():
+    model = QuantformerForImageClassification.from_full_precision(make_full_precision("vit"))
+    weight = model.backbone.vit.layers[0].mlp.fc2.weight
+    before = weight.clone()
+    model.calibrate(make_batches(), rotate_channels=False)
+    assert torch.equal(weight, before)
+    assert not model.config.channels_rotated
+    once = model.calibrate(make_batches()).backbone.vit.layers[0].mlp.fc2.weight.clone()
+    assert not torch.allclose(once, before)
+    assert torch.equal(model.calibrate(make_batches()).backbone.vit.layers[0].mlp.fc2.weight, once)
+
+
+def test_an_outlying_channel_is_outlying_no_more():
+    original = make_full_precision("vit")
+    original.vit.embeddings.position_embeddings.data[..., 3] += 30
+    spreads = []
+    for rotate in (False, True):
+        model = QuantformerForImageClassification.from_full_precision(original)
+        model.calibrate(make_batches(), centre_channels=False, rotate_channels=rotate)
+        quantiles = model.backbone.vit.layers[0].layernorm_before.output_quantizer.channel_quantiles
+        spreads.append((quantiles.abs().amax(1).max() / quantiles.abs().amax(1).median()).item())
+    assert spreads[1] < spreads[0] / 2
+
+
+def test_swin_and_readers_without_bias_are_left_alone():
+    without_bias = ViTConfig(**make_full_precision("vit").config.to_dict() | {"qkv_bias": False})
+    for model in (make_full_precision("swin"), ViTForImageClassification(without_bias)):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert not rotate_stream(model)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
