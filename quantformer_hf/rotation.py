@@ -60,9 +60,9 @@ def rotate_stream(backbone: nn.Module) -> bool:
 
     for norm, layers in readers:
         for layer in layers:
-            weight = layer.weight.double()
-            layer.bias += (weight @ norm.bias.double()).to(layer.bias)
-            layer.weight.copy_(_turned(weight * norm.weight.double()))
+            weight = _wide(layer.weight)
+            layer.bias.copy_(_wide(layer.bias) + weight @ _wide(norm.bias))
+            layer.weight.copy_(_turned(weight * _wide(norm.weight)))
         norm.weight.fill_(1)
         norm.bias.zero_()
     for layer in writers:
@@ -79,10 +79,16 @@ def rotate_stream(backbone: nn.Module) -> bool:
 
 def rotated(hidden_states: Sequence[Tensor]) -> list[Tensor]:
     """Hidden states `(..., size)` of the original model as the rotated one has them."""
-    matrix = rotation(hidden_states[0].shape[-1]).to(hidden_states[0])
+    first = hidden_states[0]
+    matrix = rotation(first.shape[-1]).to(first.dtype).to(first.device)
     return [states @ matrix for states in hidden_states]
 
 
 def _turned(rows: Tensor) -> Tensor:
-    """`rows R`, `(..., size)`, float64."""
-    return rows.double() @ rotation(rows.shape[-1]).to(rows.device)
+    """`rows R`, `(..., size)`, float64 on the CPU."""
+    return _wide(rows) @ rotation(rows.shape[-1])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # On the CPU, as some devices have no float64.
+    return tensor.cpu().double()
