@@ -237,10 +237,10 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         return self
 
     def reconstruct(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> Self:
-        """Refit the weights, layer by layer, to the quantized model's own activations, without training.
+        """Refit scales and weights, layer by layer, to the quantized model's own activations, without training.
 
         It may follow `calibrate`, `begin_search` or `freeze_groups`, and changes no stage. Layers whose weight quantizer
-        is not `lsq` keep their weights.
+        is not `lsq` keep their weights, and channels stay in their groups.
 
         Args:
             batches: as in `calibrate`. README's figures are with 128 images.

@@ -297,7 +297,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], c
 
 
 def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]]) -> None:
-    """Refit the weights of the block linears to what the quantized model's own activations are (`reconstruction.py`).
+    """Refit the block linears, and the scales of their inputs, to the quantized model's activations (`reconstruction.py`).
 
     Raises:
         TypeError, ValueError: as `pixel_values_of`; no batch at all.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_batches, make_full_precision
 from torch import nn
+from trainers import make_trainer
 from transformers import ViTConfig, ViTForImageClassification
 
 from quantformer_hf import QuantformerForImageClassification
@@ -60,6 +61,15 @@ def test_it_happens_once_and_can_be_left_out():
     once = model.calibrate(make_batches()).backbone.vit.layers[0].mlp.fc2.weight.clone()
     assert not torch.allclose(once, before)
     assert torch.equal(model.calibrate(make_batches()).backbone.vit.layers[0].mlp.fc2.weight, once)
+
+
+def test_features_are_compared_with_the_rotated_teacher(tmp_path):
+    teacher = make_full_precision("vit")
+    model = QuantformerForImageClassification.from_full_precision(teacher).calibrate(make_batches()).train()
+    trainer = make_trainer(tmp_path, model, teacher, task_weight=0.0, feature_weight=1.0)
+    with full_precision(model):
+        loss = trainer.compute_loss(model, {"pixel_values": make_batches(1)[0], "labels": torch.zeros(4).long()})
+    assert loss.item() < 1e-6
 
 
 def test_an_outlying_channel_is_outlying_no_more():
