@@ -159,7 +159,8 @@ def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> d
     for quantizer, group in outputs.items():
         information = sum(next(gradients).float().square().sum(-1).flatten() for _ in group)
         weight = information.pow(TOKEN_WEIGHT_POWER)
-        weights[quantizer] = weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
+        # A model that is certain of all images has no gradient left to tell tokens by.
+        weights[quantizer] = weight / weight.mean() if weight.mean() > 0 else torch.ones_like(weight)
     return weights
 
 

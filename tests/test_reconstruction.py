@@ -77,6 +77,13 @@ def test_token_weights_are_positive_of_mean_one_and_find_the_token_that_is_read(
     assert (per_token[:, 1:] == 0).all()
 
 
+def test_a_certain_model_weighs_all_tokens_alike():
+    quantized = make_quantized("vit")
+    quantized.backbone.classifier.bias.data[0] = 1e4
+    for weight in token_weights(quantized, make_batches(1)[0], reading_layers(quantized)).values():
+        assert (weight == 1).all()
+
+
 def output_error(model, backbone) -> float:
     original = make_full_precision(backbone)
     with torch.no_grad():
