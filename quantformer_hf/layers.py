@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import in_integers, infers, plan_linear, plan_weight
+from .kernels import in_integers, infers, operators, plan_linear, plan_weight
 from .ops import positive
 from .quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -172,7 +172,26 @@ class QuantLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., channels)` in and out; where it gives codes, `(..., positions)` uint8."""
-        return quantize_for_readers(self, self.output_quantizer, super().forward(x))
+        quantizer = self.output_quantizer
+        if not self.can_infer(x):
+            return quantize_for_readers(self, quantizer, super().forward(x))
+        norm = self.weight, self.bias, self.eps
+        if self.gives_codes:
+            return quantizer.to_codes(x, norm)
+        return quantizer(operators.call(operators.layer_norm, x, *norm))
+
+    def can_infer(self, x: Tensor) -> bool:
+        """Whether this is inference in integers, whose LayerNorm has the same bits on every machine."""
+        quantizer = self.output_quantizer
+        return (
+            x.dtype == torch.float32
+            and (self.weight is None or self.weight.dtype == torch.float32)
+            and quantizer.hard
+            and (in_integers() if quantizer.packed else infers(self))
+            and quantizer.enabled
+            and quantizer.calibrated
+            and quantizer.observer is None
+        )
 
 
 def quantize_for_readers(producer: nn.Module, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:

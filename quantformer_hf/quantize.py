@@ -17,6 +17,7 @@ from .kernels import fake_quantized
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
 from .layers import QuantConv2d, QuantLayerNorm, QuantLinear, quantize_for_readers
 from .ops import PRODUCERS
+from .packed_blocks import choose_forms
 from .packed_layers import PackedLinear, packed_form
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
 from .reconstruction import reconstruct_units, token_weights, unit_inputs
@@ -112,6 +113,7 @@ def connect_readers(backbone: nn.Module, packed: bool) -> None:
         quantizer = _shared_quantizer(module)
         if quantizer is not None:
             module.gives_codes = all(isinstance(layer, PackedLinear) for layer in readers[quantizer])
+    choose_forms(backbone, packed)
 
 
 def find_shared_inputs(backbone: nn.Module) -> dict[str, list[str]]:

@@ -212,8 +212,12 @@ class ActivationQuantizer(nn.Module):
         """The group of each channel, `(channels,)`; None for one group."""
         return None
 
-    def to_codes(self, x: Tensor) -> Tensor:
+    def to_codes(self, x: Tensor, norm: tuple[Tensor | None, Tensor | None, float] | None = None) -> Tensor:
         """The integers of `forward`, `(..., positions)` uint8 in the order of `plan`, from `x` `(..., channels)`.
+
+        Args:
+            x: what `forward` takes, or, float32, what the LayerNorm takes that makes it.
+            norm: weight, bias and epsilon of that LayerNorm.
 
         Raises:
             RuntimeError: scale and offset were never calibrated.
@@ -221,7 +225,8 @@ class ActivationQuantizer(nn.Module):
         self.check_calibrated()
         if self.input_dtype != x.dtype:
             self.input_dtype = x.dtype
-        return self.plan(x.shape[-1]).quantize(x.float())
+        plan = self.plan(x.shape[-1])
+        return plan.quantize(x.float()) if norm is None else plan.quantize_norm(x, *norm)
 
     def make_observer(self) -> Observer:
         return Observer(channels=1)

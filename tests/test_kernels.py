@@ -148,6 +148,25 @@ def test_gelu_is_made_on_the_way_to_codes(name, channels):
     torch.testing.assert_close(reference.gelu_of(x).double(), torch.nn.functional.gelu(x.double()), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("channels", [1, 8, 100, 192])
+def test_layer_norm_has_the_bits_of_plain_torch_also_on_the_way_to_codes(name, channels):
+    """And is the function of torch to its last digits."""
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randn(3, 40, channels, generator=generator) * 5 + 2
+    weight, bias = torch.rand(channels, generator=generator), torch.randn(channels, generator=generator)
+    index = torch.randint(0, 3, (channels,), generator=generator)
+    plan = plans.plan_channels(channels, torch.tensor([0.1, 0.2, 0.05]), torch.tensor([-1.0, 0.0, 0.5]), index, 15)
+    for affine in ((weight, bias), (weight, None), (None, None)):
+        expected = reference.layer_norm(x, *affine, 1e-5)
+        with using(name):
+            assert torch.equal(operators.layer_norm(x, *affine, 1e-5), expected)
+            assert torch.equal(plan.quantize_norm(x, *affine, 1e-5), plan.quantize(expected))
+        wide = [None if tensor is None else tensor.double() for tensor in affine]
+        of_torch = torch.nn.functional.layer_norm(x.double(), (channels,), *wide, 1e-5)
+        torch.testing.assert_close(expected.double(), of_torch, rtol=1e-5, atol=1e-5)
+
+
 def test_softmax_is_that_of_torch_to_its_last_digits():
     x = torch.randn(50, 197, generator=torch.Generator().manual_seed(0)) * 20
     # The subtraction of the largest is exact then.
@@ -183,6 +202,7 @@ def test_operators_are_what_torch_expects_of_them():
     codes = channels.quantize(x)
     ops = torch.ops.quantformer
     torch.library.opcheck(ops.quantize.default, (x, channels.offset, channels.inverse, channels.source, 15))
+    torch.library.opcheck(ops.layer_norm.default, (x, torch.ones(24), torch.zeros(24), 1e-5))
     arguments = (weight.columns, weight.bits, weight.largest_code, weight.multiplier, weight.addend, channels.source)
     arguments += (channels.group_ends, channels.group_scales, channels.largest, weight.scale, bias)
     torch.library.opcheck(ops.multiply.default, (codes, packed, *arguments))
@@ -263,7 +283,8 @@ def test_a_packed_model_compiles_and_exports_whole():
     names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     operators_of_ours = {name for name in names if name.startswith("quantformer.")}
     assert operators_of_ours == {
-        f"quantformer.{name}.default" for name in ("quantize", "multiply", "attention_probabilities", "attention_mix")
+        f"quantformer.{name}.default"
+        for name in ("layer_norm", "quantize", "multiply", "attention_probabilities", "attention_mix")
     }
     with torch.no_grad():
         assert torch.equal(exported.module()(pixel_values=batch).logits, expected)

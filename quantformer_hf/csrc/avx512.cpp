@@ -115,6 +115,7 @@ const InstructionSet* avx512() {
                                      narrower->quantize,
                                      narrower->gelu,
                                      narrower->softmax,
+                                     narrower->layer_norm,
                                      narrower->reorder};
   return &set;
 }

@@ -83,6 +83,7 @@ struct InstructionSet {
   // One row, see pointwise.h.
   void (*gelu)(const float* x, int64_t n, float* y);
   void (*softmax)(float* row, const float* mask, int64_t n);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y);
   // kBlock rows: out[row][position] = rows[row][source[position]], zero where that is `columns`.
   void (*reorder)(const Order&);
 };

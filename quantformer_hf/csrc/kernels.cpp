@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
-#include <vector>
+#include <memory>
+#include <new>
 
 #include "scratch.h"
 
@@ -54,6 +55,9 @@ void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
     const float* x = job.x + r * job.channels;
     if (job.gelu) {
       set.gelu(x, job.channels, made);
+      x = made;
+    } else if (job.norm != nullptr) {
+      set.layer_norm(x, job.norm->weight, job.norm->bias, job.norm->epsilon, job.channels, made);
       x = made;
     }
     set.quantize(x, job.offset, job.inverse, largest, job.channels, codes);
@@ -128,7 +132,8 @@ void fill_source(int32_t* source, int64_t columns, int64_t positions) {
   for (int64_t k = 0; k < positions; ++k) source[k] = static_cast<int32_t>(std::min(k, columns));
 }
 
-void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h) {
+// `probabilities`: `(queries, keys)`, of this head.
+void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h, float* probabilities) {
   const int64_t positions = padded(job.head_size);
   thread_local Scratch scratch;
   scratch.reserve((job.queries + job.keys) * positions + 2 * positions * sizeof(float) +
@@ -159,7 +164,7 @@ void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h) {
                            &positions, &one);
   p.scale = scale;
   p.bias = bias;
-  p.y = job.probabilities + (b * job.heads + h) * job.queries * job.keys;
+  p.y = probabilities;
   p.y_stride = job.keys;
   multiply(p, plan(p, current()), current(), 0, divide_up(p.outputs, kPanel), 0, p.rows);
   const float* mask = job.mask;
@@ -169,7 +174,7 @@ void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h) {
   }
 }
 
-void mix_head(const Mixed& job, int64_t b, int64_t h) {
+void mix_head(const Mixed& job, int64_t b, int64_t h, const float* probabilities) {
   const int64_t positions = padded(job.keys), n = job.head_size;
   thread_local Scratch scratch;
   const int64_t longest = std::max(positions, n);
@@ -198,8 +203,7 @@ void mix_head(const Mixed& job, int64_t b, int64_t h) {
   }
   std::fill_n(offset, positions, p_operand.offset);
   std::fill_n(inverse, positions, p_operand.inverse);
-  quantize_operand(job.probabilities + (b * job.heads + h) * job.queries * job.keys, job.keys, job.queries, job.keys,
-                   job.largest, offset, inverse, weights, positions);
+  quantize_operand(probabilities, job.keys, job.queries, job.keys, job.largest, offset, inverse, weights, positions);
   for (int64_t i = 0; i < job.queries; ++i) {
     of_row[i] = static_cast<float>(sum(weights + i * positions, job.keys)) * of_rows;
   }
@@ -216,11 +220,85 @@ void mix_head(const Mixed& job, int64_t b, int64_t h) {
   }
 }
 
-template <typename Job>
-int by_head(const Job& job, int64_t threads, ParallelFor parallel_for, void (*work)(const Job&, int64_t, int64_t)) {
-  return share(job.batch * job.heads, threads, parallel_for, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(job, i / job.heads, i % job.heads);
+// `work(begin, end)` over the rows.
+template <typename Job, typename Work>
+int by_rows(const Job& job, int64_t threads, ParallelFor parallel_for, const Work& work) {
+  // A task is large enough to be worth a thread.
+  const int64_t rows = divide_up(32768, std::max<int64_t>(1, job.channels) * kBlock) * kBlock;
+  return share(divide_up(job.rows, rows), threads, parallel_for, [&](int64_t begin, int64_t end) {
+    work(begin * rows, std::min(end * rows, job.rows));
   });
+}
+
+// `work(batch, head, place of its map among all)`.
+template <typename Job, typename Work>
+int by_head(const Job& job, int64_t threads, ParallelFor parallel_for, const Work& work) {
+  return share(job.batch * job.heads, threads, parallel_for, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i / job.heads, i % job.heads, i * job.queries * job.keys);
+  });
+}
+
+// Not initialised.
+template <typename T>
+std::unique_ptr<T[]> buffer(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+int run_mlp(const Mlp& job, int64_t threads, ParallelFor parallel_for) {
+  Product first = job.first, second = job.second;
+  Codes between = job.between;
+  const auto hidden = buffer<float>(first.rows * first.outputs);
+  const auto codes = buffer<uint8_t>(first.rows * between.positions);
+  first.y = hidden.get();
+  between.x = hidden.get();
+  between.codes = codes.get();
+  second.x = codes.get();
+  between.rows = second.rows = first.rows;
+  if (quantformer_multiply(&first, threads, parallel_for) != 0) return -1;
+  if (quantformer_quantize(&between, threads, parallel_for) != 0) return -1;
+  return quantformer_multiply(&second, threads, parallel_for);
+}
+
+int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor parallel_for) {
+  Product output = job.output;
+  Probabilities scores = job.scores;
+  Mixed mix = job.mix;
+  Codes between = job.between;
+  const int64_t rows = job.query.rows, width = mix.heads * mix.head_size;
+  // Query, key, value, and what is mixed of it.
+  const auto operands = buffer<float>(4 * rows * width);
+  const auto codes = buffer<uint8_t>(rows * between.positions);
+  float* at = operands.get();
+  for (const Product* linear : {&job.query, &job.key, &job.value}) {
+    Product p = *linear;
+    p.x = job.query.x;
+    p.rows = rows;
+    p.y = at;
+    if (quantformer_multiply(&p, threads, parallel_for) != 0) return -1;
+    at += rows * width;
+  }
+  const int64_t strides[3] = {mix.queries * width, mix.head_size, width};
+  scores.query = operands.get();
+  scores.key = scores.query + rows * width;
+  mix.value = scores.key + rows * width;
+  std::copy_n(strides, 3, scores.query_strides);
+  std::copy_n(strides, 3, scores.key_strides);
+  std::copy_n(strides, 3, mix.value_strides);
+  mix.output = at;
+  const auto attend = [&](int64_t b, int64_t h, int64_t) {
+    thread_local Scratch scratch;
+    scratch.reserve(mix.queries * mix.keys * sizeof(float));
+    auto probabilities = scratch.take<float>(mix.queries * mix.keys);
+    probabilities_of_head(scores, b, h, probabilities);
+    mix_head(mix, b, h, probabilities);
+  };
+  if (by_head(mix, threads, parallel_for, attend) != 0) return -1;
+  between.x = mix.output;
+  between.rows = output.rows = rows;
+  between.codes = codes.get();
+  output.x = codes.get();
+  if (quantformer_quantize(&between, threads, parallel_for) != 0) return -1;
+  return quantformer_multiply(&output, threads, parallel_for);
 }
 
 }  // namespace
@@ -228,10 +306,16 @@ int by_head(const Job& job, int64_t threads, ParallelFor parallel_for, void (*wo
 
 int quantformer_quantize(const Codes* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
-  // A task is large enough to be worth a thread.
-  const int64_t rows = divide_up(32768, std::max<int64_t>(1, job->channels) * kBlock) * kBlock;
-  return share(divide_up(job->rows, rows), threads, parallel_for, [&](int64_t begin, int64_t end) {
-    quantize_rows(*job, begin * rows, std::min(end * rows, job->rows));
+  return by_rows(*job, threads, parallel_for, [&](int64_t begin, int64_t end) { quantize_rows(*job, begin, end); });
+}
+
+int quantformer_layer_norm(const Norm* job, int64_t threads, ParallelFor parallel_for) {
+  using namespace quantformer;
+  return by_rows(*job, threads, parallel_for, [&](int64_t begin, int64_t end) {
+    const LayerNorm& norm = job->norm;
+    for (int64_t at = begin * job->channels; at < end * job->channels; at += job->channels) {
+      current().layer_norm(job->x + at, norm.weight, norm.bias, norm.epsilon, job->channels, job->y + at);
+    }
   });
 }
 
@@ -246,13 +330,36 @@ int quantformer_multiply(const quantformer::Product* job, int64_t threads, Paral
 }
 
 int quantformer_probabilities(const Probabilities* job, int64_t threads, ParallelFor parallel_for) {
-  return quantformer::by_head(*job, threads, parallel_for, quantformer::probabilities_of_head);
+  using namespace quantformer;
+  return by_head(*job, threads, parallel_for, [&](int64_t b, int64_t h, int64_t place) {
+    probabilities_of_head(*job, b, h, job->probabilities + place);
+  });
 }
 
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for) {
-  return quantformer::by_head(*job, threads, parallel_for, quantformer::mix_head);
+  using namespace quantformer;
+  return by_head(*job, threads, parallel_for, [&](int64_t b, int64_t h, int64_t place) {
+    mix_head(*job, b, h, job->probabilities + place);
+  });
+}
+
+int quantformer_mlp(const Mlp* job, int64_t threads, ParallelFor parallel_for) {
+  try {
+    return quantformer::run_mlp(*job, threads, parallel_for);
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+}
+
+int quantformer_attention_block(const AttentionBlock* job, int64_t threads, ParallelFor parallel_for) {
+  try {
+    return quantformer::run_attention_block(*job, threads, parallel_for);
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
 }
 
 int64_t quantformer_job_bytes() {
-  return sizeof(Codes) + sizeof(quantformer::Product) + sizeof(Probabilities) + sizeof(Mixed);
+  return sizeof(Codes) + sizeof(Norm) + sizeof(quantformer::Product) + sizeof(Probabilities) + sizeof(Mixed) + sizeof(Mlp) +
+         sizeof(AttentionBlock);
 }

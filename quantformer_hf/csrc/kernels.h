@@ -16,8 +16,13 @@ typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, void (
 const char* quantformer_instruction_set();
 int quantformer_use_instruction_set(const char* name);
 
+struct LayerNorm {
+  const float *weight, *bias;  // `(channels,)`, or null
+  float epsilon;
+};
+
 // Codes of activations: row by row, clamp(round((f(x) - offset) * inverse), 0, largest), then in the order of `source`.
-// f is GELU where `gelu` is not zero.
+// f is GELU where `gelu` is not zero, and LayerNorm where `norm` is not null.
 struct Codes {
   const float* x;  // `(rows, channels)`
   int64_t rows, channels;
@@ -27,8 +32,18 @@ struct Codes {
   const int32_t* source;  // `(positions,)`, the channel of each position, `channels` for padding; null: as they are
   int64_t positions;
   uint8_t* codes;  // `(rows, positions)`
+  const LayerNorm* norm;
 };
 int quantformer_quantize(const Codes* job, int64_t threads, ParallelFor parallel_for);
+
+// y = LayerNorm(x).
+struct Norm {
+  const float* x;  // `(rows, channels)`
+  int64_t rows, channels;
+  LayerNorm norm;
+  float* y;
+};
+int quantformer_layer_norm(const Norm* job, int64_t threads, ParallelFor parallel_for);
 
 // See product.h.
 int quantformer_multiply(const quantformer::Product* job, int64_t threads, ParallelFor parallel_for);
@@ -64,6 +79,28 @@ struct Mixed {
 };
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for);
 
-// Of all four jobs together: what a caller compares with its own, in case it was written for another build.
+// What the steps of a module leave for each other (`y` of one product, `x` and `rows` of the next) is filled in by the
+// call; `x` and `rows` of the first step and `y` of the last one are the caller's.
+
+// A multilayer perceptron: linear, codes (of GELU), linear.
+struct Mlp {
+  quantformer::Product first;
+  Codes between;
+  quantformer::Product second;
+};
+int quantformer_mlp(const Mlp* job, int64_t threads, ParallelFor parallel_for);
+
+// An attention block: three linears of the same codes, attention, codes, linear. `scores` and `mix` have the sizes,
+// and `scores` the mask.
+struct AttentionBlock {
+  quantformer::Product query, key, value;
+  Probabilities scores;
+  Mixed mix;
+  Codes between;
+  quantformer::Product output;
+};
+int quantformer_attention_block(const AttentionBlock* job, int64_t threads, ParallelFor parallel_for);
+
+// Of all these jobs together: what a caller compares with its own, in case it was written for another build.
 int64_t quantformer_job_bytes();
 }

@@ -96,6 +96,7 @@ const InstructionSet* plain() {
                                      quantize,
                                      gelu,
                                      softmax,
+                                     layer_norm,
                                      reorder};
   return &set;
 }

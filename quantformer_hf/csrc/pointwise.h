@@ -1,8 +1,9 @@
-// Softmax and GELU, written once for all instruction sets in the vector extensions of GCC and Clang: TARGET, which the
+// Softmax, GELU and LayerNorm, written once for all instruction sets in the vector extensions of GCC and Clang: TARGET, which the
 // including file defines, says which instructions they become. One rounding an operation, in the order written here;
 // `reference.py` does the same, so that all give the same bits.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -83,6 +84,14 @@ INLINE float largest_lane(Floats v) {
   return largest;
 }
 
+// How all sums of a row end: each lane has added up by itself, and the lanes then do by halves.
+INLINE float sum_of_lanes(Floats sums) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) sums[lane] = sums[lane] + sums[lane + half];
+  }
+  return sums[0];
+}
+
 // row = softmax(row + mask), in place; `mask` may be null.
 TARGET inline void softmax(float* row, const float* mask, int64_t n) {
   const float lowest = -3.402823466e38f;
@@ -97,7 +106,6 @@ TARGET inline void softmax(float* row, const float* mask, int64_t n) {
   }
   const float largest = largest_lane(top);
 
-  // Each lane adds up by itself, and the lanes then by halves.
   Floats sums = Floats{};
   for (int64_t i = 0; i < whole; i += kLanes) {
     const Floats e = exponential(load_floats(row + i) - largest);
@@ -108,11 +116,36 @@ TARGET inline void softmax(float* row, const float* mask, int64_t n) {
     store_last(row + whole, exponential(load_last(row + whole, last, 0) - largest), last);
     sums = sums + load_last(row + whole, last, 0);
   }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) sums[lane] = sums[lane] + sums[lane + half];
-  }
-  const float factor = 1.0f / sums[0];
+  const float factor = 1.0f / sum_of_lanes(sums);
   for (int64_t i = 0; i < n; ++i) row[i] = row[i] * factor;
+}
+
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias; `weight` and `bias` may be null.
+TARGET inline void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y) {
+  const int64_t whole = n / kLanes * kLanes, last = n - whole;
+  const float share = static_cast<float>(1.0 / static_cast<double>(n));
+  Floats sums = Floats{};
+  for (int64_t i = 0; i < whole; i += kLanes) sums = sums + load_floats(x + i);
+  if (last > 0) sums = sums + load_last(x + whole, last, 0);
+  const float mean = sum_of_lanes(sums) * share;
+  sums = Floats{};
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Floats difference = load_floats(x + i) - mean;
+    store_floats(y + i, difference);
+    sums = sums + difference * difference;
+  }
+  if (last > 0) {
+    store_last(y + whole, load_last(x + whole, last, 0) - mean, last);
+    const Floats difference = load_last(y + whole, last, 0);
+    sums = sums + difference * difference;
+  }
+  const float factor = 1.0f / std::sqrt(sum_of_lanes(sums) * share + epsilon);
+  for (int64_t i = 0; i < n; ++i) {
+    float made = y[i] * factor;
+    if (weight != nullptr) made = made * weight[i];
+    if (bias != nullptr) made = made + bias[i];
+    y[i] = made;
+  }
 }
 
 }  // namespace

@@ -25,6 +25,18 @@ _looked = False
 _off = False
 
 
+class LayerNorm(Structure):
+    """`LayerNorm` of `kernels.h`."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("epsilon", c_float)]
+
+
+class Norm(Structure):
+    """`Norm` of `kernels.h`."""
+
+    _fields_ = [("x", c_void_p), ("rows", c_int64), ("channels", c_int64), ("norm", LayerNorm), ("y", c_void_p)]
+
+
 class Codes(Structure):
     """`Codes` of `kernels.h`."""
 
@@ -39,6 +51,7 @@ class Codes(Structure):
         ("source", c_void_p),
         ("positions", c_int64),
         ("codes", c_void_p),
+        ("norm", POINTER(LayerNorm)),
     ]
 
 
@@ -110,6 +123,26 @@ class AttentionMix(Structure):
     ]
 
 
+class Mlp(Structure):
+    """`Mlp` of `kernels.h`."""
+
+    _fields_ = [("first", Product), ("between", Codes), ("second", Product)]
+
+
+class AttentionBlock(Structure):
+    """`AttentionBlock` of `kernels.h`."""
+
+    _fields_ = [
+        ("query", Product),
+        ("key", Product),
+        ("value", Product),
+        ("scores", AttentionProbabilities),
+        ("mix", AttentionMix),
+        ("between", Codes),
+        ("output", Product),
+    ]
+
+
 def library() -> ctypes.CDLL | None:
     """The kernels, or None, with one warning, where they were not built."""
     global _kernels, _looked
@@ -134,9 +167,12 @@ def _load() -> ctypes.CDLL | None:
         return None
     jobs = {
         "quantformer_quantize": Codes,
+        "quantformer_layer_norm": Norm,
         "quantformer_multiply": Product,
         "quantformer_probabilities": AttentionProbabilities,
         "quantformer_mix": AttentionMix,
+        "quantformer_mlp": Mlp,
+        "quantformer_attention_block": AttentionBlock,
     }
     try:
         kernels = ctypes.CDLL(found.origin)

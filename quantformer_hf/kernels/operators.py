@@ -15,13 +15,14 @@ from torch.compiler import is_compiling
 
 from ..packing import packed_width
 from . import cuda, reference
-from .library import AttentionMix, AttentionProbabilities, Codes, Product, check, library
+from .library import AttentionMix, AttentionProbabilities, Codes, LayerNorm, Norm, Product, check, library
 
 
 _LIBRARY = torch.library.Library("quantformer", "DEF")
 _LIBRARY.define(
     "quantize(Tensor x, Tensor offset, Tensor inverse, Tensor? source, int largest, bool gelu=False) -> Tensor"
 )
+_LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float epsilon) -> Tensor")
 _LIBRARY.define(
     "multiply(Tensor codes, Tensor weight, int columns, int bits, int largest_code, int multiplier, int addend,"
     " Tensor source, int[] group_ends, Tensor group_scales, int largest, Tensor scale, Tensor bias) -> Tensor"
@@ -81,11 +82,11 @@ def prepare_quantize(offset: Tensor, inverse: Tensor, source: Tensor | None, lar
     if inverse.numel() != channels:
         raise ValueError(f"there are {channels} offsets and {inverse.numel()} scales")
     at, positions = (0, channels) if source is None else (source.data_ptr(), source.numel())
-    return Codes(0, 0, channels, offset.data_ptr(), inverse.data_ptr(), largest, gelu, at, positions, 0)
+    return Codes(0, 0, channels, offset.data_ptr(), inverse.data_ptr(), largest, gelu, at, positions, 0, None)
 
 
-def run_quantize(prepared: Codes, x: Tensor) -> Tensor:
-    """`quantize`, of what is prepared."""
+def run_quantize(prepared: Codes, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
+    """`quantize`, of what is prepared, and of `layer_norm(x)` where there is a norm."""
     kernels = library()
     x = x.contiguous()
     _check_float32(x)
@@ -96,8 +97,41 @@ def run_quantize(prepared: Codes, x: Tensor) -> Tensor:
         raise ValueError(f"there are scales and offsets for {job.channels} channels, and the input has {x.shape[-1]}")
     codes = torch.empty((*rows, job.positions), dtype=torch.uint8)
     job.x, job.rows, job.codes = x.data_ptr(), rows.numel(), codes.data_ptr()
+    if norm is not None:
+        job.norm = ctypes.pointer(norm)
     check(kernels.quantformer_quantize(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
     return codes
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """`(x - mean) / sqrt(variance + epsilon) * weight + bias` over the channels.
+
+    Args:
+        x: `(..., channels)`, float32.
+        weight, bias: `(channels,)`, float32.
+
+    Returns:
+        `(..., channels)`, float32.
+    """
+    kernels = library()
+    if kernels is None:
+        return reference.layer_norm(x, weight, bias, epsilon)
+    x = x.contiguous()
+    _check_float32(x)
+    y = torch.empty_like(x)
+    norm = prepare_layer_norm(x.shape[-1], weight, bias, epsilon)
+    job = Norm(x.data_ptr(), x.shape[:-1].numel(), x.shape[-1], norm, y.data_ptr())
+    check(kernels.quantformer_layer_norm(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+    return y
+
+
+def prepare_layer_norm(channels: int, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> LayerNorm:
+    """All of `layer_norm` but x, for `run_quantize`. It points into these tensors, which the caller keeps."""
+    given = [tensor for tensor in (weight, bias) if tensor is not None]
+    _check_float32(*given)
+    if any(tensor.numel() != channels for tensor in given):
+        raise ValueError(f"LayerNorm has {given[0].numel()} channels, and its input {channels}")
+    return LayerNorm(*(0 if tensor is None else tensor.data_ptr() for tensor in (weight, bias)), epsilon)
 
 
 def multiply(
@@ -315,6 +349,10 @@ def _fake_quantize(x, offset, inverse, source, largest, gelu=False):
     return x.new_empty((*x.shape[:-1], positions), dtype=torch.uint8)
 
 
+def _fake_layer_norm(x, weight, bias, epsilon):
+    return torch.empty_like(x)
+
+
 def _fake_multiply(codes, weight, *arguments):
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
@@ -330,6 +368,7 @@ def _fake_mix(probabilities, value, operands, largest):
 
 for _kernel, _plain, _fake in (
     (quantize, reference.quantize, _fake_quantize),
+    (layer_norm, reference.layer_norm, _fake_layer_norm),
     (multiply, reference.multiply, _fake_multiply),
     (attention_probabilities, reference.attention_probabilities, _fake_probabilities),
     (attention_mix, reference.attention_mix, _fake_mix),
@@ -339,5 +378,6 @@ for _kernel, _plain, _fake in (
     torch.library.register_fake(f"quantformer::{_kernel.__name__}", _fake, lib=_LIBRARY)
 
 _LIBRARY.impl("quantize", cuda.quantize, "CUDA")
+_LIBRARY.impl("layer_norm", cuda.layer_norm, "CUDA")
 _LIBRARY.impl("multiply", cuda.multiply, "CUDA")
 _LIBRARY.impl("attention_probabilities", cuda.attention_probabilities, "CUDA")

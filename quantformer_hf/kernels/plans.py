@@ -18,8 +18,15 @@ T = TypeVar("T")
 STEP = 4
 
 
+class _Plan:
+    """A plan whose copies, also in another process, make their `job` anew: it points into the tensors of this one."""
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "job"}
+
+
 @dataclass(frozen=True, eq=False)
-class ChannelPlan:
+class ChannelPlan(_Plan):
     """How a quantized tensor lies as codes: each group's channels side by side, padded with zeros.
 
     `source`, `group_ends` and `group_scales` as in `operators.multiply`, `offset`, `inverse` and `gelu` as in
@@ -49,6 +56,14 @@ class ChannelPlan:
     def job(self) -> Codes:
         """The same for the kernel."""
         return operators.prepare_quantize(*self.arguments)
+
+    def quantize_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+        """`quantize(layer_norm(x, weight, bias, epsilon))`, in one kernel where nobody looks in between."""
+        if operators.nobody_listens(x) and library() is not None:
+            return operators.run_quantize(
+                self.job, x, operators.prepare_layer_norm(self.channels, weight, bias, epsilon)
+            )
+        return self.quantize(operators.call(operators.layer_norm, x, weight, bias, epsilon))
 
     def quantize(self, x: Tensor) -> Tensor:
         """`(..., channels)` to codes `(..., positions)`."""
@@ -113,7 +128,7 @@ def plan_weight(columns: int, bits: int, qmin: int, qmax: int, shift: float, sca
 
 
 @dataclass(frozen=True, eq=False)
-class LinearPlan:
+class LinearPlan(_Plan):
     """A linear layer: its weight's codes and their plan, that of its input, and the bias `(out,)` float32 with the
     input's offsets folded in."""
 

@@ -58,18 +58,36 @@ def gelu_of(x: Tensor) -> Tensor:
     return x * torch.where(x < 0, tail, 1.0 - tail)
 
 
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """See `operators.layer_norm`, in the order of `csrc/pointwise.h`."""
+    share = 1 / x.shape[-1]
+    difference = x - _row_sums(x) * share
+    variance = _row_sums(difference * difference) * share
+    variance = variance + epsilon
+    # On CPUs torch takes the root by MKL, which does not round it correctly.
+    root = variance.double().sqrt().float() if variance.is_cpu else variance.sqrt()
+    y = difference * root.reciprocal()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
 def softmax(x: Tensor) -> Tensor:
     """Over the last dimension, float32, in the order of `csrc/pointwise.h`."""
     powers = exponential(x - x.amax(-1, keepdim=True))
-    # Each of eight lanes adds up by itself, and the lanes then by halves.
-    lanes = F.pad(powers, (0, -powers.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return powers * _row_sums(powers).reciprocal()
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Over the last dimension, which stays, with one element: each of eight lanes adds up by itself, and the lanes then do
+    by halves."""
+    lanes = F.pad(x, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
     total = torch.zeros_like(lanes[..., 0, :])
     for part in lanes.unbind(-2):
         total = total + part
     while total.shape[-1] > 1:
         low, high = total.chunk(2, -1)
         total = low + high
-    return powers * total.reciprocal()
+    return total
 
 
 def exact_product(x: Tensor, weight: Tensor, largest: int) -> Tensor:

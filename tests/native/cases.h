@@ -156,6 +156,29 @@ inline float gelu(float x) {
   return x * (x < 0 ? tail : 1.0f - tail);
 }
 
+inline float sum_of_lanes(const float* lanes) {
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// In place; `weight` and `bias` may be null.
+inline void layer_norm(float* row, const float* weight, const float* bias, float epsilon, int64_t n) {
+  const float share = static_cast<float>(1.0 / static_cast<double>(n));
+  float lanes[8] = {}, squares[8] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i % 8] += row[i];
+  const float mean = sum_of_lanes(lanes) * share;
+  for (int64_t i = 0; i < n; ++i) {
+    row[i] = row[i] - mean;
+    const float square = row[i] * row[i];
+    squares[i % 8] += square;
+  }
+  const float variance = sum_of_lanes(squares) * share, factor = 1.0f / std::sqrt(variance + epsilon);
+  for (int64_t i = 0; i < n; ++i) {
+    row[i] = row[i] * factor;
+    if (weight != nullptr) row[i] = row[i] * weight[i];
+    if (bias != nullptr) row[i] = row[i] + bias[i];
+  }
+}
+
 // Of `n` scores with the mask added.
 inline void softmax(float* row, int64_t n) {
   float largest = row[0], lanes[8] = {};
@@ -164,8 +187,7 @@ inline void softmax(float* row, int64_t n) {
     row[i] = exponential(row[i] - largest);
     lanes[i % 8] += row[i];
   }
-  const float total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  const float factor = 1.0f / total;
+  const float factor = 1.0f / sum_of_lanes(lanes);
   for (int64_t i = 0; i < n; ++i) row[i] = row[i] * factor;
 }
 

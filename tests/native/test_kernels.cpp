@@ -78,6 +78,22 @@ void test_softmax(const InstructionSet& set, Random& random) {
   }
 }
 
+void test_layer_norm(const InstructionSet& set, Random& random) {
+  for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 192}) {
+    const auto x = random.reals(n, -4, 300), weight = random.reals(n, -2, 2), bias = random.reals(n, -1, 1);
+    for (bool affine : {false, true}) {
+      Exact<float> got(n), expected(n), again(n);
+      std::copy(x.begin(), x.end(), expected.begin());
+      const LayerNorm norm = {affine ? weight.begin() : nullptr, affine ? bias.begin() : nullptr, 1e-5f};
+      cases::layer_norm(expected, norm.weight, norm.bias, norm.epsilon, n);
+      set.layer_norm(x, norm.weight, norm.bias, norm.epsilon, n, got);
+      const Norm job = {x, 1, n, norm, again};
+      const bool right = quantformer_layer_norm(&job, 3, nullptr) == 0 && same_bits(again, expected);
+      check(right && same_bits(got, expected), set, "LayerNorm", describe({{"n", n}, {"affine", affine}}));
+    }
+  }
+}
+
 void test_reorder(const InstructionSet& set, Random& random) {
   for (int64_t columns : {0, 1, 4, 15, 16, 17, 31, 32, 50, 100}) {
     for (int64_t groups : {1, 3, 16}) {
@@ -223,7 +239,7 @@ void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t
       expected[i] = c < channels ? code(x[i / positions * channels + c], offset[c], inverse[c], 15) : 0;
     }
     const int32_t* order = ordered ? source.begin() : nullptr;
-    Codes job = {x, rows, channels, offset, inverse, 15, 0, order, positions, codes};
+    Codes job = {x, rows, channels, offset, inverse, 15, 0, order, positions, codes, nullptr};
     check(quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, expected), set, "codes", of);
     for (int64_t i = 0; i < codes.size; ++i) {
       const int64_t c = ordered ? source[i % positions] : i % positions;
@@ -232,6 +248,21 @@ void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t
     }
     job.gelu = 1;
     check(quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, expected), set, "codes of gelu", of);
+
+    // Of rows in which all is finite.
+    const auto finite = random.reals(rows * channels, -4, 9);
+    Exact<float> normed(rows * channels);
+    const LayerNorm norm = {inverse, offset, 1e-5f};
+    const Norm norm_job = {finite, rows, channels, norm, normed};
+    job.gelu = 0;
+    job.x = normed;
+    Exact<uint8_t> in_two(codes.size);
+    job.codes = in_two;
+    const bool ran = quantformer_layer_norm(&norm_job, 3, backwards) == 0 && quantformer_quantize(&job, 1, nullptr) == 0;
+    job.x = finite;
+    job.codes = codes;
+    job.norm = &norm;
+    check(ran && quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, in_two), set, "codes of LayerNorm", of);
   }
 }
 
@@ -324,6 +355,74 @@ void test_mix(const InstructionSet& set, Random& random, const AttentionShape& s
   check(quantformer_mix(&job, 3, backwards) == 0 && same_bits(got, expected), set, "mix", of);
 }
 
+// Codes that a product reads, of what another one gave.
+Codes codes_for(const Layer& reader, int64_t rows, const Exact<float>& offset, const Exact<float>& inverse, bool gelu) {
+  return {nullptr, rows, reader.shape.columns, offset, inverse, reader.largest, gelu, reader.source,
+          reader.layout.positions(), nullptr, nullptr};
+}
+
+// Modules in one call, and step by step.
+void test_mlp(const InstructionSet& set, Random& random, int64_t rows, int64_t columns, int64_t hidden, int bits) {
+  const Layer first(random, {rows, columns, hidden, 3}, bits, bits, 1), second(random, {rows, hidden, columns, 2}, bits, bits, 1);
+  const auto offset = random.reals(hidden, -2, 0), inverse = random.reals(hidden, 0.5f, 2);
+  Exact<float> got(rows * columns), expected(rows * columns);
+  Codes between = codes_for(second, rows, offset, inverse, true);
+  const Mlp job = {first.product(nullptr), between, second.product(got)};
+  const bool ran = quantformer_mlp(&job, 3, backwards) == 0;
+
+  Exact<uint8_t> codes(rows * between.positions);
+  between.x = first.expected;
+  between.codes = codes;
+  Product last = second.product(expected);
+  last.x = codes;
+  const bool stepped = quantformer_quantize(&between, 1, nullptr) == 0 && quantformer_multiply(&last, 1, nullptr) == 0;
+  check(ran && stepped && same_bits(got, expected), set, "mlp", first.name);
+}
+
+void test_attention_block(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, bool masked) {
+  const int64_t rows = s.batch * s.queries, width = s.heads * s.size, map = s.heads * s.queries * s.keys;
+  const Shape shape = {rows, width, width, 2};
+  // Of the same codes in the same order: the first one's.
+  const Layer query(random, shape, bits, bits, 1), output(random, shape, bits, bits, 1);
+  const auto offset = random.reals(width, -2, 0), inverse = random.reals(width, 0.5f, 2);
+  const Operand operands[] = {{0.1f, 10, -1.5f}, {0.07f, 1 / 0.07f, -0.75f}, {0.01f, 100, 0.001f}, {0.07f, 1 / 0.07f, -0.75f}};
+  const auto mask = random.reals(map, -3, 3);
+  Exact<float> got(rows * width), expected(rows * width);
+  Product projection = query.product(nullptr), value = projection;
+  const auto other_scale = random.reals(width, -1, 1);
+  value.scale = other_scale;
+  Probabilities scores = {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {},
+                          operands, 255, 0.125f, nullptr};
+  if (masked) {
+    const int64_t strides[] = {0, s.queries * s.keys, s.keys};
+    scores.mask = mask;
+    std::copy_n(strides, 3, scores.mask_strides);
+  }
+  Mixed mix = {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, 255, nullptr};
+  Codes between = codes_for(output, rows, offset, inverse, false);
+  const AttentionBlock job = {projection, projection, value, scores, mix, between, output.product(got)};
+  const bool ran = quantformer_attention_block(&job, 3, backwards) == 0;
+
+  Exact<float> probabilities(s.batch * map), values(rows * width), mixed(rows * width);
+  Exact<uint8_t> codes(rows * between.positions);
+  value.y = values;
+  const int64_t strides[] = {s.queries * width, s.size, width};
+  scores.query = scores.key = query.expected;
+  scores.probabilities = probabilities;
+  mix.probabilities = probabilities;
+  mix.value = values;
+  mix.output = mixed;
+  for (auto of : {scores.query_strides, scores.key_strides, mix.value_strides}) std::copy_n(strides, 3, of);
+  between.x = mixed;
+  between.codes = codes;
+  Product last = output.product(expected);
+  last.x = codes;
+  const bool stepped = quantformer_multiply(&value, 1, nullptr) == 0 &&
+                       quantformer_probabilities(&scores, 1, nullptr) == 0 && quantformer_mix(&mix, 1, nullptr) == 0 &&
+                       quantformer_quantize(&between, 1, nullptr) == 0 && quantformer_multiply(&last, 1, nullptr) == 0;
+  check(ran && stepped && same_bits(got, expected), set, "attention block", query.name);
+}
+
 void test(const InstructionSet& set) {
   Random random(0);
   quantformer_use_instruction_set(set.name);
@@ -331,6 +430,7 @@ void test(const InstructionSet& set) {
   test_quantize(set, random);
   test_gelu(set, random);
   test_softmax(set, random);
+  test_layer_norm(set, random);
   test_reorder(set, random);
   for (int bits = 1; bits <= 8; ++bits) {
     for (int of_activations = 2; of_activations <= 8; ++of_activations) {
@@ -359,6 +459,10 @@ void test(const InstructionSet& set) {
           describe({{"queries", s.queries}, {"keys", s.keys}, {"head size", s.size}, {"bits", bits}});
       for (bool masked : {false, true}) test_probabilities(set, random, s, bits, masked, of);
       test_mix(set, random, s, bits, of);
+    }
+    for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 7, 9}, {1, 2, 17, 17, 32}, {0, 2, 3, 3, 4}}) {
+      for (bool masked : {false, true}) test_attention_block(set, random, s, bits, masked);
+      test_mlp(set, random, s.batch * s.queries, s.heads * s.size, s.size + 3, bits);
     }
   }
 }

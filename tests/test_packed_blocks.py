@@ -1,0 +1,118 @@
+"""A module in one call of the kernels computes what its layers compute one by one."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import make_batches, make_quantized
+from torch import nn
+
+from quantformer_hf.attention import capture_attention
+from quantformer_hf.kernels import instruction_set, using
+from quantformer_hf.packed_blocks import PACKED_FORMS, PLAIN_FORMS
+
+
+needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the kernels were not built")
+
+
+@pytest.fixture
+def packed(backbone):
+    return make_quantized(backbone, "finetune").pack()
+
+
+def logits(model, images):
+    with torch.no_grad():
+        return model(pixel_values=images).logits
+
+
+def whole_modules(model):
+    return [module for module in model.modules() if type(module) in PLAIN_FORMS]
+
+
+def ran_as_one(model):
+    """The modules whose job was made."""
+    return [module for module in whole_modules(model) if module._job._plans]
+
+
+def one_by_one(model, images):
+    """Logits of a copy whose layers have hooks, which want to be called."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_: None)
+    result = logits(model, images)
+    assert not ran_as_one(model)
+    return result
+
+
+@needs_kernels
+def test_a_module_in_one_call_gives_the_bits_of_its_layers(packed):
+    for images in (make_batches()[0], make_batches()[0][:1], torch.cat(make_batches())):
+        result = logits(packed, images)
+        assert torch.equal(result, one_by_one(packed, images))
+        with using(None):
+            assert torch.equal(result, logits(packed, images))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3 - min(threads, 2))
+        assert torch.equal(result, logits(packed, images))
+        torch.set_num_threads(threads)
+    assert ran_as_one(packed) == whole_modules(packed) != []
+
+
+@needs_kernels
+@pytest.mark.parametrize("changed", ["q_proj", "o_proj", "fc1", "fc2", "operands.query", "fc2.input_quantizer"])
+def test_a_job_follows_tensors_that_change(changed):
+    model = make_quantized("vit", "finetune").pack()
+    images = make_batches()[0]
+    before = logits(model, images)
+    module = next(m for name, m in model.named_modules() if name.endswith(changed))
+    with torch.no_grad():
+        getattr(module, "weight_quantizer", module).scale.mul_(1.5)
+    after = logits(model, images)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, one_by_one(model, images))
+
+
+def test_attention_maps_are_returned_to_who_asks(packed, backbone):
+    images = make_batches()[0]
+    expected = logits(packed, images)
+    with torch.no_grad(), capture_attention(packed) as maps:
+        assert torch.equal(packed(pixel_values=images).logits, expected)
+    with torch.no_grad():
+        outputs = packed(pixel_values=images, output_attentions=True, output_hidden_states=True)
+    assert torch.equal(outputs.logits, expected)
+    if backbone != "swin":
+        # Swin returns them stage by stage.
+        assert all(torch.equal(one, other) for one, other in zip(outputs.attentions, maps, strict=True))
+    assert torch.equal(logits(packed, images), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_packed_model_that_has_run_can_be_copied(packed, copied):
+    images = make_batches()[0]
+    expected = logits(packed, images)
+    other = copied(packed)
+    assert torch.equal(logits(other, images), expected)
+    with torch.no_grad():
+        for parameter in packed.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(other, images), expected)
+
+
+def test_classes_of_transformers_come_back_with_floating_point(packed):
+    assert all(type(module) not in PACKED_FORMS for module in packed.modules())
+    model = packed.unpack()
+    assert not whole_modules(model)
+    assert any(type(module) in PACKED_FORMS for module in model.modules())
+
+
+@needs_kernels
+def test_codes_of_another_size_are_refused():
+    model = make_quantized("vit", "finetune").pack()
+    logits(model, make_batches()[0])
+    block = model.backbone.vit.layers[0]
+    codes = torch.zeros(1, 5, 3, dtype=torch.uint8)
+    for module in (block.mlp, block.attention):
+        with pytest.raises(ValueError, match="the codes have 3 positions, and the layer"):
+            module(codes)
