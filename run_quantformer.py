@@ -23,7 +23,7 @@ from quantformer_hf.data import first, load_image_data
 from quantformer_hf.images import undecoded, with_crop
 from quantformer_hf.mixed_precision.allocation_file import ALLOCATION_FILE
 from quantformer_hf.mixed_precision.budget import format_cost
-from quantformer_hf.mixed_precision.stage import AllocationStage
+from quantformer_hf.mixed_precision.stage import AllocationStage, check_later_stages
 from quantformer_hf.modeling_quantformer import StageError, build_backbone
 from quantformer_hf.report import format_table, megabytes, weights_on_disk
 from quantformer_hf.stages import StageRun, delete_stage, load_classifier, make_trainer
@@ -47,6 +47,8 @@ def main() -> None:
     if arguments.model.overwrite_output_dir:
         for stage in arguments.model.stages:
             delete_stage(output_dir, stage)
+    if "allocate" in arguments.model.stages:
+        check_later_stages(run, arguments.model.stages)
     source, results = arguments.model.model_name_or_path, {}
     for stage in arguments.model.stages:
         kind = AllocationStage if stage == "allocate" else StageRun

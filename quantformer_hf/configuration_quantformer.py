@@ -103,7 +103,7 @@ class QuantformerConfig(PreTrainedConfig):
         if not 1 <= self.num_groups <= 255:
             raise ValueError(f"num_groups is {self.num_groups}: choose 1 to 255")
         if isinstance(self.layer_bits, str):
-            self.layer_bits = read_layer_bits(self.layer_bits, self.backbone_config)
+            self.layer_bits = read_layer_bits(self.layer_bits, self)
         for pattern, bits in (self.layer_bits or {}).items():
             _check_layer_bits(pattern, bits)
         backbone = self.backbone_config

@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -54,15 +55,15 @@ def layer_bits_by_kind(kinds: Mapping[str, str], config: QuantformerConfig) -> d
     return bits
 
 
-def check_same_bits(backbone: nn.Module, config: QuantformerConfig, layer_bits: dict | str, source: str) -> None:
-    """Raise ValueError, with the first layer, if the quantized model of `config` has other bits than `layer_bits` asks for.
+def check_same_bits(backbone: nn.Module, config: QuantformerConfig, told: dict[str, Any], source: str) -> None:
+    """Raise ValueError, with the first layer, if the quantized model of `config` has other bits than `told` asks for.
 
     Args:
         backbone: of the model.
-        layer_bits: as in `QuantformerConfig`.
+        told: fields of `QuantformerConfig`, `layer_bits` among them.
         source: where the model comes from, for the message.
     """
-    wanted = resolve_layer_bits(backbone, QuantformerConfig.from_dict(config.to_dict() | {"layer_bits": layer_bits}))
+    wanted = resolve_layer_bits(backbone, QuantformerConfig.from_dict(config.to_dict() | told))
     for name, found in resolve_layer_bits(backbone, config).items():
         if found != wanted[name]:
             raise ValueError(

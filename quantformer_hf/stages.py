@@ -208,7 +208,7 @@ class StageRun:
         if self.stage == "full_precision":
             return model, None, processor
         if quantized and arguments.layer_bits:
-            check_same_bits(model.backbone, model.config, arguments.layer_bits, self.source)
+            check_same_bits(model.backbone, model.config, arguments.quantization_arguments(), self.source)
         batches = self._calibration_batches(data, processor)
         teacher = None
         if not quantized:

@@ -114,17 +114,29 @@ class BitAllocation:
                 f"{source} is for another architecture: it says nothing of the layer '{missing[0]}'; {way_out}"
             )
 
+    def check_settings(self, config: Any, source: str | Path) -> None:
+        """Raise ValueError if this keeps a budget only with other settings than those of `config`."""
+        for name, value in self.settings.items():
+            now = getattr(config, name, value)
+            if self.budget and now != value:
+                raise ValueError(
+                    f"{source} keeps its budget with {name} {value}, and not with {now}: give --{name} {value}, or make"
+                    f" another allocation by the stage 'allocate'"
+                )
+
 
 def _with_tuple(layer: AllocatedLayer) -> AllocatedLayer:
     return AllocatedLayer(layer.weight_bits, layer.activation_bits, tuple(layer.shape), layer.cost)
 
 
 def read_layer_bits(path: str | Path, config: PreTrainedConfig) -> dict[str, dict[str, int]]:
-    """The `layer_bits` of the file `path`, for the backbone of `config`.
+    """The `layer_bits` of the file `path`, for a `QuantformerConfig` whose other fields are set.
 
     Raises:
-        FileNotFoundError, ValueError: no file, no allocation, or one for another architecture.
+        FileNotFoundError, ValueError: no file, no allocation, one for another architecture, or one that keeps its budget
+            with other settings.
     """
     allocation = BitAllocation.read(path)
-    allocation.check_architecture(config, path)
+    allocation.check_architecture(config.backbone_config, path)
+    allocation.check_settings(config, path)
     return allocation.layer_bits

@@ -32,7 +32,10 @@ class AllocationArguments:
         default_factory=lambda: list(CANDIDATE_BITS), metadata={"help": "Widths to choose from, 1 to 8."}
     )
     latency_table: str | None = field(
-        default=None, metadata={"help": "CSV file of `python -m quantformer_hf measure-latency`, for budgets of time."}
+        default=None,
+        metadata={
+            "help": "CSV file of `python -m quantformer_hf measure-latency`, for budgets of time; this CPU without one."
+        },
     )
     sensitivity_samples: int = field(
         default=64, metadata={"help": "Training images on which the losses of the choices are measured."}
@@ -46,10 +49,17 @@ class AllocationArguments:
     cost_weight: float = field(default=1e-3, metadata={"help": "edmips: weight of the expected cost in the loss."})
 
     def __post_init__(self):
+        # In a file, one budget or one width is written without brackets.
+        if not isinstance(self.budget, list):
+            self.budget = [str(self.budget)]
+        if not isinstance(self.candidate_bits, list):
+            self.candidate_bits = [self.candidate_bits]
         self.budgets()
         self.candidate_bits = list(check_candidates(self.candidate_bits))
         if self.allocation_method not in METHODS:
             raise ValueError(f"allocation_method is {self.allocation_method!r}: choose one of {', '.join(METHODS)}")
+        if self.refine and self.allocation_method == "edmips":
+            raise ValueError("refine evaluates the allocations of the method 'budget': leave it at 0 with edmips")
         for name, least in (("sensitivity_samples", 1), ("refine", 0), ("width_learning_rate", 0), ("cost_weight", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose {least} or more")

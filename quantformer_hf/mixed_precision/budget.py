@@ -1,5 +1,6 @@
 """Budgets as people write them: `2.5MB`, `30ms`, `20GBitOps`."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Budget:
         Raises:
             ValueError: no positive number, or no unit.
         """
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*", text.lower())
+        match = re.fullmatch(r"\s*((?:\d+(?:\.\d*)?|\.\d+)(?:e\d+)?)\s*([a-z]+)\s*", text.lower())
         if match is None or match[2] not in _BY_LOWER_CASE or not float(match[1]) > 0:
             raise ValueError(f"budget is {text!r}: write a size, a time or an effort, such as 2.5MB, 30ms or 20GBitOps")
         unit, factor = _BY_LOWER_CASE[match[2]]
@@ -71,3 +72,10 @@ def format_cost(unit: str, value: float) -> str:
     if unit == BYTES:
         return f"{value:,.0f} bytes ({value / 1e6:.3f} MB)"
     return f"{value:.3f} ms" if unit == MILLISECONDS else f"{value / 1e9:.4f} GBitOps"
+
+
+def format_least(unit: str, value: float) -> str:
+    """A cost as `Budget.parse` reads it, rounded up, so that as a budget it is enough; and in words."""
+    if unit == MILLISECONDS:
+        return f"{math.ceil(value * 1e3) / 1e3}ms"
+    return f"{math.ceil(value)}{'B' if unit == BYTES else unit} ({format_cost(unit, value)})"

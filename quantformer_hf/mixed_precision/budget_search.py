@@ -30,7 +30,7 @@ class FrontPoint:
     Attributes:
         label: `W3A3` for uniform bits; empty on the front.
         cost: by unit.
-        predicted: sum of the losses measured one tensor at a time.
+        predicted: sum of the losses, measured one tensor at a time.
         divergence: KL divergence from full precision with all of them, in nats.
         agreement: share of images that keep their class.
     """
@@ -49,6 +49,7 @@ class BudgetSearch:
         model: calibrated, in the stage `pretrain`; it is not changed.
         batches: images, as for `calibrate`; a few dozen are enough.
         costs: of the model's configuration.
+        losses: if they are known by other means than measuring.
 
     Raises:
         StageError: not calibrated, or in another stage.
@@ -56,7 +57,11 @@ class BudgetSearch:
     """
 
     def __init__(
-        self, model: QuantformerForImageClassification, batches: Iterable[Tensor | Mapping[str, Any]], costs: CostModel
+        self,
+        model: QuantformerForImageClassification,
+        batches: Iterable[Tensor | Mapping[str, Any]],
+        costs: CostModel,
+        losses: Losses | None = None,
     ):
         if model.config.stage != "pretrain" or not model.config.calibrated:
             raise StageError(
@@ -66,7 +71,7 @@ class BudgetSearch:
         batches = [pixel_values_of(batch).to(model.device) for batch in batches]
         candidates = Candidates.of(model, self.space, batches)
         self.divergence = Divergence(model, candidates, self.space, batches)
-        self.losses = measure_sensitivities(model, candidates, self.space, batches)
+        self.losses = losses or measure_sensitivities(model, candidates, self.space, batches)
 
     def solve(self, budgets: Sequence[Budget], trials: int = 0, seed: int = 0) -> Widths:
         """The allocation that loses least within all `budgets`.

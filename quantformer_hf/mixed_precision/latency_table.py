@@ -83,12 +83,14 @@ class LatencyTable:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a column or the line `rest` is missing, or something is no number, or a time is negative.
+            ValueError: a column or the line `rest` is missing, something is no number, a time is negative, or a linear has
+                two of them.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no latency table {path}: make one by measure-latency")
         table, rest = cls(source=str(path)), None
-        with open(path, newline="") as file:
+        # With the mark that Excel puts first.
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.DictReader(file)
             missing = {*KEY_COLUMNS, TIME_COLUMN} - set(reader.fieldnames or ())
             if missing:
@@ -96,14 +98,18 @@ class LatencyTable:
                     f"{path} lacks the column {min(missing)!r}: it needs {', '.join(KEY_COLUMNS)}, {TIME_COLUMN}"
                 )
             for number, row in enumerate(reader, start=2):
+                if not any(row.values()):
+                    continue
                 try:
                     time = float(row[TIME_COLUMN])
                     if not 0 <= time < float("inf"):
                         raise ValueError(f"the time {time}")
                     if row["rows"] == REST:
                         rest = time
-                    else:
-                        table.times[LatencyKey(*(int(row[column]) for column in KEY_COLUMNS))] = time
+                        continue
+                    key = LatencyKey(*(int(row[column]) for column in KEY_COLUMNS))
+                    if table.times.setdefault(key, time) != time:
+                        raise ValueError(f"another time for {key}: keep one of them")
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{path}, line {number}, is no measurement ({error}): {dict(row)}") from error
         if rest is None:

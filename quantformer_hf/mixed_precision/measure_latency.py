@@ -1,8 +1,10 @@
 """Measure packed linears of a model's shapes at each width, for budgets in milliseconds: a CSV file."""
 
 import argparse
+import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from .latency_table import LatencyKey, LatencyTable
 from .search_space import CANDIDATE_BITS, SearchSpace, check_candidates
 
 
+logger = logging.getLogger(__name__)
+
 #: Bits at which the whole model is timed, to find what its linears do not explain.
 REFERENCE_BITS = 4
 
@@ -36,6 +40,8 @@ def packed_linear(key: LatencyKey) -> PackedLinear:
     inputs = GroupActivationQuantizer(
         key.in_features, key.activation_bits, "measured", True, "identity", "packed", key.num_groups
     )
+    # As in a packed model: what follows from its tensors is made once, and not in each call.
+    inputs.packed = True
     with torch.no_grad():
         inputs.scale.copy_((torch.rand(key.num_groups, generator=generator) + 1) / 2**key.activation_bits)
         inputs.offset.copy_(-torch.rand(key.num_groups, generator=generator))
@@ -109,6 +115,11 @@ def measure_latency(
     image = one_image(quantized.config, "cpu")
     whole = least_milliseconds(_packed(quantized, image, device), repetitions)
     table.rest = max(0.0, whole - linears)
+    if linears > whole:
+        logger.warning(
+            f"the linears at W{REFERENCE_BITS}A{REFERENCE_BITS}, measured one by one, take {linears:.3f} ms, and the whole"
+            f" model {whole:.3f} ms: other work disturbed the measurement. Repeat it on an idle machine"
+        )
     announce(
         f"whole model at W{REFERENCE_BITS}A{REFERENCE_BITS}: {whole:.3f} ms, of which its linears {linears:.3f} ms"
     )
@@ -141,6 +152,11 @@ def run(arguments: Any) -> None:
     candidates = check_candidates(arguments.candidate_bits)
     if arguments.repetitions < 1:
         raise ValueError(f"repetitions is {arguments.repetitions}: choose at least 1")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {arguments.device}, and torch finds no GPU: leave it out to measure on the CPU")
+    # Now, and not after minutes of measuring.
+    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.output).touch()
     model = load_full_precision(arguments.model).model
     table = measure_latency(model, candidates, arguments.num_groups, arguments.repetitions, arguments.device)
     table.write(arguments.output)

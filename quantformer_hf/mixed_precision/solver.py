@@ -9,7 +9,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from ..layer_bits import LayerBits
-from .budget import Budget, format_cost
+from .budget import Budget, format_least
 from .cost import Cost, CostModel
 from .search_space import SearchSpace
 
@@ -94,7 +94,7 @@ class AllocationProblem:
             smallest = self.smallest(budget.unit)
             if budget.most < smallest:
                 raise ValueError(
-                    f"the budget of {budget} is below the smallest possible cost, {format_cost(budget.unit, smallest)} with"
+                    f"the budget of {budget} is below the smallest possible cost, {format_least(budget.unit, smallest)} with"
                     f" these candidates: raise it, or allow fewer bits in candidate_bits"
                 )
             room[budget.unit] = budget.most

@@ -1,27 +1,35 @@
 """The stage `allocate` of a run: it leaves `bit_allocation.json` and pictures, and later stages use those bits."""
 
+import hashlib
 import json
 import logging
+import math
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from ..arguments import RunArguments, StageArguments
 from ..augmentation import Collator
-from ..checkpointing import write_durably, writing
+from ..checkpointing import newest_checkpoint, whole_checkpoints, write_durably, writing
 from ..data import ImageData, load_image_data
 from ..grids import FULL_PRECISION_BITS
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..stages import StageRun, images_to_train_on, make_trainer
-from .allocation import make_allocation, mean_bits, write_allocation
-from .budget import BIT_OPERATIONS, format_cost
+from .allocation import SETTINGS, make_allocation, mean_bits, write_allocation
+from .budget import BIT_OPERATIONS, MILLISECONDS, format_cost
 from .budget_search import BudgetSearch, check_budgets, check_refinement
 from .cost import CostModel
 from .latency_table import LatencyTable
+from .measure_latency import measure_latency
 from .pictures import BITS_PICTURE, FRONT_PICTURE, draw_bits, draw_front
 from .search_space import SearchSpace, Widths
-from .solver import AllocationProblem
+from .solver import Losses
 from .width_mixture import WidthMixtures
 from .width_search import WidthSearchTrainer
 
@@ -31,12 +39,24 @@ logger = logging.getLogger(__name__)
 #: Beside the allocation: what was measured to find it.
 MEASURED_FILE = "measured.json"
 
+#: And the times, where a budget of time came without any.
+LATENCY_FILE = "latency.csv"
+
 
 class AllocationStage(StageRun):
-    """Gives each layer its bits, from a full-precision checkpoint. Interrupted, it begins anew.
+    """Gives each layer its bits, from a full-precision checkpoint.
+
+    Interrupted, the search by gradient descent goes on from its checkpoint, and the budgeted one begins anew.
 
     Arguments as in `StageRun`.
     """
+
+    def __init__(self, arguments: StageArguments, source: str | None, output_dir: Path):
+        super().__init__(arguments, source, output_dir)
+        table = arguments.allocation.latency_table
+        if table and Path(table).is_file():
+            # Another measurement in a file of the same name is another run.
+            self.told["latency_table"] = f"{table} ({hashlib.sha256(Path(table).read_bytes()).hexdigest()[:12]})"
 
     def run(self) -> dict[str, float]:
         """Run the stage, and return what the allocation costs, by unit.
@@ -59,7 +79,6 @@ class AllocationStage(StageRun):
         if told.allocation_method == "budget" and not budgets:
             raise ValueError("the stage 'allocate' needs a budget: give --budget 2.5MB, 30ms, 20GBitOps, or several")
         check_refinement(told.refine)
-        table = LatencyTable.read(told.latency_table) if told.latency_table else None
         training = self.arguments.training
         training.output_dir = str(self.folder)
         set_seed(training.seed)
@@ -68,13 +87,18 @@ class AllocationStage(StageRun):
             raise ValueError(f"the data set has no split {self.arguments.data.train_split!r}: name one by train_split")
         model, teacher, processor = self._build_model(data)
         space = SearchSpace.of(model.config, told.candidate_bits)
-        costs = CostModel(model.config, space, table)
+        costs = CostModel(model.config, space, self._latency_table(teacher, model.config.num_groups))
         check_budgets(costs, budgets)
         self._write(None)
+        losses = None
         if told.allocation_method == "edmips":
-            widths = self._search_by_gradient(model, teacher, processor, data, costs)
-        else:
-            widths = self._search_under_budget(model, processor, data, costs)
+            losses = self._losses_by_gradient(model, teacher, processor, data, costs)
+            # That one's quantizers have become mixtures.
+            model, _, _ = self._build_model(data)
+        images = self._calibration_batches(data, processor)(samples=told.sensitivity_samples)
+        search = BudgetSearch(model, images, costs, losses)
+        widths = search.solve(budgets, told.refine, training.seed)
+        self._describe(search, widths, budgets[0].unit if budgets else BIT_OPERATIONS)
         allocation = make_allocation(model.config, widths, costs, budgets, told.allocation_method)
         weights, activations = mean_bits(widths, costs)
         logger.info(f"{weights:.2f} bits a weight, {activations:.2f} bits an activation, in the mean:")
@@ -88,37 +112,45 @@ class AllocationStage(StageRun):
             self._write(results)
         return results
 
-    def _search_under_budget(
-        self, model: QuantformerForImageClassification, processor, data: ImageData, costs: CostModel
-    ) -> Widths:
+    def _latency_table(self, full_precision: PreTrainedModel, num_groups: int) -> LatencyTable | None:
+        """The table that was named, or, for a budget of time, one that is measured here and left in the folder."""
         told = self.arguments.allocation
-        images = self._calibration_batches(data, processor)(samples=told.sensitivity_samples)
-        search = BudgetSearch(model, images, costs)
-        budgets = told.budgets()
-        widths = search.solve(budgets, told.refine, self.arguments.training.seed)
-        unit = budgets[0].unit
+        if told.latency_table:
+            return LatencyTable.read(told.latency_table)
+        if not any(budget.unit == MILLISECONDS for budget in told.budgets()):
+            return None
+        logger.info("measuring linears on this machine's CPU; --latency_table takes the table of another one")
+        table = None
+        if PartialState().is_main_process:
+            table = measure_latency(full_precision, tuple(told.candidate_bits), num_groups)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            table.write(self.folder / LATENCY_FILE)
+        return broadcast_object_list([table])[0]
+
+    def _describe(self, search: BudgetSearch, widths: Widths, unit: str) -> None:
+        """Write what was measured, and the picture of the front."""
         chosen, front, uniform = search.point(widths), search.front(unit), search.uniform()
         if PartialState().is_main_process:
             measured = {"chosen": asdict(chosen), "front": [asdict(p) for p in front]}
             measured |= {"uniform": [asdict(p) for p in uniform], "losses": asdict(search.losses)}
             write_durably(self.folder / MEASURED_FILE, json.dumps(measured, indent=1))
             draw_front(front, uniform, chosen, unit, self.folder / FRONT_PICTURE)
-        return widths
 
-    def _search_by_gradient(
+    def _losses_by_gradient(
         self,
         model: QuantformerForImageClassification,
         teacher: PreTrainedModel,
         processor,
         data: ImageData,
         costs: CostModel,
-    ) -> Widths:
+    ) -> Losses:
+        """How unlikely the mixtures of EdMIPS hold each width: the least sum has the likeliest ones."""
         told, training = self.arguments.allocation, self.arguments.training
         if training.max_steps <= 0:
             training.num_train_epochs = min(training.num_train_epochs, 1)
         if training.max_steps <= 0 and training.num_train_epochs <= 0:
             raise ValueError("edmips searches by training: give --allocate.max_steps, or --allocate.num_train_epochs 1")
-        # The mixtures are not a model that anybody loads.
+        # The mixtures are not a model that anybody loads: only SIGTERM writes them.
         training.save_strategy = SaveStrategy.NO
         training.load_best_model_at_end = False
         budgets = told.budgets()
@@ -142,9 +174,34 @@ class AllocationStage(StageRun):
             cost_weight=told.cost_weight,
             width_learning_rate=told.width_learning_rate,
         )
+        epoch = math.ceil(trainer.images_per_epoch() / self.told["global_batch"])
+        if training.max_steps > epoch:
+            logger.warning(f"edmips searches for one epoch at most: {epoch} steps, and not {training.max_steps}")
+            training.max_steps = epoch
         self._announce(trainer, teacher)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=broadcast_object_list([newest_checkpoint(self.folder)])[0])
+        PartialState().wait_for_everyone()
         if PartialState().is_main_process:
-            write_durably(self.folder / MEASURED_FILE, json.dumps({"losses": asdict(mixtures.losses())}, indent=1))
-        # The most probable widths, and under a budget the most probable ones that keep it.
-        return AllocationProblem(mixtures.losses(), costs).solve(budgets)
+            for checkpoint in whole_checkpoints(self.folder):
+                shutil.rmtree(checkpoint)
+        return mixtures.losses()
+
+
+def check_later_stages(run: RunArguments, stages: Sequence[str]) -> None:
+    """Raise ValueError where a stage after `allocate` is told what would make another model of the allocation's.
+
+    Args:
+        run: what all stages are told.
+        stages: that are to run, in order.
+    """
+    allocates = run.for_stage("allocate").model
+    for stage in stages[stages.index("allocate") + 1 :]:
+        told = run.for_stage(stage).model
+        if told.layer_bits:
+            raise ValueError(f"the stage 'allocate' chooses layer_bits: leave it out of the stage '{stage}'")
+        for name in SETTINGS:
+            if getattr(told, name) != getattr(allocates, name):
+                raise ValueError(
+                    f"{name} is {getattr(told, name)} in the stage '{stage}' and {getattr(allocates, name)} in the stage"
+                    f" 'allocate', whose budget would not hold: give it to all stages alike"
+                )

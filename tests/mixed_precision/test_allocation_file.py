@@ -107,9 +107,9 @@ def test_a_checkpoint_of_other_bits_is_not_taken_for_the_allocation(tmp_path):
     _, path = write(tmp_path)
     model = QuantformerForImageClassification(config_of("vit", bit_width=5))
     with pytest.raises(ValueError, match=r"layer 'vit.layers.0.attention.q_proj' of somewhere has W5A5, and"):
-        check_same_bits(model.backbone, model.config, path, "somewhere")
+        check_same_bits(model.backbone, model.config, {"layer_bits": path}, "somewhere")
     model = QuantformerForImageClassification(config_of("vit", layer_bits=path))
-    check_same_bits(model.backbone, model.config, path, "somewhere")
+    check_same_bits(model.backbone, model.config, {"layer_bits": path}, "somewhere")
 
 
 def test_the_card_says_which_bits_there_are_and_does_not_list_every_layer(tmp_path):
@@ -122,3 +122,11 @@ def test_the_card_says_which_bits_there_are_and_does_not_list_every_layer(tmp_pa
     assert row.format(min(weights), max(weights), min(inputs), max(inputs)) in card
     assert "# ViT mixed precision" in card
     assert "but `" not in card
+
+
+def test_settings_with_which_the_budget_would_not_hold_are_refused(tmp_path):
+    _, path = write(tmp_path)
+    with pytest.raises(ValueError, match="with num_groups 4, and not with 32: give --num_groups 4, or"):
+        config_of("vit", layer_bits=path, num_groups=32)
+    with pytest.raises(ValueError, match="with attention_bits 8, and not with 32"):
+        config_of("vit", layer_bits=path, attention_bits=32)

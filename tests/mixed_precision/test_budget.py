@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantformer_hf.mixed_precision.budget import Budget, format_cost, parse_budgets
+from quantformer_hf.mixed_precision.budget import Budget, format_cost, format_least, parse_budgets
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from quantformer_hf.mixed_precision.budget import Budget, format_cost, parse_bud
         ("0.5s", "ms", 500),
         ("20GBitOps", "BitOps", 20e9),
         (".5tbitops", "BitOps", 0.5e12),
+        ("1.5e9BitOps", "BitOps", 1.5e9),
     ],
 )
 def test_a_budget_is_read(text, unit, most):
@@ -37,3 +38,12 @@ def test_a_cost_in_words_keeps_every_byte():
     assert format_cost("bytes", 2777132) == "2,777,132 bytes (2.777 MB)"
     assert format_cost("BitOps", 22719037440) == "22.7190 GBitOps"
     assert format_cost("ms", 12.3456) == "12.346 ms"
+
+
+@pytest.mark.parametrize(
+    ("unit", "value"), [("bytes", 2777132), ("BitOps", 22719037441.5), ("ms", 12.3454), ("ms", 0.0001)]
+)
+def test_the_least_cost_in_words_is_enough_as_a_budget(unit, value):
+    budget = Budget.parse(format_least(unit, value).split(" (")[0])
+    assert budget.unit == unit
+    assert value <= budget.most <= value + 1

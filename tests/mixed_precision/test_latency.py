@@ -1,6 +1,7 @@
 """The latency table: measured, written, read."""
 
 import pytest
+import torch
 from conftest import make_full_precision
 from test_cost import config_of
 
@@ -43,6 +44,16 @@ def test_the_measured_layer_is_a_packed_one_of_the_shape_and_bits():
     assert len(layer.input_quantizer.group_index.unique()) == 4
 
 
+def test_what_is_timed_makes_no_plan_anew():
+    layer = packed_linear(LatencyKey(17, 32, 64, 4, 3, 5))
+    x = torch.randn(1, 17, 32)
+    with torch.inference_mode():
+        layer(x)
+        plan = layer.plan(layer.channel_plan())
+        layer(x)
+        assert layer.plan(layer.channel_plan()) is plan
+
+
 def test_the_command_writes_what_is_read_again(tmp_path, capsys):
     make_full_precision("vit").save_pretrained(tmp_path / "model")
     output = tmp_path / "latency.csv"
@@ -70,6 +81,8 @@ def test_a_table_is_written_to_the_last_digit_that_counts(tmp_path):
         (HEADER + "17,32,32,4,2,2,-1\n", "line 2, is no measurement"),
         (HEADER + "17,32,32,4,two,2,1\n", "line 2, is no measurement"),
         (HEADER + "17,32,32,4,2,2,1\n", "no line whose rows is 'rest'"),
+        (HEADER + "17,32,32,4,2,2,1\n17,32,32,4,2,2,3\n", "line 3, .*another time for 17 rows"),
+        ("\x80\x00", "lacks the column"),
     ],
 )
 def test_a_wrong_table_is_explained(tmp_path, text, message):
@@ -82,3 +95,21 @@ def test_a_wrong_table_is_explained(tmp_path, text, message):
 def test_a_missing_table_is_named():
     with pytest.raises(FileNotFoundError, match=r"there is no latency table nowhere\.csv"):
         LatencyTable.read("nowhere.csv")
+
+
+def test_a_table_from_a_spreadsheet_is_read(tmp_path):
+    path = tmp_path / "latency.csv"
+    path.write_text(HEADER + "17,32,32,4,2,2,1\n,,,,,,\nrest,,,,,,2\n", encoding="utf-8-sig")
+    table = LatencyTable.read(path)
+    assert (list(table.times.values()), table.rest) == ([1.0], 2.0)
+
+
+def test_what_cannot_be_written_or_measured_is_said_before_anything_is_measured(tmp_path):
+    make_full_precision("vit").save_pretrained(tmp_path / "model")
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(SystemExit, match=r"FileExistsError|NotADirectoryError"):
+        main(["measure-latency", str(tmp_path / "model"), "--output", str(file / "latency.csv")])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="device is cuda, and torch finds no GPU"):
+            main(["measure-latency", str(tmp_path / "model"), "--device", "cuda"])

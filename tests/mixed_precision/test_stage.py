@@ -1,21 +1,38 @@
 """`--stages allocate ...`, as a user types it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
 from PIL import Image
-from runs import RECIPE, run
+from runs import RECIPE, ROOT, run
 from transformers import AutoModelForImageClassification
 
 from quantformer_hf.arguments import RunArguments
 from quantformer_hf.layer_bits import LayerBits
 from quantformer_hf.mixed_precision.allocation_file import BitAllocation
 from quantformer_hf.mixed_precision.pictures import draw_bits
+from quantformer_hf.mixed_precision.stage import check_later_stages
 from quantformer_hf.report import weights_on_disk
 
 
 FLAGS = ["--dataset_name", "digits"]
+
+#: A run whose process gets SIGTERM in its second step.
+STOPPED_AT_STEP_2 = """
+import os, runpy, signal, sys
+from transformers import Trainer
+step = Trainer.training_step
+def stopping(self, *arguments, **named):
+    if self.state.global_step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *arguments, **named)
+Trainer.training_step = stopping
+sys.argv[0] = "run_quantformer.py"
+runpy.run_path("run_quantformer.py", run_name="__main__")
+"""
 
 
 def test_flags_of_the_allocation_are_read():
@@ -25,6 +42,29 @@ def test_flags_of_the_allocation_are_read():
     assert (allocation.candidate_bits, allocation.refine) == ([2, 4], 3)
 
 
+def test_one_value_in_a_file_needs_no_brackets(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("dataset_name: digits\nbudget: 120kB\ncandidate_bits: 4\n")
+    allocation = RunArguments([str(path)]).for_stage("allocate").allocation
+    assert [(b.unit, b.most) for b in allocation.budgets()] == [("bytes", 120e3)]
+    assert allocation.candidate_bits == [4]
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ({"finetune": {"num_groups": 32}}, "num_groups is 32 in the stage 'finetune' and .* in the stage 'allocate'"),
+        ({"search": {"layer_bits": {"vit.layers.*": 8}}}, "leave it out of the stage 'search'"),
+    ],
+)
+def test_later_stages_cannot_make_another_model_of_an_allocation(tmp_path, later, message):
+    path = tmp_path / "recipe.yaml"
+    stages = ["allocate", "search", "finetune"]
+    path.write_text(yaml.safe_dump({"dataset_name": "digits", "budget": "120kB", "stages": stages} | later))
+    with pytest.raises(ValueError, match=message):
+        check_later_stages(RunArguments([str(path)]), stages)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -32,6 +72,7 @@ def test_flags_of_the_allocation_are_read():
         (["--candidate_bits", "4", "9"], "candidate_bits has 9: choose from 1 to 8"),
         (["--allocation_method", "haq"], "allocation_method is 'haq': choose one of budget, edmips"),
         (["--refine", "-1"], "refine is -1"),
+        (["--refine", "2", "--allocation_method", "edmips"], "leave it at 0 with edmips"),
     ],
 )
 def test_wrong_flags_are_explained(flags, message):
@@ -64,6 +105,7 @@ def write_recipe(folder, full_precision, **changes):
         "output_dir": str(folder / "out"),
         "num_train_epochs": 1,
     }
+    folder.mkdir(exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe | {"save_strategy": "no"} | changes))
     return path
@@ -91,8 +133,7 @@ def test_one_command_makes_a_checkpoint_within_the_budget(full_precision, tmp_pa
     for stage in ("pretrain", "search", "finetune", "packed"):
         config = AutoModelForImageClassification.from_pretrained(out / stage).config
         assert config.layer_bits == allocation.layer_bits
-    pictures = {"bit_allocation.png"} | ({"front.png"} if method == "budget" else set())
-    assert {path.name for path in (out / "allocate").glob("*.png")} == pictures
+    assert {path.name for path in (out / "allocate").glob("*.png")} == {"bit_allocation.png", "front.png"}
     assert "mixed precision, packed" in done.stdout
     results = json.loads((out / "all_results.json").read_text())
     assert results["allocation_bytes"] == allocation.cost["bytes"]
@@ -107,7 +148,7 @@ def test_what_cannot_be_is_said_in_one_line(full_precision, tmp_path):
     cases = {
         ("--budget", "1kB"): "is below the smallest possible cost",
         (): "needs a budget",
-        ("--budget", "5ms"): "measure-latency MODEL",
+        ("--budget", "0.00001ms"): "is below the smallest possible cost",
         ("--budget", "5ms", "--latency_table", "nowhere.csv"): "no latency table nowhere.csv",
         ("--budget", "1MB", "--layer_bits", '{"vit.*": 4}'): "chooses layer_bits",
         ("--budget", "1MB", "--layer_bits", "nowhere.json"): "there is no file nowhere.json",
@@ -118,3 +159,28 @@ def test_what_cannot_be_is_said_in_one_line(full_precision, tmp_path):
         done = run(recipe, *flags, "--output_dir", tmp_path / str(number), code=1)
         assert message in done.stderr
         assert "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_edmips_searches_one_epoch_at_most_and_goes_on_after_sigterm(full_precision, tmp_path):
+    changes = {
+        "stages": ["allocate"],
+        "allocation_method": "edmips",
+        "sensitivity_samples": 16,
+        "candidate_bits": [2, 4],
+    }
+    changes |= {"max_train_samples": 320, "max_steps": 1000}
+    whole = write_recipe(tmp_path / "whole", full_precision, **changes)
+    assert "one epoch at most: 5 steps, and not 1000" in run(whole).stderr
+    parts = write_recipe(tmp_path / "parts", full_precision, **changes)
+    stopped = subprocess.run(
+        [sys.executable, "-c", STOPPED_AT_STEP_2, str(parts)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert stopped.returncode == 143, stopped.stderr
+    folder = tmp_path / "parts" / "out" / "allocate"
+    assert (folder / "checkpoint-2").is_dir()
+    run(parts)
+    assert not list(folder.glob("checkpoint-*"))
+    files = [tmp_path / name / "out" / "allocate" / "measured.json" for name in ("whole", "parts")]
+    one, other = (json.loads(file.read_text())["losses"] for file in files)
+    assert one == other
