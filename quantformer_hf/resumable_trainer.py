@@ -38,11 +38,14 @@ class ResumableTrainer(Trainer):
     a run that was interrupted between its last step and its end.
     """
 
+    #: Whether SIGTERM leaves a checkpoint.
+    saves_on_sigterm = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         #: Stands in for the output folder while a checkpoint is written.
         self._staging: Path | None = None
-        self._termination = TerminationCallback()
+        self._termination = TerminationCallback(self.saves_on_sigterm)
         self.add_callback(self._termination)
         self.add_callback(_RestoreUnlogged(self))
         self._resumed_from: dict[str, Any] | None = None

@@ -22,9 +22,13 @@ class TerminationCallback(TrainerCallback):
 
     Schedulers send SIGTERM and some time later SIGKILL (Slurm after `KillWait`, torchrun and `accelerate launch` after 30
     seconds). A signal that reaches one process counts for all: they agree at the end of each step.
+
+    Args:
+        saves: whether there is a checkpoint to go on from; if not, the process ends at once.
     """
 
-    def __init__(self):
+    def __init__(self, saves: bool = True):
+        self.saves = saves
         self._received = False
         self._stopping = False
         self._saved_step = -1
@@ -75,7 +79,7 @@ class TerminationCallback(TrainerCallback):
         if not self._agreed():
             return
         self._stopping = True
-        if self._saved_step == state.global_step:
+        if self._saved_step == state.global_step or not self.saves:
             self._stop(state)
         control.should_save = True
         # It may take longer than the scheduler waits.
@@ -88,9 +92,8 @@ class TerminationCallback(TrainerCallback):
 
     def _stop(self, state) -> None:
         if state.is_world_process_zero:
-            logger.warning(
-                f"SIGTERM: the checkpoint of step {state.global_step} is written; the same command goes on from there"
-            )
+            written = f"the checkpoint of step {state.global_step} is written; the same command goes on from there"
+            logger.warning(f"SIGTERM: {written if self.saves else 'the same command begins anew'}")
         raise SystemExit(SIGTERM_EXIT_CODE)
 
 

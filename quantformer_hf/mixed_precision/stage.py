@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..arguments import RunArguments, StageArguments
 from ..augmentation import Collator
-from ..checkpointing import newest_checkpoint, whole_checkpoints, write_durably, writing
+from ..checkpointing import write_durably, writing
 from ..data import ImageData, load_image_data
 from ..grids import FULL_PRECISION_BITS
 from ..modeling_quantformer import QuantformerForImageClassification
@@ -44,9 +43,7 @@ LATENCY_FILE = "latency.csv"
 
 
 class AllocationStage(StageRun):
-    """Gives each layer its bits, from a full-precision checkpoint.
-
-    Interrupted, the search by gradient descent goes on from its checkpoint, and the budgeted one begins anew.
+    """Gives each layer its bits, from a full-precision checkpoint. Interrupted, it begins anew.
 
     Arguments as in `StageRun`.
     """
@@ -150,7 +147,7 @@ class AllocationStage(StageRun):
             training.num_train_epochs = min(training.num_train_epochs, 1)
         if training.max_steps <= 0 and training.num_train_epochs <= 0:
             raise ValueError("edmips searches by training: give --allocate.max_steps, or --allocate.num_train_epochs 1")
-        # The mixtures are not a model that anybody loads: only SIGTERM writes them.
+        # The mixtures are not a model that anybody loads.
         training.save_strategy = SaveStrategy.NO
         training.load_best_model_at_end = False
         budgets = told.budgets()
@@ -179,11 +176,7 @@ class AllocationStage(StageRun):
             logger.warning(f"edmips searches for one epoch at most: {epoch} steps, and not {training.max_steps}")
             training.max_steps = epoch
         self._announce(trainer, teacher)
-        trainer.train(resume_from_checkpoint=broadcast_object_list([newest_checkpoint(self.folder)])[0])
-        PartialState().wait_for_everyone()
-        if PartialState().is_main_process:
-            for checkpoint in whole_checkpoints(self.folder):
-                shutil.rmtree(checkpoint)
+        trainer.train()
         return mixtures.losses()
 
 

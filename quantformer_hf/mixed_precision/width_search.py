@@ -22,6 +22,9 @@ class WidthSearchTrainer(QuantformerTrainer):
         kwargs: as for `QuantformerTrainer`.
     """
 
+    #: The mixtures are not a model that anybody loads.
+    saves_on_sigterm = False
+
     def __init__(
         self, *args, mixtures: WidthMixtures, cost: Cost, cost_weight: float, width_learning_rate: float, **kwargs
     ):
