@@ -71,7 +71,7 @@ class PackedAttention:
         """`(batch, tokens, positions)` uint8, or whatever the layers take, to `(batch, tokens, channels)` and, where the
         layers are called, the probabilities."""
         layers = self.q_proj, self.k_proj, self.v_proj, self.o_proj
-        if not (_one_job(hidden_states, layers) and self._keeps_maps(kwargs)):
+        if not (_one_job(hidden_states, layers) and hidden_states.dim() == 3 and self._keeps_maps(kwargs)):
             return super().forward(hidden_states, attention_mask, **kwargs)
         channels = self.q_proj.reads.plan_of_codes
         readers = [layer.plan(channels) for layer in layers[:3]]

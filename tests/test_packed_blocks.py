@@ -112,6 +112,9 @@ def test_codes_of_another_size_are_refused():
     model = make_quantized("vit", "finetune").pack()
     logits(model, make_batches()[0])
     block = model.backbone.vit.layers[0]
+    # Without a batch: the layers say what they make of it, and no kernel takes tokens for images.
+    with pytest.raises((ValueError, RuntimeError)), torch.no_grad():
+        block.attention(torch.zeros(5, block.attention.q_proj.reads.plan_of_codes.source.numel(), dtype=torch.uint8))
     codes = torch.zeros(1, 5, 3, dtype=torch.uint8)
     for module in (block.mlp, block.attention):
         with pytest.raises(ValueError, match="the codes have 3 positions, and the layer"):

@@ -1,5 +1,5 @@
-// Softmax, GELU and LayerNorm, written once for all instruction sets in the vector extensions of GCC and Clang: TARGET, which the
-// including file defines, says which instructions they become. One rounding an operation, in the order written here;
+// Softmax, GELU and LayerNorm, written once for all instruction sets in the vector extensions of GCC and Clang:
+// TARGET, which the including file defines, says which instructions they become. One rounding an operation, in the order written here;
 // `reference.py` does the same, so that all give the same bits.
 #pragma once
 

@@ -131,6 +131,8 @@ def prepare_layer_norm(channels: int, weight: Tensor | None, bias: Tensor | None
     _check_float32(*given)
     if any(tensor.numel() != channels for tensor in given):
         raise ValueError(f"LayerNorm has {given[0].numel()} channels, and its input {channels}")
+    if not all(tensor.is_contiguous() for tensor in given):
+        raise ValueError("weight or bias of a LayerNorm is not in one piece: call .contiguous() on it first")
     return LayerNorm(*(0 if tensor is None else tensor.data_ptr() for tensor in (weight, bias)), epsilon)
 
 

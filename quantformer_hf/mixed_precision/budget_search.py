@@ -30,7 +30,7 @@ class FrontPoint:
     Attributes:
         label: `W3A3` for uniform bits; empty on the front.
         cost: by unit.
-        predicted: sum of the losses, measured one tensor at a time.
+        predicted: sum of the losses of its choices.
         divergence: KL divergence from full precision with all of them, in nats.
         agreement: share of images that keep their class.
     """

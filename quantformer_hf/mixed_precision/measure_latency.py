@@ -154,10 +154,10 @@ def run(arguments: Any) -> None:
         raise ValueError(f"repetitions is {arguments.repetitions}: choose at least 1")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {arguments.device}, and torch finds no GPU: leave it out to measure on the CPU")
+    model = load_full_precision(arguments.model).model
     # Now, and not after minutes of measuring.
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.output).touch()
-    model = load_full_precision(arguments.model).model
     table = measure_latency(model, candidates, arguments.num_groups, arguments.repetitions, arguments.device)
     table.write(arguments.output)
     rows = [[*str(key).rsplit(", ", 1), f"{time:.3f}"] for key, time in table.times.items()]

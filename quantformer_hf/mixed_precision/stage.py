@@ -76,6 +76,7 @@ class AllocationStage(StageRun):
         if told.allocation_method == "budget" and not budgets:
             raise ValueError("the stage 'allocate' needs a budget: give --budget 2.5MB, 30ms, 20GBitOps, or several")
         check_refinement(told.refine)
+        table = LatencyTable.read(told.latency_table) if told.latency_table else None
         training = self.arguments.training
         training.output_dir = str(self.folder)
         set_seed(training.seed)
@@ -84,7 +85,9 @@ class AllocationStage(StageRun):
             raise ValueError(f"the data set has no split {self.arguments.data.train_split!r}: name one by train_split")
         model, teacher, processor = self._build_model(data)
         space = SearchSpace.of(model.config, told.candidate_bits)
-        costs = CostModel(model.config, space, self._latency_table(teacher, model.config.num_groups))
+        if table is None and any(budget.unit == MILLISECONDS for budget in budgets):
+            table = self._measured_latency(teacher, model.config.num_groups)
+        costs = CostModel(model.config, space, table)
         check_budgets(costs, budgets)
         self._write(None)
         losses = None
@@ -109,13 +112,9 @@ class AllocationStage(StageRun):
             self._write(results)
         return results
 
-    def _latency_table(self, full_precision: PreTrainedModel, num_groups: int) -> LatencyTable | None:
-        """The table that was named, or, for a budget of time, one that is measured here and left in the folder."""
+    def _measured_latency(self, full_precision: PreTrainedModel, num_groups: int) -> LatencyTable:
+        """Times on this CPU, which are left in the folder."""
         told = self.arguments.allocation
-        if told.latency_table:
-            return LatencyTable.read(told.latency_table)
-        if not any(budget.unit == MILLISECONDS for budget in told.budgets()):
-            return None
         logger.info("measuring linears on this machine's CPU; --latency_table takes the table of another one")
         table = None
         if PartialState().is_main_process:
