@@ -198,6 +198,20 @@ def reading_layers(model: nn.Module) -> dict[GroupActivationQuantizer, list[nn.L
     return readers
 
 
+def writing_streams(model: nn.Module) -> dict[GroupActivationQuantizer, nn.Module]:
+    """Where the residual stream is seen after the reader of each quantizer has written to it (`reconstruction.Streams`).
+
+    Swin's output projection is not among them: its rows are in the order of windows.
+    """
+    streams = {}
+    for block in blocks(model):
+        if hasattr(block, "mlp"):
+            streams[block.mlp.fc2] = block
+            if not hasattr(block, "maybe_pad"):
+                streams[block.attention.o_proj] = block.layernorm_after
+    return {quantizer: streams[layer] for quantizer, (layer, *_) in reading_layers(model).items() if layer in streams}
+
+
 def _shared_quantizer(producer: nn.Module) -> GroupActivationQuantizer | None:
     return getattr(producer, "output_quantizer", None) or getattr(producer, "input_quantizer", None)
 
@@ -321,7 +335,7 @@ def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]])
         with torch.no_grad(), fake_quantized():
             quantized_inputs, _ = unit_inputs(model, units, batches)
             off = functools.partial(full_precision, model)
-            reconstruct_units(units, readers, inputs, quantized_inputs, arguments, weights, off)
+            reconstruct_units(units, readers, writing_streams(model), inputs, quantized_inputs, arguments, weights, off)
     finally:
         model.train(training)
 

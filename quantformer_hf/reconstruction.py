@@ -3,12 +3,14 @@
 Each quantizer of activations is fitted to what reaches it through the quantized layers before it. Then each linear that
 reads it is to give on these quantized inputs what the full-precision one gives on its own: a regression with a strong pull
 to the old weight, then rounding column by column, where the columns not yet rounded make up for the error of those that are
-(GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). Tokens count by how much the model's output
-depends on them (FIMA-Q, arXiv 2506.11543, weighs errors by the Fisher information): without that the few tokens with huge
-values, which cannot be met, spoil the fit of all others.
+(GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). A linear that writes to the residual stream
+is to make up for what the stream beside it lacks as well: errors would otherwise add up from block to block. Tokens count by
+how much the model's output depends on them (FIMA-Q, arXiv 2506.11543, weighs errors by the Fisher information): without that
+the few tokens with huge values, which cannot be met, spoil the fit of all others.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +25,9 @@ from .observers import weighted_quantiles
 from .quantizers import GroupActivationQuantizer, LSQWeightQuantizer
 
 
-#: Ridge of the regression, pulling to the old weight, as a share of the inputs' mean variance.
-REGRESSION_DAMPING = 1.0
+#: Ridge of the regression, pulling to the old weight, as a share of the inputs' mean variance. The class token of each
+#: image counts for much, and there are few of them: with less the regression learns them by heart.
+REGRESSION_DAMPING = 3.0
 
 #: Ridge of the rounding, likewise.
 ROUNDING_DAMPING = 0.1
@@ -34,38 +37,47 @@ TOKEN_WEIGHT_POWER = 0.5
 
 Readers = Mapping[GroupActivationQuantizer, Sequence[nn.Linear]]
 
+#: For the quantizers whose one reader writes to the residual stream: whose input the stream then is (a LayerNorm), or the
+#: block, whose output it is.
+Streams = Mapping[GroupActivationQuantizer, nn.Module]
+
 
 @dataclass
 class Moments:
-    """Weighted second moments of a layer's inputs, quantized (x̂) and in full precision (x), about their means.
+    """Weighted second moments of a layer's inputs, quantized (x̂) and in full precision (x), and of what else its output
+    is to make up for (e), about their means.
 
     Attributes:
         quantized: `E[x̂ x̂ᵀ]`, `(channels, channels)`, float64.
         cross: `E[x x̂ᵀ]`, likewise.
+        missing: `E[e x̂ᵀ]`, `(out, channels)`; of no rows where the layer has nothing to make up for.
         mean, quantized_mean: `(channels,)`.
+        missing_mean: `(out,)`.
     """
 
     quantized: Tensor
     cross: Tensor
+    missing: Tensor
     mean: Tensor
     quantized_mean: Tensor
+    missing_mean: Tensor
 
     @classmethod
-    def of(cls, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "Moments":
-        """From x, x̂ `(rows, channels)` and the rows' weights `(rows,)`, in parts."""
+    def of(cls, parts: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> "Moments":
+        """From x, x̂ `(rows, channels)`, e `(rows, out)` or `(rows, 0)` and the rows' weights `(rows,)`, in parts."""
         sums: list[Tensor] | None = None
-        for x, x_hat, weights in parts:
-            weighted, weighted_hat = x * weights.unsqueeze(1), x_hat * weights.unsqueeze(1)
-            part = (weighted_hat.T @ x_hat, weighted.T @ x_hat, weighted.sum(0), weighted_hat.sum(0), weights.sum())
-            part = [tensor.double() for tensor in part]
+        for x, x_hat, missing, weights in parts:
+            column = weights.unsqueeze(1)
+            part = [(rows * column).T @ x_hat for rows in (x_hat, x, missing)]
+            part += [weights @ rows for rows in (x_hat, x, missing)]
+            part = [tensor.double() for tensor in (*part, weights.sum())]
             sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
-        quantized, cross, mean, quantized_mean = (tensor / sums[4] for tensor in sums[:4])
-        return cls(
-            quantized - torch.outer(quantized_mean, quantized_mean),
-            cross - torch.outer(mean, quantized_mean),
-            mean,
-            quantized_mean,
+        *products, quantized_mean, mean, missing_mean = (tensor / sums[-1] for tensor in sums[:-1])
+        quantized, cross, missing = (
+            product - torch.outer(of, quantized_mean)
+            for product, of in zip(products, (quantized_mean, mean, missing_mean), strict=True)
         )
+        return cls(quantized, cross, missing, mean, quantized_mean, missing_mean)
 
     def damping(self, share: float) -> Tensor:
         """`share` of the mean variance, on a diagonal."""
@@ -74,10 +86,13 @@ class Moments:
 
 
 def refit_weight(weight: Tensor, moments: Moments) -> Tensor:
-    """`argmin_V E‖W x - V x̂‖² + λ‖W - V‖²`, `(out, in)`: what the layer should be, before it is rounded."""
+    """`argmin_V E‖W x + e - V x̂‖² + λ‖W - V‖²`, `(out, in)`: what the layer should be, before it is rounded."""
     wide = weight.double()
     damped = moments.quantized + moments.damping(REGRESSION_DAMPING)
-    return wide + torch.linalg.solve(damped, wide @ (moments.cross - moments.quantized), left=False)
+    wanting = wide @ (moments.cross - moments.quantized)
+    if len(moments.missing):
+        wanting += moments.missing
+    return wide + torch.linalg.solve(damped, wanting, left=False)
 
 
 def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
@@ -124,7 +139,10 @@ def refit_layer(layer: nn.Linear, moments: Moments) -> None:
     layer.weight.copy_(latent)
     quantizer.scale.copy_(scale)
     if layer.bias is not None:
-        layer.bias += (before @ moments.mean - rounded.double() @ moments.quantized_mean).to(layer.bias)
+        shift = before @ moments.mean - rounded.double() @ moments.quantized_mean
+        if len(moments.missing_mean):
+            shift += moments.missing_mean
+        layer.bias += shift.to(layer.bias)
 
 
 def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> dict[GroupActivationQuantizer, Tensor]:
@@ -164,9 +182,51 @@ def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> d
     return weights
 
 
+@dataclass
+class Seen:
+    """What a run of a unit shows. Tensors are `(rows, channels)`, float32, but for `output`.
+
+    Attributes:
+        inputs: of each quantizer, in the order in which they ran.
+        streams: of those in `Streams`, the residual stream with the output of their reader in it.
+        output: of the unit.
+    """
+
+    inputs: dict[GroupActivationQuantizer, Tensor]
+    streams: dict[GroupActivationQuantizer, Tensor]
+    output: Tensor
+
+    def beside(self, quantizer: GroupActivationQuantizer, layer: nn.Linear) -> Tensor:
+        """The stream without what `layer`, which reads `quantizer`, has added to it."""
+        return self.streams[quantizer] - layer(self.inputs[quantizer].to(layer.weight.dtype)).float()
+
+
+def look_inside(
+    unit: nn.Module,
+    positional: tuple,
+    named: dict[str, Any],
+    streams: Streams,
+    quantizers: Sequence[GroupActivationQuantizer],
+    hidden: Tensor,
+) -> Seen:
+    """Run `unit` on `hidden`, with the other arguments that it is called with, and watch `quantizers`."""
+    writers = [quantizer for quantizer in quantizers if quantizer in streams]
+    norms = [streams[quantizer] for quantizer in writers if streams[quantizer] is not unit]
+    with captured_inputs([*quantizers, *norms]) as seen:
+        output = unit(hidden, *positional, **named)
+    output = output[0] if isinstance(output, tuple) else output
+    seen[unit] = output.reshape(-1, output.shape[-1]).float()
+    return Seen(
+        {quantizer: seen[quantizer] for quantizer in seen if quantizer in quantizers},
+        {quantizer: seen[streams[quantizer]] for quantizer in writers},
+        output,
+    )
+
+
 def reconstruct_units(
     units: Sequence[nn.Module],
     readers: Readers,
+    streams: Streams,
     full_precision_inputs: list[Tensor],
     quantized_inputs: list[Tensor],
     arguments: Sequence[tuple[tuple, dict]],
@@ -178,59 +238,64 @@ def reconstruct_units(
     Args:
         units: modules of which each one's output is the next one's input (blocks, patch merging).
         readers: as in `token_weights`.
+        streams: of the quantizers whose reader is to make up for what the residual stream lacks.
         full_precision_inputs, quantized_inputs: of the first unit, a tensor a batch.
         arguments: what else each unit is called with, positional and by keyword.
         weights: `token_weights` of each batch.
         full_precision: context manager that turns all quantizers off.
     """
     for unit, (positional, named) in zip(units, arguments, strict=True):
-
-        def run(hidden: Tensor, unit=unit, positional=positional, named=named) -> Tensor:
-            output = unit(hidden, *positional, **named)
-            return output[0] if isinstance(output, tuple) else output
-
         inside = [module for module in unit.modules() if module in readers]
+        look = functools.partial(look_inside, unit, positional, named, streams)
         expected = []
         with full_precision():
             for batch, hidden in enumerate(full_precision_inputs):
-                with captured_inputs(inside) as seen:
-                    full_precision_inputs[batch] = run(hidden)
-                expected.append(seen)
+                expected.append(look(inside, hidden))
+                full_precision_inputs[batch] = expected[batch].output
         # In the order in which they ran.
-        for quantizer in list(expected[0]):
-            _refit_readers(quantizer, readers[quantizer], run, expected, quantized_inputs, weights)
-        quantized_inputs[:] = [run(hidden) for hidden in quantized_inputs]
+        for quantizer in list(expected[0].inputs):
+            _refit_readers(quantizer, readers[quantizer], look, expected, quantized_inputs, weights, full_precision)
+        quantized_inputs[:] = [look([], hidden).output for hidden in quantized_inputs]
 
 
 def _refit_readers(
     quantizer: GroupActivationQuantizer,
     layers: Sequence[nn.Linear],
-    run: Callable[[Tensor], Tensor],
-    expected: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
+    look: Callable[[Sequence[GroupActivationQuantizer], Tensor], Seen],
+    expected: Sequence[Seen],
     inputs: Sequence[Tensor],
     weights: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
+    full_precision: Callable[[], Any],
 ) -> None:
     """Refit `quantizer`, then what reads it.
 
     Args:
-        run: the quantized unit, on one of `inputs`.
-        expected: what enters the quantizer in full precision.
+        look: `look_inside` of the quantized unit.
+        expected: what a run in full precision showed.
         weights: `token_weights` of each batch.
+        full_precision: as in `reconstruct_units`.
     """
-    seen = []
-    for hidden in inputs:
-        with captured_inputs([quantizer]) as of_batch:
-            run(hidden)
-        seen.append(of_batch[quantizer])
+    seen = [look([quantizer], hidden) for hidden in inputs]
+    if quantizer in seen[0].streams:
+        with full_precision():
+            others = [of_batch.beside(quantizer, layers[0]) for of_batch in expected]
+        missing = [other - of_batch.beside(quantizer, layers[0]) for other, of_batch in zip(others, seen, strict=True)]
+    else:
+        missing = [x.new_zeros(len(x), 0) for x in (of_batch.inputs[quantizer] for of_batch in seen)]
     row_weights = torch.cat([of_batch[quantizer] for of_batch in weights])
-    produced = torch.cat([quantizer.produce(x) for x in seen])
+    produced = torch.cat([quantizer.produce(of_batch.inputs[quantizer]) for of_batch in seen])
     quantizer.refit(weighted_quantiles(produced, row_weights), channel_importance(layers))
     layers = [layer for layer in layers if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer)]
     if not layers:
         return
     moments = Moments.of(
-        (quantizer.produce(expected[batch][quantizer]), quantizer.quantize(x, 1.0), weights[batch][quantizer])
-        for batch, x in enumerate(seen)
+        (
+            quantizer.produce(expected[batch].inputs[quantizer]),
+            quantizer.quantize(seen[batch].inputs[quantizer], 1.0),
+            missing[batch],
+            weights[batch][quantizer],
+        )
+        for batch in range(len(seen))
     )
     for layer in layers:
         refit_layer(layer, moments)
