@@ -85,6 +85,11 @@ class Moments:
         return share * variance * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
 
 
+def nothing(rows: Tensor) -> Tensor:
+    """What a layer that reads `rows` is to make up for, where it writes to no stream: `(rows, 0)`."""
+    return rows.new_zeros(len(rows), 0)
+
+
 def refit_weight(weight: Tensor, moments: Moments) -> Tensor:
     """`argmin_V E‖W x + e - V x̂‖² + λ‖W - V‖²`, `(out, in)`: what the layer should be, before it is rounded."""
     wide = weight.double()
@@ -189,12 +194,12 @@ class Seen:
     Attributes:
         inputs: of each quantizer, in the order in which they ran.
         streams: of those in `Streams`, the residual stream with the output of their reader in it.
-        output: of the unit.
+        output: of the unit, where it was run to the end.
     """
 
     inputs: dict[GroupActivationQuantizer, Tensor]
     streams: dict[GroupActivationQuantizer, Tensor]
-    output: Tensor
+    output: Tensor | None
 
     def beside(self, quantizer: GroupActivationQuantizer, layer: nn.Linear) -> Tensor:
         """The stream without what `layer`, which reads `quantizer`, has added to it."""
@@ -208,14 +213,20 @@ def look_inside(
     streams: Streams,
     quantizers: Sequence[GroupActivationQuantizer],
     hidden: Tensor,
+    to_the_end: bool = True,
 ) -> Seen:
-    """Run `unit` on `hidden`, with the other arguments that it is called with, and watch `quantizers`."""
+    """Run `unit` on `hidden`, with the other arguments that it is called with, and watch `quantizers`.
+
+    Not `to_the_end`, it stops as soon as all is seen.
+    """
     writers = [quantizer for quantizer in quantizers if quantizer in streams]
     norms = [streams[quantizer] for quantizer in writers if streams[quantizer] is not unit]
-    with captured_inputs([*quantizers, *norms]) as seen:
+    to_the_end = to_the_end or len(norms) < len(writers)
+    output = None
+    with captured_inputs([*quantizers, *norms], stop=not to_the_end) as seen:
         output = unit(hidden, *positional, **named)
-    output = output[0] if isinstance(output, tuple) else output
-    seen[unit] = output.reshape(-1, output.shape[-1]).float()
+        output = output[0] if isinstance(output, tuple) else output
+        seen[unit] = output.reshape(-1, output.shape[-1]).float()
     return Seen(
         {quantizer: seen[quantizer] for quantizer in seen if quantizer in quantizers},
         {quantizer: seen[streams[quantizer]] for quantizer in writers},
@@ -261,7 +272,7 @@ def reconstruct_units(
 def _refit_readers(
     quantizer: GroupActivationQuantizer,
     layers: Sequence[nn.Linear],
-    look: Callable[[Sequence[GroupActivationQuantizer], Tensor], Seen],
+    look: Callable[..., Seen],
     expected: Sequence[Seen],
     inputs: Sequence[Tensor],
     weights: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
@@ -275,13 +286,13 @@ def _refit_readers(
         weights: `token_weights` of each batch.
         full_precision: as in `reconstruct_units`.
     """
-    seen = [look([quantizer], hidden) for hidden in inputs]
+    seen = [look([quantizer], hidden, to_the_end=False) for hidden in inputs]
     if quantizer in seen[0].streams:
         with full_precision():
             others = [of_batch.beside(quantizer, layers[0]) for of_batch in expected]
         missing = [other - of_batch.beside(quantizer, layers[0]) for other, of_batch in zip(others, seen, strict=True)]
     else:
-        missing = [x.new_zeros(len(x), 0) for x in (of_batch.inputs[quantizer] for of_batch in seen)]
+        missing = [nothing(of_batch.inputs[quantizer]) for of_batch in seen]
     row_weights = torch.cat([of_batch[quantizer] for of_batch in weights])
     produced = torch.cat([quantizer.produce(of_batch.inputs[quantizer]) for of_batch in seen])
     quantizer.refit(weighted_quantiles(produced, row_weights), channel_importance(layers))
@@ -301,17 +312,27 @@ def _refit_readers(
         refit_layer(layer, moments)
 
 
+class _AllSeen(Exception):
+    """Ends a run of which nothing more is wanted."""
+
+
 @contextlib.contextmanager
-def captured_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Collect what enters `modules` inside the `with` block, as `(rows, channels)` float32, in the order of their calls."""
+def captured_inputs(modules: Sequence[nn.Module], stop: bool = False) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collect what enters `modules` inside the `with` block, as `(rows, channels)` float32, in the order of their calls.
+
+    With `stop`, the block is left when the last of them is called.
+    """
     seen: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, arguments: tuple) -> None:
         seen[module] = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
+        if stop and len(seen) == len(modules):
+            raise _AllSeen
 
     handles = [module.register_forward_pre_hook(keep) for module in modules]
     try:
-        yield seen
+        with contextlib.suppress(_AllSeen):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

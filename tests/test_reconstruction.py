@@ -12,6 +12,7 @@ from quantformer_hf.quantizers import LSQWeightQuantizer
 from quantformer_hf.reconstruction import (
     REGRESSION_DAMPING,
     Moments,
+    nothing,
     refit_layer,
     refit_weight,
     round_columns,
@@ -23,11 +24,6 @@ def correlated_rows(rows: int = 400, channels: int = 16) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(channels, channels, generator=generator)
     return torch.randn(rows, channels, generator=generator) @ mixing
-
-
-def nothing(x: torch.Tensor) -> torch.Tensor:
-    """What a layer that writes to no stream has to make up for."""
-    return x.new_zeros(len(x), 0)
 
 
 def test_moments_do_not_depend_on_the_parts():

@@ -15,7 +15,7 @@ from ..groups import channel_importance
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..quantize import blocks, full_precision, reading_layers
 from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
-from ..reconstruction import Moments, captured_inputs, refit_layer, token_weights, unit_inputs
+from ..reconstruction import Moments, captured_inputs, nothing, refit_layer, token_weights, unit_inputs
 from .search_space import SearchSpace
 
 
@@ -114,7 +114,7 @@ def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQua
                     seen.append({quantizer: quantizer.produce(rows) for quantizer, rows in inputs.items()})
                 for quantizer in inside:
                     found[quantizer] = Moments.of(
-                        (produced[quantizer], produced[quantizer], weight[quantizer])
+                        (produced[quantizer], produced[quantizer], nothing(produced[quantizer]), weight[quantizer])
                         for produced, weight in zip(seen, weights, strict=True)
                     )
     return found

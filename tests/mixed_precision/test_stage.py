@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 from quantformer_hf.arguments import RunArguments
 from quantformer_hf.layer_bits import LayerBits
 from quantformer_hf.mixed_precision.allocation_file import BitAllocation
+from quantformer_hf.mixed_precision.latency_table import LatencyTable
 from quantformer_hf.mixed_precision.pictures import draw_bits
 from quantformer_hf.mixed_precision.stage import check_later_stages
 from quantformer_hf.report import weights_on_disk
@@ -141,6 +142,27 @@ def test_one_command_makes_a_checkpoint_within_the_budget(full_precision, tmp_pa
     before = (out / "allocate" / "bit_allocation.json").stat().st_mtime_ns
     assert "the stage 'allocate' is complete" in run(recipe).stderr
     assert (out / "allocate" / "bit_allocation.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_budget_of_time_is_kept_by_the_table_measured_here_or_given(full_precision, tmp_path):
+    common = {"stages": ["allocate"], "sensitivity_samples": 16, "candidate_bits": [2, 4]}
+    run(write_recipe(tmp_path / "here", full_precision, budget=["100s"], **common))
+    measured = LatencyTable.read(tmp_path / "here" / "out" / "allocate" / "latency.csv")
+    # A processor on which time goes by bits.
+    given = LatencyTable({key: key.weight_bits + key.activation_bits for key in measured.times}, rest=1.0)
+    given.write(tmp_path / "latency.csv")
+    linears = 2 * 6
+    budget = 1.0 + linears * (2 + 2 + 4 + 4) / 2
+    flags = {"budget": [f"{budget}ms"], "latency_table": str(tmp_path / "latency.csv")}
+    run(write_recipe(tmp_path / "there", full_precision, **flags, **common))
+    allocation = BitAllocation.read(tmp_path / "there" / "out" / "allocate" / "bit_allocation.json")
+    chosen = sum(layer.weight_bits + layer.activation_bits for layer in allocation.layers.values())
+    assert len(allocation.layers) == linears
+    assert allocation.cost["ms"] == pytest.approx(1.0 + chosen)
+    # Half way between the least and the most, and as near as choices of two bits come to it.
+    assert budget - 2 < allocation.cost["ms"] <= budget
+    assert not (tmp_path / "there" / "out" / "allocate" / "latency.csv").exists()
 
 
 @pytest.mark.slow
