@@ -1,10 +1,12 @@
 """`ImageTrainer`: what a transformers Trainer has to know of this package's data, and of averaged weights."""
 
 import contextlib
+import os
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
+from transformers.integrations import TensorBoardCallback
 
 from .bad_images import BadImageTally
 from .callbacks import EpochCallback
@@ -30,6 +32,10 @@ class ImageTrainer(Trainer):
 
     def __init__(self, model: PreTrainedModel, args: QuantformerTrainingArguments, **kwargs):
         super().__init__(model=model, args=args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # Trainer says so only when training begins: an evaluation by itself would write to `./runs`.
+                callback.logging_dir = os.path.join(args.output_dir, "runs")
         self._ema = None
         if args.ema_decay > 0:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:

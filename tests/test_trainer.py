@@ -101,6 +101,15 @@ def test_the_adaptive_degree_moves_and_is_saved(tmp_path):
     assert torch.equal(saved.concentration_degree, model.concentration_degree)
 
 
+def test_an_evaluation_by_itself_logs_to_the_output_folder(tmp_path, monkeypatch):
+    here, out = tmp_path / "here", tmp_path / "out"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    make_trainer(out, make_quantized("vit"), report_to="tensorboard").evaluate()
+    assert not list(here.iterdir())
+    assert list(out.glob("runs/events*"))
+
+
 def test_a_fixed_degree_leaves_the_adaptive_one_alone(tmp_path):
     model = make_quantized()
     make_trainer(tmp_path, model, make_full_precision(), max_steps=2, aux_weight=1.0, pnorm="2").train()
