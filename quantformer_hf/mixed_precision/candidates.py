@@ -15,7 +15,7 @@ from ..groups import channel_importance
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..quantize import blocks, full_precision, reading_layers
 from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
-from ..reconstruction import Moments, captured_inputs, nothing, refit_layer, token_weights, unit_inputs
+from ..reconstruction import Moments, look_inside, nothing, refit_layer, token_weights, unit_inputs
 from .search_space import SearchSpace
 
 
@@ -108,10 +108,9 @@ def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQua
                 inside = [module for module in unit.modules() if module in readers]
                 seen = []
                 for number, x in enumerate(hidden):
-                    with captured_inputs(inside) as inputs:
-                        output = unit(x, *positional, **named)
-                    hidden[number] = output[0] if isinstance(output, tuple) else output
-                    seen.append({quantizer: quantizer.produce(rows) for quantizer, rows in inputs.items()})
+                    shown = look_inside(unit, positional, named, {}, inside, x)
+                    hidden[number] = shown.output
+                    seen.append({quantizer: quantizer.produce(rows) for quantizer, rows in shown.inputs.items()})
                 for quantizer in inside:
                     found[quantizer] = Moments.of(
                         (produced[quantizer], produced[quantizer], nothing(produced[quantizer]), weight[quantizer])
