@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ logger = logging.getLogger(__name__)
 #: Bits at which the whole model is timed, to find what its linears do not explain.
 REFERENCE_BITS = 4
 
-#: Runs that are not timed, before those that are.
+#: Rounds that are not timed, before those that are.
 WARM_UP = 3
+
+#: Rounds that are.
+ROUNDS = 50
 
 
 def packed_linear(key: LatencyKey) -> PackedLinear:
@@ -53,18 +58,22 @@ def packed_linear(key: LatencyKey) -> PackedLinear:
     return packed.eval()
 
 
-def least_milliseconds(function: Callable[[], Any], repetitions: int) -> float:
-    """The least time of `function`: whatever else runs on the machine only ever adds to it."""
+def median_milliseconds(functions: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+    """The median time of each function. All run in each round, in an order drawn anew: they then meet the same disturbances
+    and the same states of the caches, and what is timed while the machine is slow does not seem slower than the others.
+    """
+    order = random.Random(0)
     cuda = torch.cuda.is_available()
-    times = []
-    for number in range(WARM_UP + repetitions):
-        start = time.perf_counter()
-        function()
-        if cuda:
-            torch.cuda.synchronize()
-        if number >= WARM_UP:
-            times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
+    times: dict[Any, list[float]] = {name: [] for name in functions}
+    for number in range(WARM_UP + rounds):
+        for name, function in order.sample(list(functions.items()), len(functions)):
+            start = time.perf_counter()
+            function()
+            if cuda:
+                torch.cuda.synchronize()
+            if number >= WARM_UP:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 @torch.inference_mode()
@@ -72,9 +81,8 @@ def measure_latency(
     model: PreTrainedModel,
     candidates: tuple[int, ...] = CANDIDATE_BITS,
     num_groups: int = 8,
-    repetitions: int = 20,
+    rounds: int = ROUNDS,
     device: str = "cpu",
-    announce: Callable[[str], None] = lambda line: None,
 ) -> LatencyTable:
     """Time each shape of linear in `model` for one image at each pair of widths, and what else a forward pass takes.
 
@@ -85,45 +93,39 @@ def measure_latency(
         model: full-precision image classifier.
         candidates: bits; activations leave out 1.
         num_groups: of the inputs' quantizers.
-        repetitions: of which the quickest counts.
+        rounds: times that each is run; their median counts.
         device: to measure on.
-        announce: called with a line for each time.
     """
     quantized = QuantformerForImageClassification.from_full_precision(
         model, bit_width=REFERENCE_BITS, num_groups=num_groups
     )
     space = SearchSpace.of(quantized.config, candidates)
     costs = CostModel(quantized.config, space)
-    reference = SearchSpace.of(quantized.config, (REFERENCE_BITS,))
-    table = LatencyTable()
 
-    def time_of(name: str, weight_bits: int, activation_bits: int) -> float:
+    def key_of(name: str, *bits: int) -> LatencyKey:
         layer = quantized.backbone.get_submodule(name)
-        shape = costs.products[name].rows, layer.in_features, layer.out_features, num_groups
-        key = LatencyKey(*shape, weight_bits, activation_bits)
-        if key not in table.times:
-            x = torch.randn(1, key.rows, key.in_features, device=device)
-            linear = packed_linear(key).to(device)
-            table.times[key] = least_milliseconds(lambda: linear(x), repetitions)
-            announce(f"{key}: {table.times[key]:.3f} ms")
-        return table.times[key]
+        return LatencyKey(costs.products[name].rows, layer.in_features, layer.out_features, num_groups, *bits)
 
-    for name in space.inputs:
-        for pair in costs.pairs():
-            time_of(name, *pair)
-    linears = sum(time_of(name, REFERENCE_BITS, REFERENCE_BITS) for name in reference.inputs)
-    image = one_image(quantized.config, "cpu")
-    whole = least_milliseconds(_packed(quantized, image, device), repetitions)
-    table.rest = max(0.0, whole - linears)
+    at_reference = [key_of(name, REFERENCE_BITS, REFERENCE_BITS) for name in space.inputs]
+    keys = [key_of(name, *pair) for name in space.inputs for pair in costs.pairs()]
+    functions: dict[Any, Callable] = {key: _on_noise(key, device) for key in dict.fromkeys([*keys, *at_reference])}
+    functions["whole"] = _packed(quantized, one_image(quantized.config, "cpu"), device)
+    times = median_milliseconds(functions, rounds)
+    whole = times.pop("whole")
+    linears = sum(times[key] for key in at_reference)
     if linears > whole:
         logger.warning(
             f"the linears at W{REFERENCE_BITS}A{REFERENCE_BITS}, measured one by one, take {linears:.3f} ms, and the whole"
             f" model {whole:.3f} ms: other work disturbed the measurement. Repeat it on an idle machine"
         )
-    announce(
-        f"whole model at W{REFERENCE_BITS}A{REFERENCE_BITS}: {whole:.3f} ms, of which its linears {linears:.3f} ms"
-    )
-    return table
+    return LatencyTable(times, rest=max(0.0, whole - linears))
+
+
+def _on_noise(key: LatencyKey, device: str) -> Callable[[], Any]:
+    """A call of the packed linear of `key`."""
+    linear = packed_linear(key).to(device)
+    x = torch.randn(1, key.rows, key.in_features, device=device)
+    return lambda: linear(x)
 
 
 def _packed(model: QuantformerForImageClassification, image: Tensor, device: str) -> Callable[[], Any]:
@@ -143,22 +145,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="latency.csv", help="the file to write (default: %(default)s)")
     parser.add_argument("--candidate_bits", type=int, nargs="+", default=list(CANDIDATE_BITS), help="widths to measure")
     parser.add_argument("--num_groups", type=int, default=8, help="groups of channels (default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=20, help="runs, of which the quickest counts")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each, of which the median counts")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
 
 def run(arguments: Any) -> None:
     """Write the table of `arguments.model`, and print it."""
     candidates = check_candidates(arguments.candidate_bits)
-    if arguments.repetitions < 1:
-        raise ValueError(f"repetitions is {arguments.repetitions}: choose at least 1")
+    if arguments.rounds < 1:
+        raise ValueError(f"rounds is {arguments.rounds}: choose at least 1")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {arguments.device}, and torch finds no GPU: leave it out to measure on the CPU")
     model = load_full_precision(arguments.model).model
     # Now, and not after minutes of measuring.
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.output).touch()
-    table = measure_latency(model, candidates, arguments.num_groups, arguments.repetitions, arguments.device)
+    table = measure_latency(model, candidates, arguments.num_groups, arguments.rounds, arguments.device)
     table.write(arguments.output)
     rows = [[*str(key).rsplit(", ", 1), f"{time:.3f}"] for key, time in table.times.items()]
     rows.append(["everything else in the model", "", f"{table.rest:.3f}"])
