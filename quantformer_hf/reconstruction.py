@@ -19,18 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grids import Grid, fit_row_scales
 from .groups import channel_importance
 from .observers import weighted_quantiles
 from .quantizers import GroupActivationQuantizer, LSQWeightQuantizer
+from .regression import Evidence, Moments, nothing, refit_layer
 
-
-#: Ridge of the regression, pulling to the old weight, as a share of the inputs' mean variance. The class token of each
-#: image counts for much, and there are few of them: with less the regression learns them by heart.
-REGRESSION_DAMPING = 3.0
-
-#: Ridge of the rounding, likewise.
-ROUNDING_DAMPING = 0.1
 
 #: Power of a token's Fisher information that becomes its weight.
 TOKEN_WEIGHT_POWER = 0.5
@@ -40,114 +33,6 @@ Readers = Mapping[GroupActivationQuantizer, Sequence[nn.Linear]]
 #: For the quantizers whose one reader writes to the residual stream: whose input the stream then is (a LayerNorm), or the
 #: block, whose output it is.
 Streams = Mapping[GroupActivationQuantizer, nn.Module]
-
-
-@dataclass
-class Moments:
-    """Weighted second moments of a layer's inputs, quantized (x̂) and in full precision (x), and of what else its output
-    is to make up for (e), about their means.
-
-    Attributes:
-        quantized: `E[x̂ x̂ᵀ]`, `(channels, channels)`, float64.
-        cross: `E[x x̂ᵀ]`, likewise.
-        missing: `E[e x̂ᵀ]`, `(out, channels)`; of no rows where the layer has nothing to make up for.
-        mean, quantized_mean: `(channels,)`.
-        missing_mean: `(out,)`.
-    """
-
-    quantized: Tensor
-    cross: Tensor
-    missing: Tensor
-    mean: Tensor
-    quantized_mean: Tensor
-    missing_mean: Tensor
-
-    @classmethod
-    def of(cls, parts: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> "Moments":
-        """From x, x̂ `(rows, channels)`, e `(rows, out)` or `(rows, 0)` and the rows' weights `(rows,)`, in parts."""
-        sums: list[Tensor] | None = None
-        for x, x_hat, missing, weights in parts:
-            column = weights.unsqueeze(1)
-            part = [(rows * column).T @ x_hat for rows in (x_hat, x, missing)]
-            part += [weights @ rows for rows in (x_hat, x, missing)]
-            part = [tensor.double() for tensor in (*part, weights.sum())]
-            sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
-        *products, quantized_mean, mean, missing_mean = (tensor / sums[-1] for tensor in sums[:-1])
-        quantized, cross, missing = (
-            product - torch.outer(of, quantized_mean)
-            for product, of in zip(products, (quantized_mean, mean, missing_mean), strict=True)
-        )
-        return cls(quantized, cross, missing, mean, quantized_mean, missing_mean)
-
-    def damping(self, share: float) -> Tensor:
-        """`share` of the mean variance, on a diagonal."""
-        variance = self.quantized.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return share * variance * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
-
-
-def nothing(rows: Tensor) -> Tensor:
-    """What a layer that reads `rows` is to make up for, where it writes to no stream: `(rows, 0)`."""
-    return rows.new_zeros(len(rows), 0)
-
-
-def refit_weight(weight: Tensor, moments: Moments) -> Tensor:
-    """`argmin_V E‖W x + e - V x̂‖² + λ‖W - V‖²`, `(out, in)`: what the layer should be, before it is rounded."""
-    wide = weight.double()
-    damped = moments.quantized + moments.damping(REGRESSION_DAMPING)
-    wanting = wide @ (moments.cross - moments.quantized)
-    if len(moments.missing):
-        wanting += moments.missing
-    return wide + torch.linalg.solve(damped, wanting, left=False)
-
-
-def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """Round a weight column by column, those of the largest curvature first (GPTQ, arXiv 2210.17323).
-
-    Args:
-        weight: `(out, in)`, float32.
-        scale: `(out,)`.
-        grid: signed grid.
-        hessian: `(in, in)`, float64, positive definite.
-        block: columns whose effect on all later ones is added at once.
-
-    Returns:
-        the rounded weight, and the weight as it was when each column was rounded: it rounds to the same.
-    """
-    order = hessian.diagonal().argsort(descending=True)
-    factor = torch.linalg.cholesky(hessian[order][:, order])
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(weight)
-    latent = weight[:, order].clone()
-    rounded = torch.empty_like(latent)
-    for start in range(0, latent.shape[1], block):
-        end = min(start + block, latent.shape[1])
-        errors = latent.new_empty(len(latent), end - start)
-        for column in range(start, end):
-            codes = (latent[:, column] / scale).round().clamp(grid.qmin, grid.qmax)
-            rounded[:, column] = codes * scale
-            error = (latent[:, column] - rounded[:, column]) / factor[column, column]
-            latent[:, column + 1 : end] -= torch.outer(error, factor[column, column + 1 : end])
-            errors[:, column - start] = error
-        latent[:, end:] -= errors @ factor[start:end, end:]
-    back = order.argsort()
-    return rounded[:, back], latent[:, back]
-
-
-@torch.no_grad()
-def refit_layer(layer: nn.Linear, moments: Moments) -> None:
-    """Refit and round the weight of `layer`, set its scales, and let its bias take up the mean of the error."""
-    before = layer.weight.double()
-    target = refit_weight(layer.weight, moments).float()
-    quantizer = layer.weight_quantizer
-    scale = fit_row_scales(target, quantizer.grid)
-    hessian = moments.quantized + moments.damping(ROUNDING_DAMPING)
-    rounded, latent = round_columns(target, scale, quantizer.grid, hessian)
-    layer.weight.copy_(latent)
-    quantizer.scale.copy_(scale)
-    if layer.bias is not None:
-        shift = before @ moments.mean - rounded.double() @ moments.quantized_mean
-        if len(moments.missing_mean):
-            shift += moments.missing_mean
-        layer.bias += shift.to(layer.bias)
 
 
 def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> dict[GroupActivationQuantizer, Tensor]:
@@ -287,7 +172,8 @@ def _refit_readers(
         full_precision: as in `reconstruct_units`.
     """
     seen = [look([quantizer], hidden, to_the_end=False) for hidden in inputs]
-    if quantizer in seen[0].streams:
+    writes = quantizer in seen[0].streams
+    if writes:
         with full_precision():
             others = [of_batch.beside(quantizer, layers[0]) for of_batch in expected]
         missing = [other - of_batch.beside(quantizer, layers[0]) for other, of_batch in zip(others, seen, strict=True)]
@@ -299,7 +185,7 @@ def _refit_readers(
     layers = [layer for layer in layers if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer)]
     if not layers:
         return
-    moments = Moments.of(
+    parts = (
         (
             quantizer.produce(expected[batch].inputs[quantizer]),
             quantizer.quantize(seen[batch].inputs[quantizer], 1.0),
@@ -308,8 +194,9 @@ def _refit_readers(
         )
         for batch in range(len(seen))
     )
+    evidence = Evidence.of(parts, [len(batch) for batch in inputs]) if writes else Evidence(Moments.of(parts), [])
     for layer in layers:
-        refit_layer(layer, moments)
+        refit_layer(layer, evidence)
 
 
 class _AllSeen(Exception):

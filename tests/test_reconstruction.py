@@ -9,14 +9,17 @@ from quantformer_hf.grids import Grid, fit_row_scales
 from quantformer_hf.layers import QuantLinear
 from quantformer_hf.quantize import reading_layers
 from quantformer_hf.quantizers import LSQWeightQuantizer
-from quantformer_hf.reconstruction import (
-    REGRESSION_DAMPING,
+from quantformer_hf.reconstruction import token_weights
+from quantformer_hf.regression import (
+    DAMPINGS,
+    FOLDS,
+    Evidence,
     Moments,
+    choose_damping,
     nothing,
     refit_layer,
     refit_weight,
     round_columns,
-    token_weights,
 )
 
 
@@ -36,6 +39,8 @@ def test_moments_do_not_depend_on_the_parts():
     expected = torch.cov(x_hat.double().T, correction=0, aweights=share)
     torch.testing.assert_close(whole.quantized, parts.quantized, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.quantized, expected, rtol=1e-4, atol=1e-4)
+    expected = torch.cov(x.double().T, correction=0, aweights=share)
+    torch.testing.assert_close(whole.full_precision, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.missing, parts.missing, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.missing, (whole.cross - whole.quantized)[:5], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.missing_mean, (share @ missing.double()), rtol=1e-5, atol=1e-5)
@@ -57,34 +62,89 @@ def test_rounding_column_by_column_beats_rounding_to_nearest_and_latents_round_t
     torch.testing.assert_close(on_grid(latent), rounded)
 
 
+def evidence_of(x: torch.Tensor, x_hat: torch.Tensor, missing: torch.Tensor | None = None) -> Evidence:
+    """Without folds."""
+    missing = nothing(x) if missing is None else missing
+    return Evidence(Moments.of([(x, x_hat, missing, torch.ones(len(x)))]), [])
+
+
 def test_the_refitted_weight_makes_up_for_noisy_inputs():
-    x = correlated_rows()
-    x_hat = 3 * (x / 3).round()
+    x = correlated_rows(4000)
+    # Noise that the other channels tell of, as that of the layers before is.
+    x_hat = x + 0.3 * x.roll(1, dims=1)
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
-    refitted = refit_weight(weight, Moments.of([(x, x_hat, nothing(x), torch.ones(len(x)))])).float()
+    refitted = refit_weight(weight, evidence_of(x, x_hat)).float()
     target = (x - x.mean(0)) @ weight.T
     errors = [((x_hat - x_hat.mean(0)) @ w.T - target).square().sum() for w in (refitted, weight)]
     assert errors[0] < errors[1]
 
 
+def test_what_a_noisy_layer_puts_out_varies_as_in_full_precision():
+    x = correlated_rows(4000)
+    x_hat = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
+    # A row of zeros has nothing to vary.
+    weight[3] = 0
+    refitted = refit_weight(weight, evidence_of(x, x_hat)).float()
+    torch.testing.assert_close((x_hat @ refitted.T).std(0), (x @ weight.T).std(0), rtol=1e-4, atol=1e-4)
+    assert (refitted[3] == 0).all()
+
+
 def test_identical_inputs_change_no_weight():
     x = correlated_rows()
     weight = torch.randn(8, 16)
-    refitted = refit_weight(weight, Moments.of([(x, x, nothing(x), torch.ones(len(x)))]))
-    torch.testing.assert_close(refitted.float(), weight)
+    torch.testing.assert_close(refit_weight(weight, evidence_of(x, x)).float(), weight)
 
 
 def test_a_layer_makes_up_for_what_the_stream_lacks():
     x, weight = correlated_rows(), torch.randn(8, 16)
     lost = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
-    moments = Moments.of([(x, x, x @ lost.T + 5, torch.ones(len(x)))])
-    covariance = moments.quantized
-    shrunk = lost.double() @ covariance @ torch.linalg.inv(covariance + moments.damping(REGRESSION_DAMPING))
-    torch.testing.assert_close(refit_weight(weight, moments), weight.double() + shrunk, rtol=1e-4, atol=1e-4)
+    whole = evidence_of(x, x, x @ lost.T + 5).moments
+    evidence = Evidence.of([(x, x, x @ lost.T + 5, torch.ones(len(x)))], [8])
+    torch.testing.assert_close(evidence.moments.missing, whole.missing, rtol=1e-4, atol=1e-4)
+    # Without noise nothing speaks for a larger ridge than the least.
+    assert choose_damping(weight.double(), evidence.folds) == DAMPINGS[0]
+    covariance = whole.quantized
+    shrunk = lost.double() @ covariance @ torch.linalg.inv(covariance + whole.damping(DAMPINGS[0]))
+    torch.testing.assert_close(refit_weight(weight, evidence), weight.double() + shrunk, rtol=1e-4, atol=1e-4)
     layer = QuantLinear.from_float(torch.nn.Linear(16, 8), LSQWeightQuantizer(8, 8))
     bias = layer.bias.detach().clone()
-    refit_layer(layer, Moments.of([(x, x, torch.full((len(x), 8), 5.0), torch.ones(len(x)))]))
+    refit_layer(layer, evidence_of(x, x, torch.full((len(x), 8), 5.0)))
     torch.testing.assert_close(layer.bias.detach() - bias, torch.full((8,), 5.0), rtol=0, atol=0.05)
+
+
+def test_what_is_noise_on_other_images_is_not_learnt():
+    x, weight = correlated_rows(24), torch.zeros(8, 16, dtype=torch.float64)
+    noise = torch.randn(24, 8, generator=torch.Generator().manual_seed(3))
+    evidence = Evidence.of([(x, x, noise, torch.ones(24))], [24])
+    assert choose_damping(weight, evidence.folds) > 10 * DAMPINGS[0]
+
+
+def test_images_are_dealt_to_the_folds_one_by_one_however_they_are_batched():
+    x = correlated_rows(60)
+    weights = torch.rand(60, generator=torch.Generator().manual_seed(1))
+    # Ten images of six rows.
+    whole = Evidence.of([(x, x, x, weights)], [10])
+    apart = Evidence.of(
+        [(x[i : i + 6], x[i : i + 6], x[i : i + 6], weights[i : i + 6]) for i in range(0, 60, 6)], [1] * 10
+    )
+    assert len(whole.folds) == len(apart.folds) == FOLDS
+    of_first = torch.cat([x[i : i + 6] for i in range(0, 60, 6 * FOLDS)])
+    weights_of_first = torch.cat([weights[i : i + 6] for i in range(0, 60, 6 * FOLDS)])
+    expected = Moments.of([(of_first, of_first, of_first, weights_of_first)])
+    for evidence in (whole, apart):
+        torch.testing.assert_close(evidence.folds[0][1].quantized, expected.quantized, rtol=1e-4, atol=1e-4)
+
+
+def test_one_image_or_images_that_do_not_count_give_no_folds():
+    x = correlated_rows(12)
+    assert Evidence.of([(x, x, x, torch.ones(12))], [1]).folds == []
+    weights = torch.ones(12)
+    weights[3:6] = 0
+    evidence = Evidence.of([(x, x, x, weights)], [4])
+    assert len(evidence.folds) == 3
+    assert all(moments.quantized.isfinite().all() for pair in evidence.folds for moments in pair)
+    assert choose_damping(torch.zeros(16, 16, dtype=torch.float64), []) == DAMPINGS[-1]
 
 
 def test_token_weights_are_positive_of_mean_one_and_find_the_token_that_is_read():

@@ -15,7 +15,8 @@ from ..groups import channel_importance
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..quantize import blocks, full_precision, reading_layers
 from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
-from ..reconstruction import Moments, look_inside, nothing, refit_layer, token_weights, unit_inputs
+from ..reconstruction import look_inside, token_weights, unit_inputs
+from ..regression import Evidence, Moments, nothing, refit_layer
 from .search_space import SearchSpace
 
 
@@ -90,7 +91,7 @@ def _rounded(layer: nn.Linear, bits: int, weight_quantizer: str, moments: Moment
     quantizer = build_weight_quantizer(weight_quantizer, bits, layer.out_features).to(layer.weight.device)
     fitted.weight_quantizer = quantizer
     if isinstance(quantizer, LSQWeightQuantizer):
-        refit_layer(fitted, moments)
+        refit_layer(fitted, Evidence(moments, []))
     bias = None if fitted.bias is None else fitted.bias.detach()
     codes = quantizer.integers(fitted.weight).to(torch.int8)
     return RoundedWeight(codes, quantizer.step(fitted.weight).detach().abs(), quantizer.shift, bias)

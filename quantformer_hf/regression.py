@@ -1,0 +1,228 @@
+"""One linear refitted to what it reads: a regression, then rounding column by column.
+
+`reconstruction.py` says what the regression is to reach.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .grids import Grid, fit_row_scales
+
+
+#: Ridge of the regression, pulling to the old weight, as a share of the inputs' mean variance.
+REGRESSION_DAMPING = 10.0
+
+#: The ridges among which cross-validation chooses, ascending, and the parts into which it divides the images.
+DAMPINGS = tuple(0.1 * 2**step for step in range(11))
+FOLDS = 4
+
+#: Ridge of the rounding.
+ROUNDING_DAMPING = 0.1
+
+#: What a layer reads in full precision x and quantized x̂, each `(rows, channels)`, what else its output is to make up for,
+#: e `(rows, out)` or `(rows, 0)`, and how much each row counts, `(rows,)`.
+Part = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Moments:
+    """Weighted second moments of a layer's inputs, quantized (x̂) and in full precision (x), and of what else its output
+    is to make up for (e), about their means.
+
+    Attributes:
+        full_precision: `E[x xᵀ]`, `(channels, channels)`, float64.
+        quantized: `E[x̂ x̂ᵀ]`, likewise.
+        cross: `E[x x̂ᵀ]`, likewise.
+        missing: `E[e x̂ᵀ]`, `(out, channels)`; of no rows where the layer has nothing to make up for.
+        mean, quantized_mean: `(channels,)`.
+        missing_mean: `(out,)`.
+    """
+
+    full_precision: Tensor
+    quantized: Tensor
+    cross: Tensor
+    missing: Tensor
+    mean: Tensor
+    quantized_mean: Tensor
+    missing_mean: Tensor
+
+    @classmethod
+    def of(cls, parts: Iterable[Part]) -> "Moments":
+        """From all rows of `parts`."""
+        sums: list[Tensor] | None = None
+        for part in parts:
+            sums = _added(sums, _sums(part))
+        return cls._from_sums(sums)
+
+    @classmethod
+    def _from_sums(cls, sums: Sequence[Tensor]) -> "Moments":
+        *products, mean, quantized_mean, missing_mean = (tensor / sums[-1] for tensor in sums[:-1])
+        pairs = (mean, mean), (quantized_mean, quantized_mean), (mean, quantized_mean), (missing_mean, quantized_mean)
+        centred = (product - torch.outer(*means) for product, means in zip(products, pairs, strict=True))
+        return cls(*centred, mean, quantized_mean, missing_mean)
+
+    def damping(self, share: float) -> Tensor:
+        """`share` of the mean variance, on a diagonal."""
+        variance = self.quantized.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return share * variance * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
+
+    def wanting(self, weight: Tensor) -> Tensor:
+        """`E[(W x + e - W x̂) x̂ᵀ]`, `(out, channels)`: what the weight leaves undone."""
+        wanting = weight @ (self.cross - self.quantized)
+        return wanting + self.missing if len(self.missing) else wanting
+
+
+def _sums(part: Part) -> list[Tensor]:
+    """Of which `Moments` are made, float64; those of more rows add up."""
+    x, x_hat, missing, weights = part
+    column = weights.unsqueeze(1)
+    pairs = (x, x), (x_hat, x_hat), (x, x_hat), (missing, x_hat)
+    products = [(left * column).T @ right for left, right in pairs]
+    means = [weights @ rows for rows in (x, x_hat, missing)]
+    return [tensor.double() for tensor in (*products, *means, weights.sum())]
+
+
+def _added(sums: list[Tensor] | None, others: list[Tensor]) -> list[Tensor]:
+    return others if sums is None else [a + b for a, b in zip(sums, others, strict=True)]
+
+
+def nothing(rows: Tensor) -> Tensor:
+    """What a layer that reads `rows` is to make up for, where it writes to no stream: `(rows, 0)`."""
+    return rows.new_zeros(len(rows), 0)
+
+
+@dataclass
+class Evidence:
+    """What a regression goes by.
+
+    Attributes:
+        moments: of all images.
+        folds: of all but some images, and of those, for cross-validation; empty where there is none.
+    """
+
+    moments: Moments
+    folds: list[tuple[Moments, Moments]]
+
+    @classmethod
+    def of(cls, parts: Iterable[Part], images: Sequence[int]) -> "Evidence":
+        """With folds.
+
+        Args:
+            parts: rows in the order of the images.
+            images: how many each part has.
+        """
+        sums: list[list[Tensor] | None] = [None] * FOLDS
+        first = 0
+        for part, count in zip(parts, images, strict=True):
+            for fold in range(FOLDS):
+                # Image by image through all parts, however few a part has.
+                begin = (fold - first) % FOLDS
+                if begin < count:
+                    taken = [rows.unflatten(0, (count, -1))[begin::FOLDS].flatten(0, 1) for rows in part]
+                    sums[fold] = _added(sums[fold], _sums(tuple(taken)))
+            first += count
+        # Images whose rows all count for nothing say nothing.
+        told = [of_fold for of_fold in sums if of_fold is not None and of_fold[-1] > 0]
+        whole = [torch.stack(tensors).sum(0) for tensors in zip(*told, strict=True)]
+        folds = []
+        for of_fold in told if len(told) > 1 else ():
+            others = [a - b for a, b in zip(whole, of_fold, strict=True)]
+            folds.append((Moments._from_sums(others), Moments._from_sums(of_fold)))
+        return cls(Moments._from_sums(whole), folds)
+
+
+def choose_damping(weight: Tensor, folds: Sequence[tuple[Moments, Moments]]) -> float:
+    """The ridge of `DAMPINGS` with which regression on some images leaves least undone on the others.
+
+    Args:
+        weight: `(out, in)`, float64.
+        folds: as in `Evidence`. Without any, one knows nothing of other images, and the largest ridge is taken.
+    """
+    if not folds:
+        return DAMPINGS[-1]
+    losses = weight.new_zeros(len(DAMPINGS))
+    for seen, unseen in folds:
+        # One decomposition for all ridges.
+        variances, axes = torch.linalg.eigh(seen.quantized)
+        wanting, wanting_there = seen.wanting(weight) @ axes, unseen.wanting(weight) @ axes
+        quantized_there = axes.T @ unseen.quantized @ axes
+        for index, share in enumerate(DAMPINGS):
+            step = wanting / (variances + seen.damping(share).diagonal())
+            losses[index] += ((step @ quantized_there) * step).sum() - 2 * (step * wanting_there).sum()
+    return DAMPINGS[losses.argmin().item()]
+
+
+def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
+    """What the layer should be, before it is rounded: `V = argmin E‖W x + e - V x̂‖² + λ‖W - V‖²`, `(out, in)`, float64.
+
+    Where there is something to make up for, cross-validation chooses λ: the class token of each image counts for much, and
+    there are few of them, which a small ridge learns by heart.
+
+    Elsewhere λ is `REGRESSION_DAMPING`, and each row of V is scaled so that `V x̂` varies as much as `W x`. Least squares
+    puts out less the noisier x̂ is, which is nearest to `W x`, and no good: attention gets flat, and what follows is made
+    for values of the old size. Cross-validation would choose the least ridge almost everywhere, and lose.
+    """
+    wide, moments = weight.double(), evidence.moments
+    makes_up = len(moments.missing) > 0
+    share = choose_damping(wide, evidence.folds) if makes_up else REGRESSION_DAMPING
+    damped = moments.quantized + moments.damping(share)
+    refitted = wide + torch.linalg.solve(damped, moments.wanting(wide), left=False)
+    if makes_up:
+        return refitted
+    expected = ((wide @ moments.full_precision) * wide).sum(1, keepdim=True)
+    given = ((refitted @ moments.quantized) * refitted).sum(1, keepdim=True)
+    varies = (expected > 0) & (given > 0)
+    return refitted * torch.where(varies, expected / given, 1.0).sqrt()
+
+
+def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """Round a weight column by column, those of the largest curvature first (GPTQ, arXiv 2210.17323).
+
+    Args:
+        weight: `(out, in)`, float32.
+        scale: `(out,)`.
+        grid: signed grid.
+        hessian: `(in, in)`, float64, positive definite.
+        block: columns whose effect on all later ones is added at once.
+
+    Returns:
+        the rounded weight, and the weight as it was when each column was rounded: it rounds to the same.
+    """
+    order = hessian.diagonal().argsort(descending=True)
+    factor = torch.linalg.cholesky(hessian[order][:, order])
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(weight)
+    latent = weight[:, order].clone()
+    rounded = torch.empty_like(latent)
+    for start in range(0, latent.shape[1], block):
+        end = min(start + block, latent.shape[1])
+        errors = latent.new_empty(len(latent), end - start)
+        for column in range(start, end):
+            codes = (latent[:, column] / scale).round().clamp(grid.qmin, grid.qmax)
+            rounded[:, column] = codes * scale
+            error = (latent[:, column] - rounded[:, column]) / factor[column, column]
+            latent[:, column + 1 : end] -= torch.outer(error, factor[column, column + 1 : end])
+            errors[:, column - start] = error
+        latent[:, end:] -= errors @ factor[start:end, end:]
+    back = order.argsort()
+    return rounded[:, back], latent[:, back]
+
+
+@torch.no_grad()
+def refit_layer(layer: nn.Linear, evidence: Evidence) -> None:
+    """Refit and round the weight of `layer`, set its scales, and let its bias take up the mean of the error."""
+    before, moments = layer.weight.double(), evidence.moments
+    target = refit_weight(layer.weight, evidence).float()
+    quantizer = layer.weight_quantizer
+    scale = fit_row_scales(target, quantizer.grid)
+    hessian = moments.quantized + moments.damping(ROUNDING_DAMPING)
+    rounded, latent = round_columns(target, scale, quantizer.grid, hessian)
+    layer.weight.copy_(latent)
+    quantizer.scale.copy_(scale)
+    if layer.bias is not None:
+        shift = before @ moments.mean - rounded.double() @ moments.quantized_mean
+        if len(moments.missing_mean):
+            shift += moments.missing_mean
+        layer.bias += shift.to(layer.bias)
