@@ -2,11 +2,11 @@
 
 Each quantizer of activations is fitted to what reaches it through the quantized layers before it. Then each linear that
 reads it is to give on these quantized inputs what the full-precision one gives on its own: a regression with a strong pull
-to the old weight, then rounding column by column, where the columns not yet rounded make up for the error of those that are
-(GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). A linear that writes to the residual stream
-is to make up for what the stream beside it lacks as well: errors would otherwise add up from block to block. Tokens count by
-how much the model's output depends on them (FIMA-Q, arXiv 2506.11543, weighs errors by the Fisher information): without that
-the few tokens with huge values, which cannot be met, spoil the fit of all others.
+to the old weight (`regression.py`), then rounding column by column, where the columns not yet rounded make up for those
+that are (GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). A linear that writes to the
+residual stream is to make up for what the stream beside it lacks as well: errors would otherwise add up from block to
+block. Tokens count by how much the model's output depends on them (FIMA-Q, arXiv 2506.11543, weighs errors by the Fisher
+information): without that the few tokens with huge values, which cannot be met, spoil the fit of all others.
 """
 
 import contextlib
