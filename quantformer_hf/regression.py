@@ -33,8 +33,8 @@ class Moments:
     is to make up for (e), about their means.
 
     Attributes:
-        full_precision: `E[x xᵀ]`, `(channels, channels)`, float64.
-        quantized: `E[x̂ x̂ᵀ]`, likewise.
+        full_precision: `E[x xᵀ]`, `(channels, channels)`, float64; empty where there is something to make up for.
+        quantized: `E[x̂ x̂ᵀ]`, `(channels, channels)`.
         cross: `E[x x̂ᵀ]`, likewise.
         missing: `E[e x̂ᵀ]`, `(out, channels)`; of no rows where the layer has nothing to make up for.
         mean, quantized_mean: `(channels,)`.
@@ -60,14 +60,17 @@ class Moments:
     @classmethod
     def _from_sums(cls, sums: Sequence[Tensor]) -> "Moments":
         *products, mean, quantized_mean, missing_mean = (tensor / sums[-1] for tensor in sums[:-1])
-        pairs = (mean, mean), (quantized_mean, quantized_mean), (mean, quantized_mean), (missing_mean, quantized_mean)
+        own = mean[: len(sums[0])]
+        pairs = (own, own), (quantized_mean, quantized_mean), (mean, quantized_mean), (missing_mean, quantized_mean)
         centred = (product - torch.outer(*means) for product, means in zip(products, pairs, strict=True))
         return cls(*centred, mean, quantized_mean, missing_mean)
 
     def damping(self, share: float) -> Tensor:
-        """`share` of the mean variance, on a diagonal."""
-        variance = self.quantized.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return share * variance * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
+        """`share` of the mean variance, on a diagonal, and positive."""
+        # Of inputs that do not vary, products in float32 leave variances of either sign.
+        noise = 1e-6 * self.quantized_mean.square().sum() + torch.finfo(torch.float32).tiny
+        ridge = (share * self.quantized.diagonal().mean()).maximum(noise)
+        return ridge * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
 
     def wanting(self, weight: Tensor) -> Tensor:
         """`E[(W x + e - W x̂) x̂ᵀ]`, `(out, channels)`: what the weight leaves undone."""
@@ -79,7 +82,8 @@ def _sums(part: Part) -> list[Tensor]:
     """Of which `Moments` are made, float64; those of more rows add up."""
     x, x_hat, missing, weights = part
     column = weights.unsqueeze(1)
-    pairs = (x, x), (x_hat, x_hat), (x, x_hat), (missing, x_hat)
+    own = x[:, :0] if missing.shape[1] else x
+    pairs = (own, own), (x_hat, x_hat), (x, x_hat), (missing, x_hat)
     products = [(left * column).T @ right for left, right in pairs]
     means = [weights @ rows for rows in (x, x_hat, missing)]
     return [tensor.double() for tensor in (*products, *means, weights.sum())]
@@ -134,6 +138,12 @@ class Evidence:
         return cls(Moments._from_sums(whole), folds)
 
 
+def solve_damped(wanting: Tensor, moments: Moments, share: float) -> Tensor:
+    """`wanting (E[x̂ x̂ᵀ] + λ)⁻¹`, `(out, channels)`, with λ the ridge `share`."""
+    factor = torch.linalg.cholesky(moments.quantized + moments.damping(share))
+    return torch.cholesky_solve(wanting.T, factor).T
+
+
 def choose_damping(weight: Tensor, folds: Sequence[tuple[Moments, Moments]]) -> float:
     """The ridge of `DAMPINGS` with which regression on some images leaves least undone on the others.
 
@@ -145,13 +155,10 @@ def choose_damping(weight: Tensor, folds: Sequence[tuple[Moments, Moments]]) -> 
         return DAMPINGS[-1]
     losses = weight.new_zeros(len(DAMPINGS))
     for seen, unseen in folds:
-        # One decomposition for all ridges.
-        variances, axes = torch.linalg.eigh(seen.quantized)
-        wanting, wanting_there = seen.wanting(weight) @ axes, unseen.wanting(weight) @ axes
-        quantized_there = axes.T @ unseen.quantized @ axes
+        wanting, wanting_there = seen.wanting(weight), unseen.wanting(weight)
         for index, share in enumerate(DAMPINGS):
-            step = wanting / (variances + seen.damping(share).diagonal())
-            losses[index] += ((step @ quantized_there) * step).sum() - 2 * (step * wanting_there).sum()
+            step = solve_damped(wanting, seen, share)
+            losses[index] += ((step @ unseen.quantized) * step).sum() - 2 * (step * wanting_there).sum()
     return DAMPINGS[losses.argmin().item()]
 
 
@@ -168,8 +175,7 @@ def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
     wide, moments = weight.double(), evidence.moments
     makes_up = len(moments.missing) > 0
     share = choose_damping(wide, evidence.folds) if makes_up else REGRESSION_DAMPING
-    damped = moments.quantized + moments.damping(share)
-    refitted = wide + torch.linalg.solve(damped, moments.wanting(wide), left=False)
+    refitted = wide + solve_damped(moments.wanting(wide), moments, share)
     if makes_up:
         return refitted
     expected = ((wide @ moments.full_precision) * wide).sum(1, keepdim=True)
