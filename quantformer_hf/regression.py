@@ -19,6 +19,9 @@ REGRESSION_DAMPING = 10.0
 DAMPINGS = tuple(0.1 * 2**step for step in range(11))
 FOLDS = 4
 
+#: By which a row is scaled at most: more says that it hardly varies at all, and what is left is noise.
+LARGEST_GAIN = 2.0
+
 #: Ridge of the rounding.
 ROUNDING_DAMPING = 0.1
 
@@ -181,7 +184,8 @@ def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
     expected = ((wide @ moments.full_precision) * wide).sum(1, keepdim=True)
     given = ((refitted @ moments.quantized) * refitted).sum(1, keepdim=True)
     varies = (expected > 0) & (given > 0)
-    return refitted * torch.where(varies, expected / given, 1.0).sqrt()
+    gain = torch.where(varies, expected / given, 1.0).sqrt()
+    return refitted * gain.clamp(1 / LARGEST_GAIN, LARGEST_GAIN)
 
 
 def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
