@@ -1,11 +1,11 @@
 """HAQ's agent (arXiv 1811.08886), as a yardstick for the budgeted search: reinforcement learning by stable-baselines3.
 
-As in its paper: one step of an episode for each tensor, in the order of the layers, weights and inputs apart; what the agent
-sees of a tensor is the shape of its layer, whether it is a weight, and its last action; an action in [0, 1] is the bits;
-where all bits together exceed the budget, they are lowered one tensor after the other until they do not; DDPG without
-discount, networks of 400 and 300 units, exploration that shrinks by 1 % an episode. Other than there, the reward is what our
+Written after the idea, not after its code: one step of an episode for each tensor, in the order of the layers, weights and
+inputs apart; an action in [0, 1] is the bits; where all bits together exceed the budget, they are lowered one tensor after the
+other until they do not; DDPG without discount, exploration that shrinks by 1 % an episode. What the agent sees of a tensor is
+its place, its bytes and products, the kind of its layer, whether it is a weight, and its last action. The reward is what our
 search minimises too, minus the divergence of the predictions, and not the accuracy after an epoch of finetuning: on as few
-images as a search can afford hundreds of times, accuracy is coarser.
+images as a search can afford hundreds of times, accuracy is coarser. Learning rates, networks and noise were not tuned.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from quantformer_hf.mixed_precision.search_space import Widths
 
 
 #: Of the exploration's noise, at first, and what is left of it after each episode. In stable-baselines3 actions lie in
-#: [-1, 1]: this is the paper's 0.5 of [0, 1].
+#: [-1, 1]: this is 0.5 of [0, 1].
 NOISE, NOISE_KEPT = 1.0, 0.99
 
 #: Episodes before the networks learn.
