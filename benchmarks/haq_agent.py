@@ -1,11 +1,12 @@
 """HAQ's agent (arXiv 1811.08886), as a yardstick for the budgeted search: reinforcement learning by stable-baselines3.
 
-Written after the idea, not after its code: one step of an episode for each tensor, in the order of the layers, weights and
-inputs apart; an action in [0, 1] is the bits; where all bits together exceed the budget, they are lowered one tensor after the
-other until they do not; DDPG without discount, exploration that shrinks by 1 % an episode. What the agent sees of a tensor is
-its place, its bytes and products, the kind of its layer, whether it is a weight, and its last action. The reward is what our
-search minimises too, minus the divergence of the predictions, and not the accuracy after an epoch of finetuning: on as few
-images as a search can afford hundreds of times, accuracy is coarser. Learning rates, networks and noise were not tuned.
+Written after the idea, not after its code: one step of an episode for each tensor, in the order of the layers, weights
+and inputs apart; an action in [0, 1] is the bits; where all bits together exceed the budget, they are lowered one
+tensor after the other until they do not; DDPG without discount, exploration that shrinks by 1 % an episode. What the
+agent sees of a tensor is its place, its bytes and products, the kind of its layer, whether it is a weight, and its last
+action. The reward is what our search minimises too, minus the divergence of the predictions, and not the accuracy after
+an epoch of finetuning: on as few images as a search can afford hundreds of times, accuracy is coarser. Learning rates,
+networks and noise were not tuned.
 """
 
 from collections.abc import Callable
