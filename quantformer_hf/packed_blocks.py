@@ -1,4 +1,4 @@
-"""Attention blocks and multilayer perceptrons of a packed model, each in one call of the kernels.
+"""Transformer blocks of a packed model, and their attention and multilayer perceptron, each in one call of the kernels.
 
 What Python does between two kernels takes as long as a kernel of a small model. So where nobody looks at what lies between
 them (no hook, no tracing, no attention map to return), and the model is on a CPU, the whole module is one job for the
@@ -6,84 +6,97 @@ compiled kernels. They compute what the layers compute one by one, bit for bit. 
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.models.deit.modeling_deit import DeiTAttention, DeiTMLP
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, DeiTMLP
 from transformers.models.swin.modeling_swin import SwinAttention, SwinMLP
-from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from .attention import ATTENTION_IMPLEMENTATION
-from .kernels import ChannelPlan, LinearPlan, in_integers, operators
-from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Mlp, check, library
+from .kernels import ChannelPlan, Remembered, in_integers, operators
+from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Block, Mlp, check, library
+from .layers import QuantLayerNorm
 from .packed_layers import PackedLinear
+from .quantizers import ActivationQuantizer
 
 
-class _Job:
-    """A job of the kernels, prepared but for its tensors. It points into plans: as long as these are the same, so is it."""
+#: A job of the kernels, prepared but for its tensors, and what it points into.
+Prepared = tuple[ctypes.Structure, tuple]
 
-    def __init__(self) -> None:
-        self._plans: tuple = ()
-        self._prepared: Mlp | AttentionBlock | None = None
 
-    def get(self, make: Callable[..., Mlp | AttentionBlock], *plans: object) -> Mlp | AttentionBlock:
-        """A copy, since several threads may run it: of `make(*plans)`."""
-        if len(plans) != len(self._plans) or any(new is not old for new, old in zip(plans, self._plans, strict=True)):
-            self._prepared, self._plans = make(*plans), plans
-        return type(self._prepared).from_buffer_copy(self._prepared)
+class _Job(Remembered[Prepared | None]):
+    """What a module has prepared; None where its layers are of other kinds, and are to be called."""
 
     def __reduce__(self) -> tuple:
         # Addresses mean nothing to a copy, or in another process.
         return _Job, ()
 
 
-class PackedMlp:
-    """`fc2(gelu(fc1(x)))` of codes."""
+class _OneJob:
+    """A module that may be one job."""
 
     _job: _Job
 
+    def prepare(self, channels: ChannelPlan) -> Prepared | None:
+        """The job, for an input of this plan, or None where the module has layers that are not packed."""
+        raise NotImplementedError
+
+    def job(self, x: Tensor, channels: ChannelPlan) -> ctypes.Structure | None:
+        """A copy of the job, since several threads may run it; None where the layers are to be called."""
+        if not (operators.nobody_listens(x) and x.is_contiguous() and library() is not None and in_integers()):
+            return None
+        inside = _quiet_modules(self)
+        if inside is None:
+            return None
+        prepared = self._job.get(inside, lambda: self.prepare(channels), of=(channels, inside))
+        return None if prepared is None else type(prepared[0]).from_buffer_copy(prepared[0])
+
+
+class PackedMlp(_OneJob):
+    """`fc2(gelu(fc1(x)))` of codes."""
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(..., positions)` uint8 to `(..., out)`, or whatever the layers take."""
-        if not (isinstance(self.activation_fn, nn.Identity) and _one_job(hidden_states, (self.fc1, self.fc2))):
+        channels = _channels_of_codes(hidden_states, self.fc1)
+        job = None if channels is None else self.job(hidden_states, channels)
+        if job is None:
             return super().forward(hidden_states)
-        first = self.fc1.plan(self.fc1.reads.plan_of_codes)
-        between = self.fc2.channel_plan()
-        second = self.fc2.plan(between)
-        _check_positions(hidden_states, first)
-        job = self._job.get(lambda *plans: Mlp(*(plan.job for plan in plans)), first, between, second)
-        output = _output(hidden_states, second)
+        _check_positions(hidden_states, channels)
+        output = _output(hidden_states, job.second.outputs)
         job.first.x, job.first.rows = hidden_states.data_ptr(), hidden_states.shape[:-1].numel()
         job.second.y = output.data_ptr()
         kernels = library()
         check(kernels.quantformer_mlp(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
         return output
 
+    def prepare(self, channels: ChannelPlan) -> Prepared | None:
+        if not (isinstance(self.activation_fn, nn.Identity) and _are_packed(self.fc1, self.fc2)):
+            return None
+        between = self.fc2.channel_plan()
+        plans = self.fc1.plan(channels), between, self.fc2.plan(between)
+        return Mlp(*(plan.job for plan in plans)), plans
 
-class PackedAttention:
+
+class PackedAttention(_OneJob):
     """Attention of codes, from q, k and v to the output projection."""
-
-    _job: _Job
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         """`(batch, tokens, positions)` uint8, or whatever the layers take, to `(batch, tokens, channels)` and, where the
         layers are called, the probabilities."""
-        layers = self.q_proj, self.k_proj, self.v_proj, self.o_proj
-        if not (_one_job(hidden_states, layers) and hidden_states.dim() == 3 and self._keeps_maps(kwargs)):
+        channels = _channels_of_codes(hidden_states, self.q_proj)
+        wanted = channels is None or hidden_states.dim() != 3 or self.maps_are_wanted(kwargs)
+        job = None if wanted else self.job(hidden_states, channels)
+        if job is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        channels = self.q_proj.reads.plan_of_codes
-        readers = [layer.plan(channels) for layer in layers[:3]]
-        between = self.o_proj.channel_plan()
-        output_plan = self.o_proj.plan(between)
-        _check_positions(hidden_states, readers[0])
-        job = self._job.get(self._prepare, *readers, between, output_plan, *self.operands.operands())
-        output = _output(hidden_states, output_plan)
+        _check_positions(hidden_states, channels)
+        output = _output(hidden_states, job.output.outputs)
         batch, tokens = hidden_states.shape[:2]
-        job.query.x, job.query.rows = hidden_states.data_ptr(), batch * tokens
-        for part in (job.scores, job.mix):
-            part.batch, part.queries, part.keys = batch, tokens, tokens
+        job.query.x = hidden_states.data_ptr()
+        set_sizes(job, batch, tokens)
         mask = self._mask(attention_mask, batch)
         if mask is not None:
             mask = mask.float().contiguous().expand(batch, self.num_attention_heads, tokens, tokens)
@@ -97,68 +110,136 @@ class PackedAttention:
         """What is added to the scores, to be expanded to `(batch, heads, tokens, tokens)`."""
         return attention_mask
 
-    def _keeps_maps(self, kwargs: dict) -> bool:
-        """Whether nobody wants the probabilities. A hook on this module may be what records them for `transformers`."""
-        operands = getattr(self, "operands", None)
-        return (
-            operands is not None
-            and operands.query.packed
-            and not self._forward_hooks
-            and not kwargs.get("output_attentions")
-            and getattr(self, "captured_attention", None) is None
-            and self.config._attn_implementation == ATTENTION_IMPLEMENTATION
-            and all(q.enabled and q.calibrated and q.observer is None for q in operands.children())
+    def maps_are_wanted(self, kwargs: dict) -> bool:
+        """Whether somebody wants the probabilities. A hook on this module may be what records them for `transformers`."""
+        return bool(
+            self._forward_hooks
+            or kwargs.get("output_attentions")
+            or getattr(self, "captured_attention", None) is not None
+            or self.config._attn_implementation != ATTENTION_IMPLEMENTATION
         )
 
-    def _prepare(
-        self,
-        query: LinearPlan,
-        key: LinearPlan,
-        value: LinearPlan,
-        between: ChannelPlan,
-        output: LinearPlan,
-        of_scores: Tensor,
-        of_mix: Tensor,
-    ) -> AttentionBlock:
-        largest = self.operands.query.grid.qmax
-        sizes = {"heads": self.num_attention_heads, "head_size": self.head_dim, "largest": largest}
-        return AttentionBlock(
-            query.job,
-            key.job,
-            value.job,
+    def prepare(self, channels: ChannelPlan) -> Prepared | None:
+        operands = getattr(self, "operands", None)
+        layers = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        if operands is None or not operands.query.packed or not _are_packed(*layers):
+            return None
+        between = self.o_proj.channel_plan()
+        plans = *(layer.plan(channels) for layer in layers[:3]), between, self.o_proj.plan(between)
+        of_scores, of_mix = operands.operands()
+        sizes = {
+            "heads": self.num_attention_heads,
+            "head_size": self.head_dim,
+            "largest": operands.query.grid.qmax,
+        }
+        job = AttentionBlock(
+            *(plan.job for plan in plans[:3]),
             AttentionProbabilities(operands=of_scores.data_ptr(), scaling=self.scaling, **sizes),
             AttentionMix(operands=of_mix.data_ptr(), **sizes),
-            between.job,
-            output.job,
+            *(plan.job for plan in plans[3:]),
         )
+        return job, (*plans, of_scores, of_mix)
 
 
-def _one_job(codes: Tensor, layers: Sequence[nn.Module]) -> bool:
-    """Whether `layers`, of which the first one reads `codes`, need not be called one by one."""
+class PackedBlock(_OneJob):
+    """`h = x + attention(LayerNorm(x))`, `y = h + mlp(LayerNorm(h))`, from floating point to floating point."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """`(batch, tokens, channels)` in and out."""
+        job = self._job_for(hidden_states, kwargs) if attention_mask is None else None
+        if job is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        output = torch.empty_like(hidden_states)
+        batch, tokens = hidden_states.shape[:2]
+        job.before.x, job.before.rows = hidden_states.data_ptr(), batch * tokens
+        set_sizes(job.attention, batch, tokens)
+        job.mlp.second.y = output.data_ptr()
+        kernels = library()
+        check(kernels.quantformer_block(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+        return output
+
+    def _job_for(self, x: Tensor, kwargs: dict) -> ctypes.Structure | None:
+        norm = self.layernorm_before
+        if (
+            type(norm) is not QuantLayerNorm
+            or x.dtype != torch.float32
+            or x.dim() != 3
+            or x.shape[-1:] != norm.normalized_shape
+            # Dropout, and gradients, are for the layers.
+            or self.training
+            or (x.requires_grad and torch.is_grad_enabled())
+            or self.attention.maps_are_wanted(kwargs)
+        ):
+            return None
+        return self.job(x, norm.output_quantizer.plan(x.shape[-1]))
+
+    def prepare(self, channels: ChannelPlan) -> Prepared | None:
+        norms = self.layernorm_before, self.layernorm_after
+        for norm in norms:
+            tensors = [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
+            if type(norm) is not QuantLayerNorm or any(tensor.dtype != torch.float32 for tensor in tensors):
+                return None
+        width = channels.channels
+        between = norms[1].output_quantizer.plan(width)
+        attention, mlp = self.attention.prepare(channels), self.mlp.prepare(between)
+        if attention is None or mlp is None:
+            return None
+        before, after = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
+        job = Block(before, channels.job, attention[0], after, between.job, mlp[0])
+        return job, (channels, between, attention[1], mlp[1])
+
+
+def set_sizes(job: AttentionBlock, batch: int, tokens: int) -> None:
+    """Tell the parts of `job` what it is run on."""
+    job.query.rows = batch * tokens
+    for part in (job.scores, job.mix):
+        part.batch, part.queries, part.keys = batch, tokens, tokens
+
+
+def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:
+    """All modules inside `module`, or None where one of them is to be called: it has a hook, or does not just quantize."""
+    if _has_any_global_hook():
+        return None
+    found: list[nn.Module] = []
+    # By the dictionaries themselves, for this is done in each call.
+    waiting = [module]
+    while waiting:
+        for inner in waiting.pop()._modules.values():
+            if inner is None:
+                continue
+            if inner._forward_hooks or inner._forward_pre_hooks or "forward" in inner.__dict__:
+                return None
+            if isinstance(inner, ActivationQuantizer):
+                if not (inner.enabled and inner.calibrated and inner.observer is None):
+                    return None
+            found.append(inner)
+            waiting.append(inner)
+    return found
+
+
+def _are_packed(*layers: nn.Module) -> bool:
+    """Whether `layers` are packed, the first ones read codes that another module makes, and the last one makes its own."""
     return (
-        operators.nobody_listens(codes)
-        and codes.dtype == torch.uint8
-        and codes.is_contiguous()
-        and library() is not None
-        and in_integers()
-        and all(
-            type(layer) is PackedLinear and not layer._forward_hooks and not layer._forward_pre_hooks
-            for layer in layers
-        )
-        and bool(layers[0].shared_quantizer)
-        and layers[0].reads.input_dtype == torch.float32
+        all(type(layer) is PackedLinear for layer in layers)
+        and all(layer.shared_quantizer for layer in layers[:-1])
         and layers[-1].input_quantizer is not None
-        and layers[-1].input_quantizer.calibrated
     )
 
 
-def _check_positions(codes: Tensor, plan: LinearPlan) -> None:
-    if codes.shape[-1] != plan.channels.source.numel():
-        raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {plan.channels.source.numel()}")
+def _channels_of_codes(codes: Tensor, layer: nn.Module) -> ChannelPlan | None:
+    """How the codes lie that `layer` is given; None where it is given none, or is to answer in another dtype."""
+    if codes.dtype != torch.uint8 or not getattr(layer, "shared_quantizer", ()):
+        return None
+    return layer.reads.plan_of_codes if layer.reads.input_dtype == torch.float32 else None
 
 
-def _output(codes: Tensor, plan: LinearPlan) -> Tensor:
-    return torch.empty((*codes.shape[:-1], plan.packed.shape[0]), dtype=torch.float32)
+def _check_positions(codes: Tensor, channels: ChannelPlan) -> None:
+    if codes.shape[-1] != channels.source.numel():
+        raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {channels.source.numel()}")
+
+
+def _output(codes: Tensor, outputs: int) -> Tensor:
+    return torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32)
 
 
 class PackedViTMLP(PackedMlp, ViTMLP):
@@ -191,6 +272,14 @@ class PackedSwinAttention(PackedAttention, SwinAttention):
         return windows.repeat(batch // len(windows), 1, 1, 1)
 
 
+class PackedViTLayer(PackedBlock, ViTLayer):
+    pass
+
+
+class PackedDeiTLayer(PackedBlock, DeiTLayer):
+    pass
+
+
 #: The class that a module of each class has in a packed model: parameters and submodules are the same.
 PACKED_FORMS = {
     ViTMLP: PackedViTMLP,
@@ -199,6 +288,8 @@ PACKED_FORMS = {
     ViTAttention: PackedViTAttention,
     DeiTAttention: PackedDeiTAttention,
     SwinAttention: PackedSwinAttention,
+    ViTLayer: PackedViTLayer,
+    DeiTLayer: PackedDeiTLayer,
 }
 PLAIN_FORMS = {packed: plain for plain, packed in PACKED_FORMS.items()}
 

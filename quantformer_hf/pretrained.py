@@ -29,7 +29,7 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTLayer", "DeiTLayer", "SwinStage"]
+    _no_split_modules = ["ViTLayer", "DeiTLayer", "SwinStage", "PackedViTLayer", "PackedDeiTLayer"]
     _supports_attention_backend = True
     # Quantizers stay exact under dtype=torch.bfloat16; the codes they make are the same.
     _keep_in_fp32_modules_strict = ["scale", "offset", "assignment_logits", "channel_quantiles", "concentration_degree"]

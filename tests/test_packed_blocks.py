@@ -32,15 +32,24 @@ def whole_modules(model):
 
 def ran_as_one(model):
     """The modules whose job was made."""
-    return [module for module in whole_modules(model) if module._job._plans]
+    return [module for module in whole_modules(model) if module._job.value is not None]
+
+
+def outermost(modules):
+    """Those of `modules` that lie in none of the others."""
+    inner = {part for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if module not in inner]
+
+
+def listen(modules):
+    for module in modules:
+        module.register_forward_hook(lambda *_: None)
 
 
 def one_by_one(model, images):
     """Logits of a copy whose layers have hooks, which want to be called."""
     model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda *_: None)
+    listen(module for module in model.modules() if isinstance(module, nn.Linear))
     result = logits(model, images)
     assert not ran_as_one(model)
     return result
@@ -57,18 +66,69 @@ def test_a_module_in_one_call_gives_the_bits_of_its_layers(packed):
         torch.set_num_threads(3 - min(threads, 2))
         assert torch.equal(result, logits(packed, images))
         torch.set_num_threads(threads)
-    assert ran_as_one(packed) == whole_modules(packed) != []
+    assert ran_as_one(packed) == outermost(whole_modules(packed)) != []
 
 
 @needs_kernels
-@pytest.mark.parametrize("changed", ["q_proj", "o_proj", "fc1", "fc2", "operands.query", "fc2.input_quantizer"])
+@pytest.mark.parametrize("backbone", ["vit", "deit"])
+def test_a_block_whose_layernorm_is_listened_to_leaves_its_parts_whole(packed):
+    images = make_batches()[0]
+    expected = logits(packed, images)
+    packed = copy.deepcopy(packed)
+    blocks = outermost(whole_modules(packed))
+    listen(block.layernorm_after for block in blocks)
+    assert torch.equal(logits(packed, images), expected)
+    assert ran_as_one(packed) == [part for block in blocks for part in (block.attention, block.mlp)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("disturb", ["training", "gradient", "forward", "global hook", "quantizer"])
+def test_a_block_calls_its_layers_for_who_wants_them(disturb):
+    model = make_quantized("vit", "finetune").pack()
+    images = make_batches()[0]
+    expected = logits(model, images)
+    model = copy.deepcopy(model)
+    blocks = outermost(whole_modules(model))
+    called = []
+    if disturb == "training":
+        model.train()
+    elif disturb == "forward":
+        forward = blocks[0].mlp.forward
+        blocks[0].mlp.forward = lambda codes: called.append(codes) or forward(codes)
+    elif disturb == "quantizer":
+        blocks[0].mlp.fc2.input_quantizer.observer = blocks[0].mlp.fc2.input_quantizer.make_observer()
+    if disturb == "gradient":
+        x = torch.zeros(1, 5, blocks[0].layernorm_before.normalized_shape[0], requires_grad=True)
+        blocks[0](x).sum().backward()
+        assert x.grad is not None
+    elif disturb == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+        try:
+            assert torch.equal(logits(model, images), expected)
+        finally:
+            handle.remove()
+        assert blocks[0].mlp.fc1 in called
+    else:
+        assert torch.equal(logits(model, images), expected)
+        assert len(called) == (disturb == "forward")
+    assert blocks[0] not in ran_as_one(model)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "changed",
+    ["layernorm_before", "q_proj", "o_proj", "layernorm_after", "fc1", "fc2", "operands.query", "fc2.input_quantizer"],
+)
 def test_a_job_follows_tensors_that_change(changed):
     model = make_quantized("vit", "finetune").pack()
     images = make_batches()[0]
     before = logits(model, images)
     module = next(m for name, m in model.named_modules() if name.endswith(changed))
     with torch.no_grad():
-        getattr(module, "weight_quantizer", module).scale.mul_(1.5)
+        if isinstance(module, nn.LayerNorm):
+            module.weight.mul_(1.5)
+        else:
+            getattr(module, "weight_quantizer", module).scale.mul_(1.5)
     after = logits(model, images)
     assert not torch.equal(before, after)
     assert torch.equal(after, one_by_one(model, images))

@@ -101,6 +101,18 @@ struct AttentionBlock {
 };
 int quantformer_attention_block(const AttentionBlock* job, int64_t threads, ParallelFor parallel_for);
 
+// A transformer block: h = x + attention(LayerNorm(x)), y = h + mlp(LayerNorm(h)). `before` has the input and its rows,
+// and neither it nor `after` a `norm`.
+struct Block {
+  LayerNorm norm_before;
+  Codes before;
+  AttentionBlock attention;
+  LayerNorm norm_after;
+  Codes after;
+  Mlp mlp;
+};
+int quantformer_block(const Block* job, int64_t threads, ParallelFor parallel_for);
+
 // Of all these jobs together: what a caller compares with its own, in case it was written for another build.
 int64_t quantformer_job_bytes();
 }

@@ -143,6 +143,19 @@ class AttentionBlock(Structure):
     ]
 
 
+class Block(Structure):
+    """`Block` of `kernels.h`."""
+
+    _fields_ = [
+        ("norm_before", LayerNorm),
+        ("before", Codes),
+        ("attention", AttentionBlock),
+        ("norm_after", LayerNorm),
+        ("after", Codes),
+        ("mlp", Mlp),
+    ]
+
+
 def library() -> ctypes.CDLL | None:
     """The kernels, or None, with one warning, where they were not built."""
     global _kernels, _looked
@@ -173,6 +186,7 @@ def _load() -> ctypes.CDLL | None:
         "quantformer_mix": AttentionMix,
         "quantformer_mlp": Mlp,
         "quantformer_attention_block": AttentionBlock,
+        "quantformer_block": Block,
     }
     try:
         kernels = ctypes.CDLL(found.origin)

@@ -423,6 +423,49 @@ void test_attention_block(const InstructionSet& set, Random& random, const Atten
   check(ran && stepped && same_bits(got, expected), set, "attention block", query.name);
 }
 
+void test_block(const InstructionSet& set, Random& random, const AttentionShape& s, int bits) {
+  const int64_t rows = s.batch * s.queries, width = s.heads * s.size;
+  const Shape square = {rows, width, width, 2};
+  const Layer query(random, square, bits, bits, 1), output(random, square, bits, bits, 1);
+  const Layer first(random, {rows, width, width + 3, 2}, bits, bits, 1), second(random, {rows, width + 3, width, 2}, bits, bits, 1);
+  const auto x = random.reals(rows * width, -2, 2), offset = random.reals(width + 3, -2, 0), inverse = random.reals(width + 3, 0.5f, 2);
+  const auto weight = random.reals(width, -1, 1), bias = random.reals(width, -1, 1);
+  const LayerNorm one = {weight, bias, 1e-5f}, other = {bias, nullptr, 1e-3f};
+  const Operand operand = {0.1f, 10, -1.5f};
+  const Operand operands[] = {operand, operand, operand, operand};
+  const int largest = (1 << bits) - 1;
+  const auto codes_of = [&](const Layer& reader, bool gelu) { return codes_for(reader, rows, offset, inverse, gelu); };
+  Exact<float> got(rows * width), hidden(rows * width), expected(rows * width);
+  const AttentionBlock attention = {
+      query.product(nullptr), query.product(nullptr), query.product(nullptr),
+      {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {}, operands, largest, 0.125f, nullptr},
+      {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, largest, nullptr},
+      codes_of(output, false), output.product(nullptr)};
+  Block job = {one, codes_of(query, false), attention, other, codes_of(first, false),
+               {first.product(nullptr), codes_of(second, true), second.product(got)}};
+  job.before.x = x;
+  const bool ran = quantformer_block(&job, 3, backwards) == 0;
+
+  const auto norm_codes = [&](Codes step, const LayerNorm& norm, const float* of, Exact<uint8_t>& codes) {
+    step.norm = &norm;
+    step.x = of;
+    step.codes = codes;
+    return quantformer_quantize(&step, 1, nullptr) == 0;
+  };
+  Exact<uint8_t> codes(rows * job.before.positions), more(rows * job.after.positions);
+  AttentionBlock attend = attention;
+  attend.query.x = codes;
+  attend.output.y = hidden;
+  bool stepped = norm_codes(job.before, one, x, codes) && quantformer_attention_block(&attend, 1, nullptr) == 0;
+  for (int64_t i = 0; i < hidden.size; ++i) hidden[i] += x[i];
+  Mlp mlp = job.mlp;
+  mlp.first.x = more;
+  mlp.second.y = expected;
+  stepped = stepped && norm_codes(job.after, other, hidden, more) && quantformer_mlp(&mlp, 1, nullptr) == 0;
+  for (int64_t i = 0; i < hidden.size; ++i) expected[i] += hidden[i];
+  check(ran && stepped && same_bits(got, expected), set, "block", query.name);
+}
+
 void test(const InstructionSet& set) {
   Random random(0);
   quantformer_use_instruction_set(set.name);
@@ -462,6 +505,7 @@ void test(const InstructionSet& set) {
     }
     for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 7, 9}, {1, 2, 17, 17, 32}, {0, 2, 3, 3, 4}}) {
       for (bool masked : {false, true}) test_attention_block(set, random, s, bits, masked);
+      test_block(set, random, s, bits);
       test_mlp(set, random, s.batch * s.queries, s.heads * s.size, s.size + 3, bits);
     }
   }
