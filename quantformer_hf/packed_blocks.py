@@ -39,12 +39,16 @@ class _OneJob:
 
     _job: _Job
 
-    def prepare(self, channels: ChannelPlan) -> Prepared | None:
-        """The job, for an input of this plan, or None where the module has layers that are not packed."""
+    def prepare(self, channels: ChannelPlan | None) -> Prepared | None:
+        """The job, or None where the module has layers that are not packed.
+
+        Args:
+            channels: of the codes that it takes; None where it makes them itself.
+        """
         raise NotImplementedError
 
-    def job(self, x: Tensor, channels: ChannelPlan) -> ctypes.Structure | None:
-        """A copy of the job, since several threads may run it; None where the layers are to be called."""
+    def job(self, x: Tensor, channels: ChannelPlan | None = None) -> ctypes.Structure | None:
+        """A copy of the job for `x`, since several threads may run it; None where the layers are to be called."""
         if not (operators.nobody_listens(x) and x.is_contiguous() and library() is not None and in_integers()):
             return None
         inside = _quiet_modules(self)
@@ -171,22 +175,22 @@ class PackedBlock(_OneJob):
             or self.attention.maps_are_wanted(kwargs)
         ):
             return None
-        return self.job(x, norm.output_quantizer.plan(x.shape[-1]))
+        return self.job(x)
 
-    def prepare(self, channels: ChannelPlan) -> Prepared | None:
+    def prepare(self, channels: None) -> Prepared | None:
         norms = self.layernorm_before, self.layernorm_after
         for norm in norms:
             tensors = [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
             if type(norm) is not QuantLayerNorm or any(tensor.dtype != torch.float32 for tensor in tensors):
                 return None
-        width = channels.channels
-        between = norms[1].output_quantizer.plan(width)
-        attention, mlp = self.attention.prepare(channels), self.mlp.prepare(between)
+        (width,) = norms[0].normalized_shape
+        plans = [norm.output_quantizer.plan(width) for norm in norms]
+        attention, mlp = self.attention.prepare(plans[0]), self.mlp.prepare(plans[1])
         if attention is None or mlp is None:
             return None
         before, after = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
-        job = Block(before, channels.job, attention[0], after, between.job, mlp[0])
-        return job, (channels, between, attention[1], mlp[1])
+        job = Block(before, plans[0].job, attention[0], after, plans[1].job, mlp[0])
+        return job, (*plans, attention[1], mlp[1])
 
 
 def set_sizes(job: AttentionBlock, batch: int, tokens: int) -> None:
@@ -200,20 +204,20 @@ def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:
     """All modules inside `module`, or None where one of them is to be called: it has a hook, or does not just quantize."""
     if _has_any_global_hook():
         return None
-    found: list[nn.Module] = []
     # By the dictionaries themselves, for this is done in each call.
-    waiting = [module]
-    while waiting:
-        for inner in waiting.pop()._modules.values():
-            if inner is None:
-                continue
-            if inner._forward_hooks or inner._forward_pre_hooks or "forward" in inner.__dict__:
-                return None
-            if isinstance(inner, ActivationQuantizer):
-                if not (inner.enabled and inner.calibrated and inner.observer is None):
-                    return None
-            found.append(inner)
-            waiting.append(inner)
+    found = [inner for inner in module._modules.values() if inner is not None]
+    for inner in found:
+        own = inner.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return None
+        quantizes = not isinstance(inner, ActivationQuantizer) or (
+            inner.enabled and inner.calibrated and inner.observer is None
+        )
+        if not quantizes:
+            return None
+        if own["_modules"]:
+            # Which this loop then comes to.
+            found += [part for part in own["_modules"].values() if part is not None]
     return found
 
 

@@ -202,15 +202,21 @@ class Remembered(Generic[T]):
         # A graph that is being traced takes what the last eager call, or loading, has left: a key is no tensor.
         if self.value is not None and torch.compiler.is_compiling():
             return self.value
-        # By the dictionaries themselves, for this is done in each call of each layer. Inference tensors have no version.
-        key: list = [
-            (t.data_ptr(), t.is_inference() or t._version)
+        # By the dictionaries themselves, for this is done in each call of each layer.
+        tensors = [
+            tensor
             for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for t in tensors.values()
-            if t is not None
+            for own in (module._parameters, module._buffers)
+            if own
+            for tensor in own.values()
+            if tensor is not None
         ]
-        key.append(of)
+        try:
+            versions = [tensor._version for tensor in tensors]
+        except RuntimeError:
+            # Inference tensors have none.
+            versions = [tensor.is_inference() or tensor._version for tensor in tensors]
+        key = [[tensor.data_ptr() for tensor in tensors], versions, of]
         if key != self._key:
             # Also under inference_mode, made tensors must serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
