@@ -197,3 +197,8 @@ class QuantLayerNorm(nn.LayerNorm):
 def quantize_for_readers(producer: nn.Module, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     """What `producer`, a LayerNorm or an attention block, hands to the layers that read `x`."""
     return quantizer.to_codes(x) if producer.gives_codes and in_integers() else quantizer(x)
+
+
+def quantize_first_argument(module: nn.Module, arguments: tuple) -> tuple:
+    """Hook before an attention block that quantizes what it is given."""
+    return (quantize_for_readers(module, module.input_quantizer, arguments[0]), *arguments[1:])

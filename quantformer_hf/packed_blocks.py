@@ -6,18 +6,20 @@ compiled kernels. They compute what the layers compute one by one, bit for bit. 
 """
 
 import ctypes
+import functools
+import types
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, DeiTMLP
-from transformers.models.swin.modeling_swin import SwinAttention, SwinMLP
+from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, SwinMLP, window_partition
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from .attention import ATTENTION_IMPLEMENTATION
 from .kernels import ChannelPlan, Remembered, in_integers, operators
 from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Block, Mlp, check, library
-from .layers import QuantLayerNorm
+from .layers import QuantLayerNorm, quantize_first_argument
 from .packed_layers import PackedLinear
 from .quantizers import ActivationQuantizer
 
@@ -145,52 +147,117 @@ class PackedAttention(_OneJob):
         return job, (*plans, of_scores, of_mix)
 
 
-class PackedBlock(_OneJob):
+class _PackedBlock(_OneJob):
     """`h = x + attention(LayerNorm(x))`, `y = h + mlp(LayerNorm(h))`, from floating point to floating point."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """`(batch, tokens, channels)` in and out."""
-        job = self._job_for(hidden_states, kwargs) if attention_mask is None else None
-        if job is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        output = torch.empty_like(hidden_states)
-        batch, tokens = hidden_states.shape[:2]
-        job.before.x, job.before.rows = hidden_states.data_ptr(), batch * tokens
-        set_sizes(job.attention, batch, tokens)
-        job.mlp.second.y = output.data_ptr()
-        kernels = library()
-        check(kernels.quantformer_block(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
-        return output
-
-    def _job_for(self, x: Tensor, kwargs: dict) -> ctypes.Structure | None:
-        norm = self.layernorm_before
+    def block_job(self, x: Tensor, kwargs: dict) -> Block | None:
+        """The job, of which the rows of attention are still to be filled in."""
         if (
-            type(norm) is not QuantLayerNorm
-            or x.dtype != torch.float32
+            x.dtype != torch.float32
             or x.dim() != 3
-            or x.shape[-1:] != norm.normalized_shape
+            or x.shape[-1:] != self.layernorm_before.normalized_shape
             # Dropout, and gradients, are for the layers.
             or self.training
             or (x.requires_grad and torch.is_grad_enabled())
             or self.attention.maps_are_wanted(kwargs)
         ):
             return None
-        return self.job(x)
+        job = self.job(x)
+        if job is not None:
+            job.x, job.before.rows = x.data_ptr(), x.shape[:-1].numel()
+        return job
 
-    def prepare(self, channels: None) -> Prepared | None:
-        norms = self.layernorm_before, self.layernorm_after
-        for norm in norms:
-            tensors = [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
-            if type(norm) is not QuantLayerNorm or any(tensor.dtype != torch.float32 for tensor in tensors):
-                return None
+    def run(self, job: Block, x: Tensor) -> Tensor:
+        output = torch.empty_like(x)
+        job.mlp.second.y = output.data_ptr()
+        kernels = library()
+        check(kernels.quantformer_block(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+        return output
+
+    def reads(self) -> ActivationQuantizer | None:
+        """What quantizes the input of attention; None where it does not make codes."""
+        raise NotImplementedError
+
+    def prepare(self, channels: None = None) -> Prepared | None:
+        norms, reads = (self.layernorm_before, self.layernorm_after), self.reads()
+        tensors = [tensor for norm in norms for tensor in norm.parameters(recurse=False)]
+        if reads is None or type(norms[1]) is not QuantLayerNorm or any(t.dtype != torch.float32 for t in tensors):
+            return None
         (width,) = norms[0].normalized_shape
-        plans = [norm.output_quantizer.plan(width) for norm in norms]
-        attention, mlp = self.attention.prepare(plans[0]), self.mlp.prepare(plans[1])
+        before, after = reads.plan(width), norms[1].output_quantizer.plan(width)
+        attention, mlp = self.attention.prepare(before), self.mlp.prepare(after)
         if attention is None or mlp is None:
             return None
-        before, after = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
-        job = Block(before, plans[0].job, attention[0], after, plans[1].job, mlp[0])
-        return job, (*plans, attention[1], mlp[1])
+        prepared = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
+        job = Block(0, 0, *prepared, 0, 0, 0, before.job, attention[0], after.job, mlp[0])
+        return job, (before, after, attention[1], mlp[1])
+
+
+class PackedBlock(_PackedBlock):
+    """That of ViT and DeiT."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """`(batch, tokens, channels)` in and out."""
+        job = self.block_job(hidden_states, kwargs) if attention_mask is None else None
+        if job is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        set_sizes(job.attention, *hidden_states.shape[:2])
+        return self.run(job, hidden_states)
+
+    def reads(self) -> ActivationQuantizer | None:
+        norm = self.layernorm_before
+        return norm.output_quantizer if type(norm) is QuantLayerNorm else None
+
+
+class PackedWindowBlock(_PackedBlock):
+    """That of Swin, whose attention is within windows of the image, shifted in every other block."""
+
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(batch, height * width, channels)` in and out, and, where the layers are called, the probabilities."""
+        job = self.block_job(hidden_states, kwargs)
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+        area = self.window_size**2
+        if job is None or area != self.attention.relative_position_bias.window_area:
+            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+        order, hidden = _windows(*input_dimensions, self.window_size, self.shift_size)
+        normed = self.layernorm_before(hidden_states)
+        job.normed = normed.data_ptr()
+        job.order, job.image_tokens, job.image_rows = order.data_ptr(), len(order), hidden_states.shape[1]
+        set_sizes(job.attention, len(hidden_states) * len(order) // area, area)
+        if hidden is not None:
+            job.attention.scores.hidden, job.attention.scores.windows = hidden.data_ptr(), len(hidden)
+        return self.run(job, hidden_states), None
+
+    def reads(self) -> ActivationQuantizer | None:
+        attention = self.attention
+        return attention.input_quantizer if getattr(attention, "gives_codes", False) else None
+
+    def prepare(self, channels: None = None) -> Prepared | None:
+        prepared = super().prepare()
+        if prepared is None:
+            return None
+        job, tensors = prepared
+        bias = self.attention.relative_position_bias().float().contiguous()
+        job.attention.scores.mask, job.attention.scores.mask_strides = bias.data_ptr(), (0, *bias.stride()[1:3])
+        return job, (*tensors, bias)
+
+
+@functools.lru_cache(maxsize=64)
+def _windows(height: int, width: int, window_size: int, shift_size: int) -> tuple[Tensor, Tensor | None]:
+    """The row of each token of an image cut into windows, -1 for padding, `(tokens,)` int32, and what hides from each other
+    the tokens of a window that were shifted together, `(windows, area, area)` float32, where there is a shift."""
+    # The methods of the layer ask it for these two alone.
+    sizes = types.SimpleNamespace(window_size=window_size, shift_size=shift_size)
+    with torch.inference_mode(False):
+        # Rows from 1, for padding is 0.
+        image = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, height, width, 1)
+        image, _ = SwinLayer.maybe_pad(sizes, image, height, width)
+        windows = window_partition(SwinLayer.cyclic_shift(sizes, image), window_size)
+        hidden = SwinLayer.get_attn_mask(sizes, *image.shape[1:3], dtype=torch.float32, device=image.device)
+        return windows.flatten().int() - 1, hidden
 
 
 def set_sizes(job: AttentionBlock, batch: int, tokens: int) -> None:
@@ -208,7 +275,8 @@ def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:
     found = [inner for inner in module._modules.values() if inner is not None]
     for inner in found:
         own = inner.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        hooks = [hook for hook in own["_forward_pre_hooks"].values() if hook is not quantize_first_argument]
+        if own["_forward_hooks"] or hooks or "forward" in own:
             return None
         quantizes = not isinstance(inner, ActivationQuantizer) or (
             inner.enabled and inner.calibrated and inner.observer is None
@@ -284,6 +352,10 @@ class PackedDeiTLayer(PackedBlock, DeiTLayer):
     pass
 
 
+class PackedSwinLayer(PackedWindowBlock, SwinLayer):
+    pass
+
+
 #: The class that a module of each class has in a packed model: parameters and submodules are the same.
 PACKED_FORMS = {
     ViTMLP: PackedViTMLP,
@@ -294,6 +366,7 @@ PACKED_FORMS = {
     SwinAttention: PackedSwinAttention,
     ViTLayer: PackedViTLayer,
     DeiTLayer: PackedDeiTLayer,
+    SwinLayer: PackedSwinLayer,
 }
 PLAIN_FORMS = {packed: plain for plain, packed in PACKED_FORMS.items()}
 

@@ -15,7 +15,7 @@ from .grids import FULL_PRECISION_BITS
 from .groups import channel_importance
 from .kernels import fake_quantized
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
-from .layers import QuantConv2d, QuantLayerNorm, QuantLinear, quantize_for_readers
+from .layers import QuantConv2d, QuantLayerNorm, QuantLinear, quantize_first_argument
 from .ops import PRODUCERS
 from .packed_blocks import choose_forms
 from .packed_layers import PackedLinear, packed_form
@@ -85,7 +85,7 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
             backbone.set_submodule(producer, QuantLayerNorm.from_float(module, quantizer))
         else:
             module.input_quantizer, module.gives_codes = quantizer, False
-            module.register_forward_pre_hook(_quantize_first_argument)
+            module.register_forward_pre_hook(quantize_first_argument)
 
     if config.attention_bits not in (None, FULL_PRECISION_BITS):
         names = {module: name for name, module in backbone.named_modules()}
@@ -146,10 +146,6 @@ def _absorb_producer(backbone: nn.Module, name: str, width: LayerBits) -> str:
         return "identity"
     parent.activation_fn = nn.Identity()
     return backbone.config.hidden_act
-
-
-def _quantize_first_argument(module: nn.Module, arguments: tuple) -> tuple:
-    return (quantize_for_readers(module, module.input_quantizer, arguments[0]), *arguments[1:])
 
 
 def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:

@@ -179,3 +179,15 @@ def test_codes_of_another_size_are_refused():
     for module in (block.mlp, block.attention):
         with pytest.raises(ValueError, match="the codes have 3 positions, and the layer"):
             module(codes)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [(32, 32), (40, 56), (24, 24)])
+def test_windows_in_one_call_are_those_of_the_layers(size):
+    model = make_quantized("swin", "finetune").pack()
+    images = nn.functional.interpolate(torch.cat(make_batches()), size)
+    result = logits(model, images)
+    assert torch.equal(result, one_by_one(model, images))
+    blocks = outermost(whole_modules(model))
+    assert ran_as_one(model) == blocks != []
+    assert any(block.shift_size for block in blocks)

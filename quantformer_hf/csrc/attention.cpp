@@ -55,10 +55,11 @@ void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h, float
   const int64_t positions = padded(job.head_size);
   thread_local Scratch scratch;
   scratch.reserve((job.queries + job.keys) * positions + 2 * positions * sizeof(float) +
-                  2 * job.keys * sizeof(float) + positions * sizeof(int32_t));
+                  3 * job.keys * sizeof(float) + positions * sizeof(int32_t));
   auto query = scratch.take<uint8_t>(job.queries * positions), key = scratch.take<uint8_t>(job.keys * positions);
   auto offset = scratch.take<float>(positions), inverse = scratch.take<float>(positions);
   auto scale = scratch.take<float>(job.keys), bias = scratch.take<float>(job.keys);
+  auto both = scratch.take<float>(job.keys);
   auto source = scratch.take<int32_t>(positions);
   const auto quantized = [&](const float* x, const int64_t* strides, int64_t rows, const Operand& operand,
                              uint8_t* codes) {
@@ -87,8 +88,15 @@ void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h, float
   multiply(p, plan(p, current()), current(), 0, divide_up(p.outputs, kPanel), 0, p.rows);
   const float* mask = job.mask;
   if (mask != nullptr) mask += b * job.mask_strides[0] + h * job.mask_strides[1];
+  const float* hidden = job.hidden;
+  if (hidden != nullptr) hidden += b % job.windows * job.queries * job.keys;
   for (int64_t i = 0; i < job.queries; ++i) {
-    current().softmax(p.y + i * job.keys, mask == nullptr ? nullptr : mask + i * job.mask_strides[2], job.keys);
+    const float* added = mask == nullptr ? nullptr : mask + i * job.mask_strides[2];
+    if (hidden != nullptr) {
+      for (int64_t j = 0; j < job.keys; ++j) both[j] = added[j] + hidden[i * job.keys + j];
+      added = both;
+    }
+    current().softmax(p.y + i * job.keys, added, job.keys);
   }
 }
 

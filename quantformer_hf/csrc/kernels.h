@@ -53,7 +53,7 @@ struct Operand {
   float scale, inverse, offset;
 };
 
-// probabilities = softmax(Q(q) Q(k)ᵀ * scaling + mask).
+// probabilities = softmax(Q(q) Q(k)ᵀ * scaling + (mask + hidden)).
 struct Probabilities {
   const float *query, *key;  // `(batch, heads, tokens, head_size)` by their strides; the last one is 1
   int64_t batch, heads, queries, keys, head_size;
@@ -64,6 +64,9 @@ struct Probabilities {
   int32_t largest;
   float scaling;
   float* probabilities;  // `(batch, heads, queries, keys)`
+  // Added to the mask, which must then be there: `(windows, queries, keys)`, image b being window b % windows. Null: none.
+  const float* hidden;
+  int64_t windows;
 };
 int quantformer_probabilities(const Probabilities* job, int64_t threads, ParallelFor parallel_for);
 
@@ -101,13 +104,18 @@ struct AttentionBlock {
 };
 int quantformer_attention_block(const AttentionBlock* job, int64_t threads, ParallelFor parallel_for);
 
-// A transformer block: h = x + attention(LayerNorm(x)), y = h + mlp(LayerNorm(h)). `before` has the input and its rows,
-// and neither it nor `after` a `norm`.
+// A transformer block: h = x + attention(LayerNorm(x)), y = h + mlp(LayerNorm(h)). `before` has the rows; the norms are
+// those given here.
 struct Block {
-  LayerNorm norm_before;
+  const float* x;       // `(rows, channels)`
+  const float* normed;  // LayerNorm(x) where the caller has made it, else null
+  LayerNorm norm_before, norm_after;
+  // Where attention reads windows: the row of each token within its image of `image_rows`, -1 for padding, which is zero.
+  // Null: the rows as they are.
+  const int32_t* order;  // `(image_tokens,)`
+  int64_t image_tokens, image_rows;
   Codes before;
-  AttentionBlock attention;
-  LayerNorm norm_after;
+  AttentionBlock attention;  // its rows are the caller's: all tokens
   Codes after;
   Mlp mlp;
 };

@@ -73,16 +73,41 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   return quantformer_multiply(&output, threads, parallel_for);
 }
 
-// y = a + b, `(rows, channels)`.
-struct Sum {
-  const float *a, *b;
-  int64_t rows, channels;
-  float* y;
-};
+// `work(row)` for each of `rows` rows of `channels`.
+template <typename Work>
+int each_row(int64_t rows, int64_t channels, int64_t threads, ParallelFor parallel_for, const Work& work) {
+  const struct {
+    int64_t rows, channels;
+  } all = {rows, channels};
+  return by_rows(all, threads, parallel_for, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) work(row);
+  });
+}
 
-int add(const Sum& sum, int64_t threads, ParallelFor parallel_for) {
-  return by_rows(sum, threads, parallel_for, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * sum.channels; i < end * sum.channels; ++i) sum.y[i] = sum.a[i] + sum.b[i];
+void add_rows(const float* a, const float* b, int64_t channels, float* y) {
+  for (int64_t c = 0; c < channels; ++c) y[c] = a[c] + b[c];
+}
+
+// The row of `job.x` of a token that attention reads, -1 for padding.
+int64_t row_of(const Block& job, int64_t token) {
+  if (job.order == nullptr) return token;
+  const int64_t row = job.order[token % job.image_tokens];
+  return row < 0 ? -1 : row + token / job.image_tokens * job.image_rows;
+}
+
+// Codes of tokens in the order in which attention reads them, from those of rows.
+int gather(const Block& job, const uint8_t* codes, int64_t threads, ParallelFor parallel_for, uint8_t* tokens) {
+  const int64_t positions = job.before.positions;
+  const auto zeros = std::make_unique<float[]>(job.before.channels);
+  const auto padding = buffer<uint8_t>(positions);
+  Codes of_padding = job.before;
+  of_padding.x = zeros.get();
+  of_padding.rows = 1;
+  of_padding.codes = padding.get();
+  if (quantformer_quantize(&of_padding, 1, nullptr) != 0) return -1;
+  return each_row(job.attention.query.rows, positions, threads, parallel_for, [&](int64_t token) {
+    const int64_t row = row_of(job, token);
+    std::copy_n(row < 0 ? padding.get() : codes + row * positions, positions, tokens + token * positions);
   });
 }
 
@@ -90,29 +115,37 @@ int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
   Codes before = job.before, after = job.after;
   AttentionBlock attention = job.attention;
   Mlp mlp = job.mlp;
-  const int64_t rows = before.rows, width = before.channels;
+  const int64_t rows = before.rows, width = before.channels, tokens = attention.query.rows;
   const auto codes = buffer<uint8_t>(rows * std::max(before.positions, after.positions));
-  const auto hidden = buffer<float>(rows * width);
+  const auto ordered = buffer<uint8_t>(job.order == nullptr ? 0 : tokens * before.positions);
+  const auto attended = buffer<float>(tokens * width), hidden = buffer<float>(rows * width);
   float* const y = mlp.second.y;
 
-  before.norm = &job.norm_before;
+  before.x = job.normed == nullptr ? job.x : job.normed;
+  before.norm = job.normed == nullptr ? &job.norm_before : nullptr;
   before.codes = codes.get();
-  attention.query.x = codes.get();
-  attention.query.rows = rows;
-  attention.output.y = hidden.get();
   if (quantformer_quantize(&before, threads, parallel_for) != 0) return -1;
+  if (job.order != nullptr && gather(job, codes.get(), threads, parallel_for, ordered.get()) != 0) return -1;
+  attention.query.x = job.order == nullptr ? codes.get() : ordered.get();
+  attention.output.y = attended.get();
   if (run_attention_block(attention, threads, parallel_for) != 0) return -1;
-  if (add({hidden.get(), before.x, rows, width, hidden.get()}, threads, parallel_for) != 0) return -1;
+  // Each row is one token's.
+  const auto add_attended = [&](int64_t token) {
+    const int64_t row = row_of(job, token);
+    if (row >= 0) add_rows(attended.get() + token * width, job.x + row * width, width, hidden.get() + row * width);
+  };
+  if (each_row(tokens, width, threads, parallel_for, add_attended) != 0) return -1;
 
   after.norm = &job.norm_after;
   after.x = hidden.get();
-  after.rows = rows;
   after.codes = codes.get();
   mlp.first.x = codes.get();
-  mlp.first.rows = rows;
+  after.rows = mlp.first.rows = rows;
   if (quantformer_quantize(&after, threads, parallel_for) != 0) return -1;
   if (run_mlp(mlp, threads, parallel_for) != 0) return -1;
-  return add({y, hidden.get(), rows, width, y}, threads, parallel_for);
+  return each_row(rows, width, threads, parallel_for, [&](int64_t row) {
+    add_rows(y + row * width, hidden.get() + row * width, width, y + row * width);
+  });
 }
 
 // What runs out of memory there must not cross the C boundary.

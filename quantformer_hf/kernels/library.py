@@ -102,6 +102,8 @@ class AttentionProbabilities(Structure):
         ("largest", c_int32),
         ("scaling", c_float),
         ("probabilities", c_void_p),
+        ("hidden", c_void_p),
+        ("windows", c_int64),
     ]
 
 
@@ -147,10 +149,15 @@ class Block(Structure):
     """`Block` of `kernels.h`."""
 
     _fields_ = [
+        ("x", c_void_p),
+        ("normed", c_void_p),
         ("norm_before", LayerNorm),
+        ("norm_after", LayerNorm),
+        ("order", c_void_p),
+        ("image_tokens", c_int64),
+        ("image_rows", c_int64),
         ("before", Codes),
         ("attention", AttentionBlock),
-        ("norm_after", LayerNorm),
         ("after", Codes),
         ("mlp", Mlp),
     ]

@@ -321,7 +321,7 @@ void test_probabilities(const InstructionSet& set, Random& random, const Attenti
   for (int64_t i = 0; i < scores; i += s.keys) cases::softmax(expected + i, s.keys);
   Probabilities job = {query.values, key.values, s.batch, s.heads, s.queries, s.keys,  s.size, {}, {},
                        masked ? mask.begin() : nullptr, {s.queries * s.keys, 0, s.keys}, operands, largest, scaling,
-                       got};
+                       got, nullptr, 0};
   std::copy_n(query.strides, 3, job.query_strides);
   std::copy_n(key.strides, 3, job.key_strides);
   check(quantformer_probabilities(&job, 3, backwards) == 0 && same_bits(got, expected), set, "probabilities", of);
@@ -392,7 +392,7 @@ void test_attention_block(const InstructionSet& set, Random& random, const Atten
   const auto other_scale = random.reals(width, -1, 1);
   value.scale = other_scale;
   Probabilities scores = {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {},
-                          operands, 255, 0.125f, nullptr};
+                          operands, 255, 0.125f, nullptr, nullptr, 0};
   if (masked) {
     const int64_t strides[] = {0, s.queries * s.keys, s.keys};
     scores.mask = mask;
@@ -423,47 +423,85 @@ void test_attention_block(const InstructionSet& set, Random& random, const Atten
   check(ran && stepped && same_bits(got, expected), set, "attention block", query.name);
 }
 
-void test_block(const InstructionSet& set, Random& random, const AttentionShape& s, int bits) {
-  const int64_t rows = s.batch * s.queries, width = s.heads * s.size;
-  const Shape square = {rows, width, width, 2};
+// In windows, tokens are those of the images turned round, and one is padding.
+void test_block(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, bool windows) {
+  const int64_t tokens = s.batch * s.queries, image_rows = s.queries - windows, rows = s.batch * image_rows;
+  const int64_t width = s.heads * s.size;
+  const Shape square = {tokens, width, width, 2};
   const Layer query(random, square, bits, bits, 1), output(random, square, bits, bits, 1);
-  const Layer first(random, {rows, width, width + 3, 2}, bits, bits, 1), second(random, {rows, width + 3, width, 2}, bits, bits, 1);
-  const auto x = random.reals(rows * width, -2, 2), offset = random.reals(width + 3, -2, 0), inverse = random.reals(width + 3, 0.5f, 2);
+  const Layer first(random, {rows, width, width + 3, 2}, bits, bits, 1);
+  const Layer second(random, {rows, width + 3, width, 2}, bits, bits, 1);
+  const auto x = random.reals(rows * width, -2, 2), normed = random.reals(rows * width, -2, 2);
+  const auto mask = random.reals(s.heads * s.queries * s.keys, -3, 3);
+  const auto hidden_keys = random.reals(2 * s.queries * s.keys, -9, 0);
+  const auto offset = random.reals(width + 3, -2, 0), inverse = random.reals(width + 3, 0.5f, 2);
   const auto weight = random.reals(width, -1, 1), bias = random.reals(width, -1, 1);
   const LayerNorm one = {weight, bias, 1e-5f}, other = {bias, nullptr, 1e-3f};
   const Operand operand = {0.1f, 10, -1.5f};
   const Operand operands[] = {operand, operand, operand, operand};
   const int largest = (1 << bits) - 1;
-  const auto codes_of = [&](const Layer& reader, bool gelu) { return codes_for(reader, rows, offset, inverse, gelu); };
-  Exact<float> got(rows * width), hidden(rows * width), expected(rows * width);
-  const AttentionBlock attention = {
+  const auto codes_of = [&](const Layer& reader, int64_t rows, bool gelu) {
+    return codes_for(reader, rows, offset, inverse, gelu);
+  };
+  Exact<int32_t> order(s.queries);
+  for (int64_t i = 0; i < s.queries; ++i) order[i] = static_cast<int32_t>(image_rows - 1 - i);
+  Exact<float> got(rows * width), attended(tokens * width), hidden(rows * width), expected(rows * width);
+  AttentionBlock attention = {
       query.product(nullptr), query.product(nullptr), query.product(nullptr),
-      {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {}, operands, largest, 0.125f, nullptr},
+      {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {}, operands, largest, 0.125f,
+       nullptr, nullptr, 0},
       {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, largest, nullptr},
-      codes_of(output, false), output.product(nullptr)};
-  Block job = {one, codes_of(query, false), attention, other, codes_of(first, false),
-               {first.product(nullptr), codes_of(second, true), second.product(got)}};
-  job.before.x = x;
+      codes_of(output, tokens, false), output.product(nullptr)};
+  if (windows) {
+    const int64_t strides[] = {0, s.queries * s.keys, s.keys};
+    attention.scores.mask = mask;
+    std::copy_n(strides, 3, attention.scores.mask_strides);
+    attention.scores.hidden = hidden_keys;
+    attention.scores.windows = 2;
+  }
+  Block job = {x, nullptr, one, other, nullptr, s.queries, image_rows, codes_of(query, rows, false), attention,
+               codes_of(first, rows, false), {first.product(nullptr), codes_of(second, rows, true), second.product(got)}};
+  if (windows) {
+    job.normed = normed;
+    job.order = order;
+  }
   const bool ran = quantformer_block(&job, 3, backwards) == 0;
 
-  const auto norm_codes = [&](Codes step, const LayerNorm& norm, const float* of, Exact<uint8_t>& codes) {
-    step.norm = &norm;
+  const auto norm_codes = [&](Codes step, const LayerNorm* norm, const float* of, Exact<uint8_t>& codes) {
+    step.norm = norm;
     step.x = of;
     step.codes = codes;
     return quantformer_quantize(&step, 1, nullptr) == 0;
   };
-  Exact<uint8_t> codes(rows * job.before.positions), more(rows * job.after.positions);
+  // Of windows, the rows that attention reads, zeros for padding, before they become codes.
+  Exact<float> read(tokens * width);
+  const auto row_of = [&](int64_t token) -> int64_t {
+    if (!windows) return token;
+    const int64_t row = order[token % s.queries];
+    return row < 0 ? -1 : row + token / s.queries * image_rows;
+  };
+  for (int64_t i = 0; i < read.size; ++i) {
+    const int64_t row = row_of(i / width);
+    read[i] = row < 0 ? 0 : (windows ? normed : x)[row * width + i % width];
+  }
+  Exact<uint8_t> codes(tokens * job.before.positions), more(rows * job.after.positions);
+  Codes reading = job.before;
+  reading.rows = tokens;
   AttentionBlock attend = attention;
   attend.query.x = codes;
-  attend.output.y = hidden;
-  bool stepped = norm_codes(job.before, one, x, codes) && quantformer_attention_block(&attend, 1, nullptr) == 0;
-  for (int64_t i = 0; i < hidden.size; ++i) hidden[i] += x[i];
+  attend.output.y = attended;
+  bool stepped = norm_codes(reading, windows ? nullptr : &one, read, codes) &&
+                 quantformer_attention_block(&attend, 1, nullptr) == 0;
+  for (int64_t i = 0; i < attended.size; ++i) {
+    const int64_t row = row_of(i / width), at = row * width + i % width;
+    if (row >= 0) hidden[at] = x[at] + attended[i];
+  }
   Mlp mlp = job.mlp;
   mlp.first.x = more;
   mlp.second.y = expected;
-  stepped = stepped && norm_codes(job.after, other, hidden, more) && quantformer_mlp(&mlp, 1, nullptr) == 0;
+  stepped = stepped && norm_codes(job.after, &other, hidden, more) && quantformer_mlp(&mlp, 1, nullptr) == 0;
   for (int64_t i = 0; i < hidden.size; ++i) expected[i] += hidden[i];
-  check(ran && stepped && same_bits(got, expected), set, "block", query.name);
+  check(ran && stepped && same_bits(got, expected), set, windows ? "block of windows" : "block", query.name);
 }
 
 void test(const InstructionSet& set) {
@@ -505,7 +543,7 @@ void test(const InstructionSet& set) {
     }
     for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 7, 9}, {1, 2, 17, 17, 32}, {0, 2, 3, 3, 4}}) {
       for (bool masked : {false, true}) test_attention_block(set, random, s, bits, masked);
-      test_block(set, random, s, bits);
+      for (bool windows : {false, true}) test_block(set, random, s, bits, windows);
       test_mlp(set, random, s.batch * s.queries, s.heads * s.size, s.size + 3, bits);
     }
   }
