@@ -1,4 +1,4 @@
-"""One linear refitted to what it reads: a regression, then rounding column by column.
+"""One linear refitted to what it reads: a regression, then rounding (`rounding.py`).
 
 `reconstruction.py` says what the regression is to reach.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .grids import Grid, fit_row_scales
+from .rounding import round_weight
 
 
 #: Ridge of the regression, pulling to the old weight, as a share of the inputs' mean variance.
@@ -188,51 +188,18 @@ def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
     return refitted * gain.clamp(1 / LARGEST_GAIN, LARGEST_GAIN)
 
 
-def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """Round a weight column by column, those of the largest curvature first (GPTQ, arXiv 2210.17323).
-
-    Args:
-        weight: `(out, in)`, float32.
-        scale: `(out,)`.
-        grid: signed grid.
-        hessian: `(in, in)`, float64, positive definite.
-        block: columns whose effect on all later ones is added at once.
-
-    Returns:
-        the rounded weight, and the weight as it was when each column was rounded: it rounds to the same.
-    """
-    order = hessian.diagonal().argsort(descending=True)
-    factor = torch.linalg.cholesky(hessian[order][:, order])
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(weight)
-    latent = weight[:, order].clone()
-    rounded = torch.empty_like(latent)
-    for start in range(0, latent.shape[1], block):
-        end = min(start + block, latent.shape[1])
-        errors = latent.new_empty(len(latent), end - start)
-        for column in range(start, end):
-            codes = (latent[:, column] / scale).round().clamp(grid.qmin, grid.qmax)
-            rounded[:, column] = codes * scale
-            error = (latent[:, column] - rounded[:, column]) / factor[column, column]
-            latent[:, column + 1 : end] -= torch.outer(error, factor[column, column + 1 : end])
-            errors[:, column - start] = error
-        latent[:, end:] -= errors @ factor[start:end, end:]
-    back = order.argsort()
-    return rounded[:, back], latent[:, back]
-
-
 @torch.no_grad()
 def refit_layer(layer: nn.Linear, evidence: Evidence) -> None:
     """Refit and round the weight of `layer`, set its scales, and let its bias take up the mean of the error."""
     before, moments = layer.weight.double(), evidence.moments
     target = refit_weight(layer.weight, evidence).float()
     quantizer = layer.weight_quantizer
-    scale = fit_row_scales(target, quantizer.grid)
     hessian = moments.quantized + moments.damping(ROUNDING_DAMPING)
-    rounded, latent = round_columns(target, scale, quantizer.grid, hessian)
-    layer.weight.copy_(latent)
-    quantizer.scale.copy_(scale)
+    rounded = round_weight(target, quantizer.grid, hessian)
+    layer.weight.copy_(rounded.latent)
+    quantizer.scale.copy_(rounded.scale)
     if layer.bias is not None:
-        shift = before @ moments.mean - rounded.double() @ moments.quantized_mean
+        shift = before @ moments.mean - rounded.weight.double() @ moments.quantized_mean
         if len(moments.missing_mean):
             shift += moments.missing_mean
         layer.bias += shift.to(layer.bias)

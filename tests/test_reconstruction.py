@@ -5,7 +5,6 @@ import torch
 from conftest import make_batches, make_full_precision, make_quantized
 
 from quantformer_hf import QuantformerForImageClassification, StageError, quantize
-from quantformer_hf.grids import Grid, fit_row_scales
 from quantformer_hf.layers import QuantLinear
 from quantformer_hf.quantize import reading_layers
 from quantformer_hf.quantizers import LSQWeightQuantizer
@@ -19,7 +18,6 @@ from quantformer_hf.regression import (
     nothing,
     refit_layer,
     refit_weight,
-    round_columns,
 )
 
 
@@ -46,21 +44,6 @@ def test_moments_do_not_depend_on_the_parts():
     torch.testing.assert_close(whole.missing, (whole.cross - whole.quantized)[:5], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.missing_mean, (share @ missing.double()), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole.quantized_mean, (share @ x_hat.double()), rtol=1e-5, atol=1e-5)
-
-
-def test_rounding_column_by_column_beats_rounding_to_nearest_and_latents_round_to_the_same():
-    x, grid = correlated_rows(), Grid(3, signed=True)
-    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
-    scale = fit_row_scales(weight, grid)
-    moments = Moments.of([(x, x, nothing(x), torch.ones(len(x)))])
-    rounded, latent = round_columns(weight, scale, grid, moments.quantized + moments.damping(0.01), block=5)
-
-    def on_grid(values):
-        return (values / scale.unsqueeze(1)).round().clamp(grid.qmin, grid.qmax) * scale.unsqueeze(1)
-
-    errors = [((other - weight) @ (x - x.mean(0)).T).square().sum() for other in (rounded, on_grid(weight))]
-    assert errors[0] < 0.8 * errors[1]
-    torch.testing.assert_close(on_grid(latent), rounded)
 
 
 def evidence_of(x: torch.Tensor, x_hat: torch.Tensor, missing: torch.Tensor | None = None) -> Evidence:
