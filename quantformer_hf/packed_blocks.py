@@ -219,10 +219,11 @@ class PackedWindowBlock(_PackedBlock):
         job = self.block_job(hidden_states, kwargs)
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
-        area = self.window_size**2
-        if job is None or area != self.attention.relative_position_bias.window_area:
+        area, (height, width) = self.window_size**2, input_dimensions
+        fits = area == self.attention.relative_position_bias.window_area and height * width == hidden_states.shape[1]
+        if job is None or not fits:
             return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
-        order, hidden = _windows(*input_dimensions, self.window_size, self.shift_size)
+        order, hidden = _windows(height, width, self.window_size, self.shift_size)
         normed = self.layernorm_before(hidden_states)
         job.normed = normed.data_ptr()
         job.order, job.image_tokens, job.image_rows = order.data_ptr(), len(order), hidden_states.shape[1]
@@ -268,7 +269,8 @@ def set_sizes(job: AttentionBlock, batch: int, tokens: int) -> None:
 
 
 def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:
-    """All modules inside `module`, or None where one of them is to be called: it has a hook, or does not just quantize."""
+    """All modules inside `module`, or None where one of them is to be called: it has a hook, is in training, or does
+    something else than to quantize."""
     if _has_any_global_hook():
         return None
     # By the dictionaries themselves, for this is done in each call.
@@ -276,7 +278,7 @@ def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:
     for inner in found:
         own = inner.__dict__
         hooks = [hook for hook in own["_forward_pre_hooks"].values() if hook is not quantize_first_argument]
-        if own["_forward_hooks"] or hooks or "forward" in own:
+        if own["_forward_hooks"] or hooks or own["training"] or "forward" in own:
             return None
         quantizes = not isinstance(inner, ActivationQuantizer) or (
             inner.enabled and inner.calibrated and inner.observer is None

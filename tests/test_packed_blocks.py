@@ -82,7 +82,7 @@ def test_a_block_whose_layernorm_is_listened_to_leaves_its_parts_whole(packed):
 
 
 @needs_kernels
-@pytest.mark.parametrize("disturb", ["training", "gradient", "forward", "global hook", "quantizer"])
+@pytest.mark.parametrize("disturb", ["training", "dropout", "gradient", "forward", "global hook", "quantizer"])
 def test_a_block_calls_its_layers_for_who_wants_them(disturb):
     model = make_quantized("vit", "finetune").pack()
     images = make_batches()[0]
@@ -92,6 +92,8 @@ def test_a_block_calls_its_layers_for_who_wants_them(disturb):
     called = []
     if disturb == "training":
         model.train()
+    elif disturb == "dropout":
+        blocks[0].dropout.train()
     elif disturb == "forward":
         forward = blocks[0].mlp.forward
         blocks[0].mlp.forward = lambda codes: called.append(codes) or forward(codes)
@@ -191,3 +193,13 @@ def test_windows_in_one_call_are_those_of_the_layers(size):
     blocks = outermost(whole_modules(model))
     assert ran_as_one(model) == blocks != []
     assert any(block.shift_size for block in blocks)
+
+
+def test_an_image_of_another_size_than_its_tokens_is_refused():
+    model = make_quantized("swin", "finetune").pack()
+    block = model.backbone.swin.encoder.layers[0].blocks[0]
+    tokens = torch.zeros(1, 64, block.layernorm_before.normalized_shape[0])
+    with torch.no_grad():
+        assert block(tokens, (8, 8))[0].shape == tokens.shape
+        with pytest.raises(RuntimeError, match="shape"):
+            block(tokens, (8, 9))
