@@ -16,8 +16,12 @@ from .rounding import round_weight
 REGRESSION_DAMPING = 10.0
 
 #: The ridges among which cross-validation chooses, ascending, and the parts into which it divides the images.
-DAMPINGS = tuple(0.1 * 2**step for step in range(11))
+DAMPINGS = tuple(0.1 * 4**step for step in range(6))
 FOLDS = 4
+
+#: How far a row is scaled on from an output that varies as in full precision (0) to one whose regression on that of full
+#: precision has slope one (1).
+UNBIASEDNESS = 0.5
 
 #: By which a row is scaled at most: more says that it hardly varies at all, and what is left is noise.
 LARGEST_GAIN = 2.0
@@ -171,9 +175,9 @@ def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
     Where there is something to make up for, cross-validation chooses λ: the class token of each image counts for much, and
     there are few of them, which a small ridge learns by heart.
 
-    Elsewhere λ is `REGRESSION_DAMPING`, and each row of V is scaled so that `V x̂` varies as much as `W x`. Least squares
-    puts out less the noisier x̂ is, which is nearest to `W x`, and no good: attention gets flat, and what follows is made
-    for values of the old size. Cross-validation would choose the least ridge almost everywhere, and lose.
+    Elsewhere λ is `REGRESSION_DAMPING`, and each row of V is scaled (`row_gains`). Least squares puts out less the noisier
+    x̂ is, which is nearest to `W x`, and no good: attention gets flat, and what follows is made for values of the old size.
+    Cross-validation would choose the least ridge almost everywhere, and lose.
     """
     wide, moments = weight.double(), evidence.moments
     makes_up = len(moments.missing) > 0
@@ -181,11 +185,19 @@ def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
     refitted = wide + solve_damped(moments.wanting(wide), moments, share)
     if makes_up:
         return refitted
-    expected = ((wide @ moments.full_precision) * wide).sum(1, keepdim=True)
-    given = ((refitted @ moments.quantized) * refitted).sum(1, keepdim=True)
-    varies = (expected > 0) & (given > 0)
-    gain = torch.where(varies, expected / given, 1.0).sqrt()
-    return refitted * gain.clamp(1 / LARGEST_GAIN, LARGEST_GAIN)
+    return refitted * row_gains(wide, refitted, moments).unsqueeze(1)
+
+
+def row_gains(weight: Tensor, refitted: Tensor, moments: Moments) -> Tensor:
+    """By what to scale the rows of V, `(out,)`: `(σ / σ̂) ρ^-u` with σ and σ̂ the deviations of `W x` and `V x̂`, ρ their
+    correlation and u `UNBIASEDNESS`. A row that does not vary, or against full precision, is left as it is."""
+    expected = ((weight @ moments.full_precision) * weight).sum(1)
+    given = ((refitted @ moments.quantized) * refitted).sum(1)
+    together = ((weight @ moments.cross) * refitted).sum(1)
+    varies = (expected > 0) & (given > 0) & (together > 0)
+    like_variance, unbiased = (expected / given).sqrt(), expected / together
+    gain = torch.where(varies, like_variance ** (1 - UNBIASEDNESS) * unbiased**UNBIASEDNESS, 1.0)
+    return gain.clamp(1 / LARGEST_GAIN, LARGEST_GAIN)
 
 
 @torch.no_grad()

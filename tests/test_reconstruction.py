@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_batches, make_full_precision, make_quantized
 
-from quantformer_hf import QuantformerForImageClassification, StageError, quantize
+from quantformer_hf import QuantformerForImageClassification, StageError, quantize, regression
 from quantformer_hf.layers import QuantLinear
 from quantformer_hf.quantize import reading_layers
 from quantformer_hf.quantizers import LSQWeightQuantizer
@@ -63,15 +63,23 @@ def test_the_refitted_weight_makes_up_for_noisy_inputs():
     assert errors[0] < errors[1]
 
 
-def test_what_a_noisy_layer_puts_out_varies_as_in_full_precision():
+@pytest.mark.parametrize("unbiasedness", [0.0, 0.5, 1.0])
+def test_what_a_noisy_layer_puts_out_is_as_large_as_in_full_precision(monkeypatch, unbiasedness):
+    monkeypatch.setattr(regression, "UNBIASEDNESS", unbiasedness)
     x = correlated_rows(4000)
-    x_hat = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    x_hat = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
     # A row of zeros has nothing to vary.
     weight[3] = 0
     refitted = refit_weight(weight, evidence_of(x, x_hat)).float()
-    torch.testing.assert_close((x_hat @ refitted.T).std(0), (x @ weight.T).std(0), rtol=1e-4, atol=1e-4)
     assert (refitted[3] == 0).all()
+    expected, given = ((rows @ w.T)[:, weight.any(1)] for rows, w in ((x, weight), (x_hat, refitted)))
+    expected, given = expected - expected.mean(0), given - given.mean(0)
+    variances = expected.square().mean(0), given.square().mean(0)
+    together = (expected * given).mean(0)
+    assert ((together / (variances[0] * variances[1]).sqrt()) < 0.99).all()
+    ratio = (variances[0] / variances[1]).sqrt() ** (1 - unbiasedness) * (variances[0] / together) ** unbiasedness
+    torch.testing.assert_close(ratio, torch.ones(7), rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_that_do_not_vary_leave_the_weight_as_it_is():
