@@ -277,8 +277,9 @@ def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:
     found = [inner for inner in module._modules.values() if inner is not None]
     for inner in found:
         own = inner.__dict__
-        hooks = [hook for hook in own["_forward_pre_hooks"].values() if hook is not quantize_first_argument]
-        if own["_forward_hooks"] or hooks or own["training"] or "forward" in own:
+        if own["_forward_hooks"] or own["training"] or "forward" in own:
+            return None
+        if own["_forward_pre_hooks"] and list(own["_forward_pre_hooks"].values()) != [quantize_first_argument]:
             return None
         quantizes = not isinstance(inner, ActivationQuantizer) or (
             inner.enabled and inner.calibrated and inner.observer is None
