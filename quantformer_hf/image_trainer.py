@@ -56,8 +56,9 @@ class ImageTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedImages):
             return super().get_train_dataloader()
-        if self.args.repeated_augmentation > 1:
-            raise ValueError("repeated_augmentation draws images at will, which a stream cannot: leave out one of both")
+        for name, wanted in self._draws_at_will():
+            if wanted:
+                raise ValueError(f"{name} draws images at will, which a stream cannot: leave out one of both")
         # Trainer may have found a smaller one (auto_find_batch_size).
         self.train_dataset.batch_size = self._train_batch_size
         return stream_loader(self.train_dataset, self.data_collator, self.args)
@@ -76,14 +77,27 @@ class ImageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         images = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(images, TransformedImages):
-            if self.args.repeated_augmentation > 1:
-                raise ValueError("repeated_augmentation needs TransformedImages as train_dataset")
+            for name, wanted in self._draws_at_will():
+                if wanted:
+                    raise ValueError(f"{name} needs TransformedImages as train_dataset")
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._train_sampler = EpochSampler(
-            images, seed, self.args.repeated_augmentation, self._train_batch_size, self.args.world_size
+            images,
+            seed,
+            self.args.repeated_augmentation,
+            self._train_batch_size,
+            self.args.world_size,
+            images.labels if self.args.balance_classes else None,
         )
         return self._train_sampler
+
+    def _draws_at_will(self) -> list[tuple[str, bool]]:
+        """What asks for more than one draw of each image an epoch, and whether it does."""
+        return [
+            ("repeated_augmentation", self.args.repeated_augmentation > 1),
+            ("balance_classes", self.args.balance_classes),
+        ]
 
     def _begin_epoch(self, epoch: int) -> None:
         # accelerate does so as well, but not on several processes after a resume within an epoch.

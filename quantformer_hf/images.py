@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PILImage
 from torch import Tensor
 from transformers import BaseImageProcessor
@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 from .bad_images import BadImageError, BadImageTally, decode, origin
 from .data import ImageData, first, shuffled
 from .modeling_quantformer import IGNORED_LABEL
-from .sampling import Draw
+from .sampling import Draw, by_turns
 
 
 #: Replacements that are tried for a bad image.
@@ -108,6 +108,10 @@ class TransformedImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def labels(self) -> list[int]:
+        return self.rows[self.label_column][:]
+
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
         return self.__getitems__([draw])[0]
 
@@ -156,16 +160,24 @@ def calibration_batches(
     batch_size: int,
     seed: int,
     on_bad_image: str = "skip",
+    balance_classes: bool = False,
 ) -> Iterator[Tensor]:
     """Batches of `pixel_values` from random training images without augmentation, the same in every process.
 
-    Bad images are left out and reported, and so a batch may be smaller.
+    Bad images are left out and reported, and so a batch may be smaller. With `balance_classes`, classes have the same number
+    of images, as far as they have so many.
 
     Raises:
         BadImageError: see `BadImageTally`.
+        ValueError: `balance_classes` of a stream.
     """
     tally = BadImageTally("calibration images", on_bad_image)
-    chosen = first(shuffled(undecoded(data.train, data), seed, data.shuffle_buffer_size), samples)
+    rows = shuffled(undecoded(data.train, data), seed, data.shuffle_buffer_size)
+    if balance_classes:
+        if isinstance(rows, IterableDataset):
+            raise ValueError("balance_classes draws images at will, which a stream cannot: leave out one of both")
+        rows = rows.select(by_turns(range(len(rows)), rows[data.label_column][:]))
+    chosen = first(rows, samples)
     for number, rows in enumerate(chosen.iter(batch_size)):
         cells = rows[data.image_column]
         origins = [origin(cell, f"image {number * batch_size + i}") for i, cell in enumerate(cells)]

@@ -53,6 +53,7 @@ RECIPE_ARGUMENTS = (
     "cutmix",
     "label_smoothing_factor",
     "repeated_augmentation",
+    "balance_classes",
     "drop_path_rate",
     "ema_decay",
     "image_size",

@@ -1,7 +1,7 @@
 """Which training images an epoch draws, in which order."""
 
 from collections import Counter
-from collections.abc import Iterator, Sized
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Sized
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,15 @@ class Draw(NamedTuple):
     copy: int = 0
 
 
+def by_turns(images: Iterable[int], labels: Sequence[Hashable]) -> list[int]:
+    """The first of `images` of each class, then the second of each that has one, and so on, otherwise in their order."""
+    seen, turns = Counter(), []
+    for image in images:
+        turns.append((seen[labels[image]], image))
+        seen[labels[image]] += 1
+    return [image for _, image in sorted(turns, key=lambda turn: turn[0])]
+
+
 class EpochSampler(Sampler[Draw]):
     """A permutation of the images for each epoch; with `repeats` above 1, repeated augmentation (arXiv 1902.05509).
 
@@ -28,16 +37,29 @@ class EpochSampler(Sampler[Draw]):
     sampler says which process is to see what; the order here is the one that accelerate deals out to that end, batch after
     batch, process after process.
 
+    With `labels`, an epoch has as many draws as there are images, and of each class as many as of any other, or one more:
+    some images of a large class, and those of a small one more than once, each time augmented anew.
+
     Args:
         images: the data set.
         seed: of the order, with the epoch.
         repeats: draws of an image.
+        labels: of the images, to draw all classes equally often; without `repeats`.
         batch_size, num_processes: to deal out repeated images.
     """
 
-    def __init__(self, images: Sized, seed: int, repeats: int = 1, batch_size: int = 1, num_processes: int = 1):
+    def __init__(
+        self,
+        images: Sized,
+        seed: int,
+        repeats: int = 1,
+        batch_size: int = 1,
+        num_processes: int = 1,
+        labels: Sequence[Hashable] | None = None,
+    ):
         self.images = images
         self.seed = seed
+        self.labels = labels
         self.batch_size = batch_size
         self.epoch = 0
         self.repeated = []
@@ -58,7 +80,8 @@ class EpochSampler(Sampler[Draw]):
         if not self.repeated:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(len(self.images), generator=generator).tolist()
-            return iter([Draw(index, self.epoch) for index in order])
+            draws = [Draw(index, self.epoch) for index in order]
+            return iter(draws if self.labels is None else self._balanced(draws, generator))
         for sampler in self.repeated:
             sampler.set_epoch(self.seed + self.epoch)
         by_process = [list(sampler) for sampler in self.repeated]
@@ -70,3 +93,15 @@ class EpochSampler(Sampler[Draw]):
             draws.append(Draw(index, self.epoch, seen[index]))
             seen[index] += 1
         return iter(draws)
+
+    def _balanced(self, draws: list[Draw], generator: torch.Generator) -> list[Draw]:
+        """As many draws, of all classes in turn, and then mixed."""
+        of_class: dict[Hashable, list[Draw]] = {}
+        for draw in draws:
+            of_class.setdefault(self.labels[draw.index], []).append(draw)
+        classes, chosen = list(of_class.values()), []
+        for number in range(len(draws)):
+            turn, place = divmod(number, len(classes))
+            copy, member = divmod(turn, len(classes[place]))
+            chosen.append(classes[place][member]._replace(copy=copy))
+        return [chosen[place] for place in torch.randperm(len(chosen), generator=generator).tolist()]

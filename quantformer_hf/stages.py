@@ -241,6 +241,7 @@ class StageRun:
             batch_size=self.arguments.training.per_device_eval_batch_size,
             seed=self.arguments.training.seed,
             on_bad_image=self.arguments.training.on_bad_image,
+            balance_classes=self.arguments.training.balance_classes,
         )
 
     def _load_teacher(self, model: QuantformerPreTrainedModel, data: ImageData) -> PreTrainedModel:

@@ -75,6 +75,13 @@ class QuantformerTrainingArguments(TrainingArguments):
     repeated_augmentation: int = field(
         default=1, metadata={"help": "Draws of an image in an epoch, which draws fewer images then. 3 in DeiT."}
     )
+    balance_classes: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw all classes equally often, in training and for calibration, however many images each has. An epoch"
+            " keeps its length."
+        },
+    )
     on_bad_image: str = field(
         default="skip",
         metadata={
@@ -126,6 +133,10 @@ class QuantformerTrainingArguments(TrainingArguments):
             raise ValueError("ema_decay cannot be resumed from checkpoints of save_only_model: leave out one")
         if self.repeated_augmentation < 1:
             raise ValueError(f"repeated_augmentation is {self.repeated_augmentation}: choose 1 (off) or more")
+        if self.balance_classes and self.repeated_augmentation > 1:
+            raise ValueError(
+                "balance_classes and repeated_augmentation both say how often an image is drawn: leave out one"
+            )
         if self.on_bad_image not in BAD_IMAGE_POLICIES:
             raise ValueError(f"on_bad_image is {self.on_bad_image!r}: choose one of {', '.join(BAD_IMAGE_POLICIES)}")
         self.pnorm = str(self.pnorm)

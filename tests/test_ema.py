@@ -140,6 +140,7 @@ def test_a_checkpoint_without_an_average_is_refused(tmp_path):
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"ema_decay": 0.9, "save_only_model": True}, "save_only_model"),
         ({"repeated_augmentation": 0}, "repeated_augmentation is 0"),
+        ({"repeated_augmentation": 3, "balance_classes": True}, "both say how often an image is drawn: leave out one"),
     ],
 )
 def test_values_out_of_range_are_named(arguments, message):

@@ -1,5 +1,9 @@
 """Rows as tensors."""
 
+from collections import Counter
+from dataclasses import replace
+
+import pytest
 import torch
 from transformers import ViTImageProcessor
 
@@ -24,3 +28,26 @@ def test_calibration_batches_repeat():
         one, two = (list(calibration_batches(data, PROCESSOR, 20, 8, seed=0)) for _ in range(2))
         assert [len(batch) for batch in one] == [8, 8, 4]
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_calibration_images_of_all_classes_in_equal_number():
+    data = load_image_data(DataArguments(dataset_name="digits"), seed=0)
+    labels = data.train[data.label_column]
+    # All nought to two, and few of the others.
+    rows = [i for i, label in enumerate(labels) if label < 3] + [labels.index(label) for label in range(3, 10)]
+    data = replace(data, train=data.train.select(rows))
+    of_image = {
+        PROCESSOR(row["image"].convert("RGB"))["pixel_values"][0].numpy().tobytes(): row["label"] for row in data.train
+    }
+    for balance in (False, True):
+        (batch,) = calibration_batches(data, PROCESSOR, 16, 16, seed=0, balance_classes=balance)
+        drawn = Counter(of_image[image.numpy().tobytes()] for image in batch)
+        assert (min(drawn[label] for label in range(10)) == 1) == balance
+        assert len(batch) == 16
+    assert [drawn[label] for label in range(3)] == [3, 3, 3]
+
+
+def test_a_stream_cannot_balance_classes():
+    data = load_image_data(DataArguments(dataset_name="digits", streaming=True), seed=0)
+    with pytest.raises(ValueError, match="balance_classes draws images at will, which a stream cannot"):
+        next(calibration_batches(data, PROCESSOR, 16, 16, seed=0, balance_classes=True))

@@ -8,7 +8,7 @@ from accelerate.data_loader import BatchSamplerShard
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import BatchSampler
 
-from quantformer_hf.sampling import Draw, EpochSampler
+from quantformer_hf.sampling import Draw, EpochSampler, by_turns
 
 
 def batches_of(sampler, batch_size, processes):
@@ -52,3 +52,31 @@ def test_repeated_images_are_told_apart_by_their_copy():
 
 def test_a_draw_counts_as_its_numbers():
     assert Draw(3) == (3, 0, 0)
+
+
+LABELS = [0] * 20 + [1, 2, 2]
+
+
+def test_balanced_classes_are_drawn_equally_often_in_an_epoch_of_the_same_length():
+    sampler = EpochSampler(range(23), seed=1, labels=LABELS)
+    draws = list(sampler)
+    assert len(draws) == len(sampler) == len(set(draws)) == 23
+    assert sorted(Counter(LABELS[draw.index] for draw in draws).values()) == [7, 8, 8]
+    # As few repetitions as there can be.
+    repeated = Counter(draw.index for draw in draws)
+    assert all(repeated[image] <= 1 for image in range(20))
+    assert abs(repeated[21] - repeated[22]) <= 1
+    assert [draw.index for draw in draws] != sorted(draw.index for draw in draws)
+    assert list(sampler) == draws
+    sampler.set_epoch(1)
+    assert {draw.index for draw in sampler} != {draw.index for draw in draws}
+
+
+def test_classes_that_are_balanced_already_are_all_drawn_once():
+    draws = list(EpochSampler(range(12), seed=1, labels=[0, 1, 2] * 4))
+    assert sorted(draw.index for draw in draws) == list(range(12))
+    assert {draw.copy for draw in draws} == {0}
+
+
+def test_turns_take_one_of_each_class_as_long_as_there_are_some():
+    assert by_turns([3, 0, 1, 21, 20, 22], LABELS) == [3, 21, 20, 0, 22, 1]
