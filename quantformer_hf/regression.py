@@ -194,7 +194,9 @@ def row_gains(weight: Tensor, refitted: Tensor, moments: Moments) -> Tensor:
     expected = ((weight @ moments.full_precision) * weight).sum(1)
     given = ((refitted @ moments.quantized) * refitted).sum(1)
     together = ((weight @ moments.cross) * refitted).sum(1)
-    varies = (expected > 0) & (given > 0) & (together > 0)
+    # As in `Moments.damping`: what float32 makes of inputs that do not vary.
+    noise = 1e-6 * weight.square() @ moments.mean.square()
+    varies = (expected > noise) & (given > noise) & (together > 0)
     like_variance, unbiased = (expected / given).sqrt(), expected / together
     gain = torch.where(varies, like_variance ** (1 - UNBIASEDNESS) * unbiased**UNBIASEDNESS, 1.0)
     return gain.clamp(1 / LARGEST_GAIN, LARGEST_GAIN)

@@ -82,15 +82,18 @@ def test_what_a_noisy_layer_puts_out_is_as_large_as_in_full_precision(monkeypatc
     torch.testing.assert_close(ratio, torch.ones(7), rtol=1e-3, atol=1e-3)
 
 
-def test_inputs_that_do_not_vary_leave_the_weight_as_it_is():
+@pytest.mark.parametrize("seed", range(8))
+def test_inputs_that_do_not_vary_leave_the_weight_as_it_is(seed):
     x = torch.full((400, 16), 3.7) + torch.arange(16)
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
     layer = QuantLinear.from_float(torch.nn.Linear(16, 8), LSQWeightQuantizer(8, 8))
     with torch.no_grad():
         layer.weight.copy_(weight)
     for missing in (nothing(x), torch.ones(400, 8)):
-        evidence = Evidence.of([(x, x, missing, torch.rand(400))], [100])
-        torch.testing.assert_close(refit_weight(weight, evidence).float(), weight, rtol=1e-3, atol=1e-3)
+        weights = torch.rand(400, generator=torch.Generator().manual_seed(seed))
+        evidence = Evidence.of([(x, x, missing, weights)], [100])
+        # float32 products of numbers up to 19 leave a thousandth to regress on, of either sign: 1.4e-3 in eight draws.
+        torch.testing.assert_close(refit_weight(weight, evidence).float(), weight, rtol=0, atol=5e-3)
         refit_layer(layer, evidence)
         assert layer.weight.isfinite().all()
 
