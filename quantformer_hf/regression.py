@@ -29,6 +29,9 @@ LARGEST_GAIN = 2.0
 #: Ridge of the rounding.
 ROUNDING_DAMPING = 0.1
 
+#: Variance that means nothing, as a share of the squared mean: products in float32 leave as much of inputs that do not vary.
+NOISE = 1e-5
+
 #: What a layer reads in full precision x and quantized x̂, each `(rows, channels)`, what else its output is to make up for,
 #: e `(rows, out)` or `(rows, 0)`, and how much each row counts, `(rows,)`.
 Part = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -74,8 +77,8 @@ class Moments:
 
     def damping(self, share: float) -> Tensor:
         """`share` of the mean variance, on a diagonal, and positive."""
-        # Of inputs that do not vary, products in float32 leave variances of either sign.
-        noise = 1e-6 * self.quantized_mean.square().sum() + torch.finfo(torch.float32).tiny
+        # Of inputs that do not vary, variances may have either sign.
+        noise = NOISE * self.quantized_mean.square().sum() + torch.finfo(torch.float32).tiny
         ridge = (share * self.quantized.diagonal().mean()).maximum(noise)
         return ridge * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
 
@@ -190,12 +193,16 @@ def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
 
 def row_gains(weight: Tensor, refitted: Tensor, moments: Moments) -> Tensor:
     """By what to scale the rows of V, `(out,)`: `(σ / σ̂) ρ^-u` with σ and σ̂ the deviations of `W x` and `V x̂`, ρ their
-    correlation and u `UNBIASEDNESS`. A row that does not vary, or against full precision, is left as it is."""
+    correlation and u `UNBIASEDNESS`. A row that does not vary, or against full precision, is left as it is.
+
+    Args:
+        weight, refitted: W and V, `(out, in)`, float64.
+        moments: with those in full precision.
+    """
     expected = ((weight @ moments.full_precision) * weight).sum(1)
     given = ((refitted @ moments.quantized) * refitted).sum(1)
     together = ((weight @ moments.cross) * refitted).sum(1)
-    # As in `Moments.damping`: what float32 makes of inputs that do not vary.
-    noise = 1e-6 * weight.square() @ moments.mean.square()
+    noise = NOISE * weight.square() @ moments.mean.square()
     varies = (expected > noise) & (given > noise) & (together > 0)
     like_variance, unbiased = (expected / given).sqrt(), expected / together
     gain = torch.where(varies, like_variance ** (1 - UNBIASEDNESS) * unbiased**UNBIASEDNESS, 1.0)
