@@ -110,6 +110,7 @@ class TransformedImages(torch.utils.data.Dataset):
 
     @property
     def labels(self) -> list[int]:
+        """The class of each row."""
         return self.rows[self.label_column][:]
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:

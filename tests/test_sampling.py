@@ -5,9 +5,14 @@ from collections import Counter
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from conftest import make_full_precision
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import BatchSampler
+from trainers import make_trainer
+from transformers import ViTImageProcessor
 
+from quantformer_hf.data import DataArguments, load_image_data
+from quantformer_hf.images import TransformedImages
 from quantformer_hf.sampling import Draw, EpochSampler, by_turns
 
 
@@ -70,6 +75,22 @@ def test_balanced_classes_are_drawn_equally_often_in_an_epoch_of_the_same_length
     assert list(sampler) == draws
     sampler.set_epoch(1)
     assert {draw.index for draw in sampler} != {draw.index for draw in draws}
+
+
+def test_the_trainer_balances_classes_and_refuses_what_it_cannot(tmp_path):
+    data = load_image_data(DataArguments(dataset_name="digits"), seed=0)
+    labels = data.train[data.label_column][:]
+    rows = [i for i, label in enumerate(labels) if label < 2] + [labels.index(label) for label in range(2, 10)]
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    for balance in (False, True):
+        trainer = make_trainer(tmp_path, make_full_precision(), balance_classes=balance, dataloader_drop_last=False)
+        trainer.train_dataset = TransformedImages(data.train.select(rows), data, processor)
+        drawn = Counter(label for batch in trainer.get_train_dataloader() for label in batch["labels"].tolist())
+        assert sum(drawn.values()) == len(rows)
+        assert (max(drawn.values()) - min(drawn.values()) <= 1) == balance
+    trainer.train_dataset = [{}]
+    with pytest.raises(ValueError, match="balance_classes needs TransformedImages as train_dataset"):
+        trainer.get_train_dataloader()
 
 
 def test_classes_that_are_balanced_already_are_all_drawn_once():
