@@ -47,7 +47,7 @@ class _OneJob:
         Args:
             channels: of the codes that it takes; None where it makes them itself.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what its job is")
 
     def job(self, x: Tensor, channels: ChannelPlan | None = None) -> ctypes.Structure | None:
         """A copy of the job for `x`, since several threads may run it; None where the layers are to be called."""
@@ -147,7 +147,7 @@ class PackedAttention(_OneJob):
         return job, (*plans, of_scores, of_mix)
 
 
-class _PackedBlock(_OneJob):
+class PackedBlock(_OneJob):
     """`h = x + attention(LayerNorm(x))`, `y = h + mlp(LayerNorm(h))`, from floating point to floating point."""
 
     def block_job(self, x: Tensor, kwargs: dict) -> Block | None:
@@ -168,6 +168,7 @@ class _PackedBlock(_OneJob):
         return job
 
     def run(self, job: Block, x: Tensor) -> Tensor:
+        """Run the job on `x`, `(batch, tokens, channels)` in and out."""
         output = torch.empty_like(x)
         job.mlp.second.y = output.data_ptr()
         kernels = library()
@@ -176,7 +177,7 @@ class _PackedBlock(_OneJob):
 
     def reads(self) -> ActivationQuantizer | None:
         """What quantizes the input of attention; None where it does not make codes."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what quantizes the input of its attention")
 
     def prepare(self, channels: None = None) -> Prepared | None:
         norms, reads = (self.layernorm_before, self.layernorm_after), self.reads()
@@ -193,8 +194,8 @@ class _PackedBlock(_OneJob):
         return job, (before, after, attention[1], mlp[1])
 
 
-class PackedBlock(_PackedBlock):
-    """That of ViT and DeiT."""
+class PackedPlainBlock(PackedBlock):
+    """That of ViT and DeiT, whose attention is among all tokens."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """`(batch, tokens, channels)` in and out."""
@@ -209,7 +210,7 @@ class PackedBlock(_PackedBlock):
         return norm.output_quantizer if type(norm) is QuantLayerNorm else None
 
 
-class PackedWindowBlock(_PackedBlock):
+class PackedWindowBlock(PackedBlock):
     """That of Swin, whose attention is within windows of the image, shifted in every other block."""
 
     def forward(
@@ -252,7 +253,7 @@ def _windows(height: int, width: int, window_size: int, shift_size: int) -> tupl
     the tokens of a window that were shifted together, `(windows, area, area)` float32, where there is a shift."""
     # The methods of the layer ask it for these two alone.
     sizes = types.SimpleNamespace(window_size=window_size, shift_size=shift_size)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         # Rows from 1, for padding is 0.
         image = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, height, width, 1)
         image, _ = SwinLayer.maybe_pad(sizes, image, height, width)
@@ -347,11 +348,11 @@ class PackedSwinAttention(PackedAttention, SwinAttention):
         return windows.repeat(batch // len(windows), 1, 1, 1)
 
 
-class PackedViTLayer(PackedBlock, ViTLayer):
+class PackedViTLayer(PackedPlainBlock, ViTLayer):
     pass
 
 
-class PackedDeiTLayer(PackedBlock, DeiTLayer):
+class PackedDeiTLayer(PackedPlainBlock, DeiTLayer):
     pass
 
 

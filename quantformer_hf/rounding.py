@@ -65,8 +65,12 @@ def to_codes(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Codes column by column from the first one on, each error made up for by the columns after it.
 
+    Args:
+        weight, grid, hessian: as in `round_weight`.
+        scale: `(out,)`.
+
     Returns:
-        the codes, and the weight as it was when each column was rounded.
+        the codes, as floating-point numbers, and the weight as it was when each column was rounded, `(out, in)` both.
     """
     factor = torch.linalg.cholesky(hessian)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(weight)
@@ -85,7 +89,13 @@ def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor) ->
 
 
 def regress_scale(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
-    """The best scale of each row for its codes q, `q H w / q H q`; a row that has none keeps its own."""
+    """The best scale of each row for its codes q, `q H w / q H q`, `(out,)`; a row that has none keeps its own.
+
+    Args:
+        weight, codes: `(out, in)`, float32.
+        scale: `(out,)`.
+        hessian: H, `(in, in)`, float32.
+    """
     curved = codes @ hessian
     fitted = (curved * weight).sum(1) / (curved * codes).sum(1).clamp_min(torch.finfo(weight.dtype).tiny)
     return torch.where(fitted > 0, fitted, scale)
@@ -93,6 +103,10 @@ def regress_scale(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor)
 
 def descend(weight: Tensor, codes: Tensor, scale: Tensor, grid: Grid, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Each column in turn takes the codes that are best beside those of all other columns.
+
+    Args:
+        weight, codes, scale, hessian: as in `regress_scale`.
+        grid: signed grid.
 
     Returns:
         codes and latents as `round_columns`.

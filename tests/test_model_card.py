@@ -16,6 +16,7 @@ def told(**changes):
         "dataset_dir": None,
         "learning_rate": 1e-4,
         "num_train_epochs": 3,
+        # A folder of the user's own machine, which no card may tell.
         "output_dir": "/home/somebody/out",
         "source": "user/deit",
     }
