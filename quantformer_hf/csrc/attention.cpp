@@ -10,12 +10,34 @@ namespace {
 
 int64_t padded(int64_t n) { return divide_up(n, 4) * 4; }
 
-// One operand of an attention product as codes, `(rows, positions)`, padded with zeros.
-void quantize_operand(const float* x, int64_t stride, int64_t rows, int64_t columns, int32_t largest,
-                      const float* offset, const float* inverse, uint8_t* codes, int64_t positions) {
-  for (int64_t r = 0; r < rows; ++r) {
-    current().quantize(x + r * stride, offset, inverse, static_cast<float>(largest), columns, codes + r * positions);
-    std::fill_n(codes + r * positions + columns, positions - columns, 0);
+// One operand of an attention product: floating point, or where that is null, codes.
+struct Rows {
+  const float* x;
+  const uint8_t* codes;
+  int64_t stride, rows, columns;
+};
+
+// Of a head, by the strides of batch, head and token.
+Rows rows_of_head(const float* x, const uint8_t* codes, const int64_t* strides, int64_t b, int64_t h, int64_t rows,
+                  int64_t columns) {
+  const int64_t at = b * strides[0] + h * strides[1];
+  return {x == nullptr ? nullptr : x + at, codes == nullptr ? nullptr : codes + at, strides[2], rows, columns};
+}
+
+// As codes, `(rows, positions)`, padded with zeros. `constants` has room for 2 * positions.
+void take_codes(const Rows& from, int32_t largest, const Operand& operand, float* constants, uint8_t* codes,
+                int64_t positions) {
+  float *offset = constants, *inverse = constants + positions;
+  std::fill_n(offset, positions, operand.offset);
+  std::fill_n(inverse, positions, operand.inverse);
+  for (int64_t r = 0; r < from.rows; ++r) {
+    uint8_t* row = codes + r * positions;
+    if (from.x == nullptr) {
+      std::copy_n(from.codes + r * from.stride, from.columns, row);
+    } else {
+      current().quantize(from.x + r * from.stride, offset, inverse, static_cast<float>(largest), from.columns, row);
+    }
+    std::fill_n(row + from.columns, positions - from.columns, 0);
   }
 }
 
@@ -25,7 +47,11 @@ int32_t sum(const uint8_t* codes, int64_t n) {
   return total;
 }
 
-// x times codes of one head, both unsigned and of `largest`: one group, whose scale the output's own takes in.
+// What is taken off the codes of one operand of a product, its middle: they are then signed bytes, and its offset is
+// greater by so many scales.
+int32_t middle_of(int32_t largest) { return (largest + 1) / 2; }
+
+// x times codes of one head less their middle, both of `largest`: one group, whose scale the output's own takes in.
 Product head_product(const uint8_t* x, int64_t rows, const uint8_t* codes, int64_t outputs, int64_t columns,
                      int64_t positions, int32_t largest, const int32_t* source, const int64_t* end, const float* one) {
   Product p = {};
@@ -38,6 +64,7 @@ Product head_product(const uint8_t* x, int64_t rows, const uint8_t* codes, int64
   p.columns = columns;
   p.bits = 8;
   p.multiplier = 1;
+  p.addend = -middle_of(largest);
   p.source = source;
   p.group_ends = end;
   p.group_scales = one;
@@ -57,35 +84,32 @@ void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h, float
   scratch.reserve((job.queries + job.keys) * positions + 2 * positions * sizeof(float) +
                   3 * job.keys * sizeof(float) + positions * sizeof(int32_t));
   auto query = scratch.take<uint8_t>(job.queries * positions), key = scratch.take<uint8_t>(job.keys * positions);
-  auto offset = scratch.take<float>(positions), inverse = scratch.take<float>(positions);
+  auto constants = scratch.take<float>(2 * positions);
   auto scale = scratch.take<float>(job.keys), bias = scratch.take<float>(job.keys);
   auto both = scratch.take<float>(job.keys);
   auto source = scratch.take<int32_t>(positions);
-  const auto quantized = [&](const float* x, const int64_t* strides, int64_t rows, const Operand& operand,
-                             uint8_t* codes) {
-    std::fill_n(offset, positions, operand.offset);
-    std::fill_n(inverse, positions, operand.inverse);
-    quantize_operand(x + b * strides[0] + h * strides[1], strides[2], rows, job.head_size, job.largest, offset,
-                     inverse, codes, positions);
-  };
-  quantized(job.query, job.query_strides, job.queries, job.operands[0], query);
-  quantized(job.key, job.key_strides, job.keys, job.operands[1], key);
+  const int64_t n = job.head_size;
+  take_codes(rows_of_head(job.query, job.query_codes, job.query_strides, b, h, job.queries, n), job.largest,
+             job.operands[0], constants, query, positions);
+  take_codes(rows_of_head(job.key, job.key_codes, job.key_strides, b, h, job.keys, n), job.largest, job.operands[1],
+             constants, key, positions);
   // What is the same for all keys of a query is left out: it goes in the softmax.
   const float of_products = job.operands[0].scale * job.operands[1].scale * job.scaling;
   const float of_sums = job.operands[0].offset * job.operands[1].scale * job.scaling;
+  const int64_t middles = job.head_size * middle_of(job.largest);
   for (int64_t j = 0; j < job.keys; ++j) {
     scale[j] = of_products;
-    bias[j] = static_cast<float>(sum(key + j * positions, job.head_size)) * of_sums;
+    bias[j] = static_cast<float>(sum(key + j * positions, n) - middles) * of_sums;
   }
   fill_source(source, job.head_size, positions);
   const float one = 1;
-  Product p = head_product(query, job.queries, key, job.keys, job.head_size, positions, job.largest, source,
+  Product p = head_product(query, job.queries, key, job.keys, n, positions, job.largest, source,
                            &positions, &one);
   p.scale = scale;
   p.bias = bias;
   p.y = probabilities;
   p.y_stride = job.keys;
-  multiply(p, plan(p, current()), current(), 0, divide_up(p.outputs, kPanel), 0, p.rows);
+  multiply(p, nullptr, plan(p, current()), current(), 0, divide_up(p.outputs, kPanel), 0, p.rows);
   const float* mask = job.mask;
   if (mask != nullptr) mask += b * job.mask_strides[0] + h * job.mask_strides[1];
   const float* hidden = job.hidden;
@@ -102,45 +126,47 @@ void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h, float
 
 void mix_head(const Mixed& job, int64_t b, int64_t h, const float* probabilities) {
   const int64_t positions = padded(job.keys), n = job.head_size;
+  // The value as it lies, token by token: columns of a weight, of whole panels.
+  const int64_t stride = divide_up(n, kPanel) * kPanel;
   thread_local Scratch scratch;
-  const int64_t longest = std::max(positions, n);
-  scratch.reserve((job.queries + n) * positions + job.keys * n + 2 * longest * sizeof(float) +
-                  (2 * n + job.queries) * sizeof(float) + positions * sizeof(int32_t));
-  auto weights = scratch.take<uint8_t>(job.queries * positions), value = scratch.take<uint8_t>(n * positions);
-  auto straight = scratch.take<uint8_t>(job.keys * n);
-  auto offset = scratch.take<float>(longest), inverse = scratch.take<float>(longest);
+  scratch.reserve(job.queries * positions + job.keys * stride + 2 * std::max(positions, stride) * sizeof(float) +
+                  n * (2 * sizeof(float) + sizeof(int32_t)) + job.queries * sizeof(float) + positions * sizeof(int32_t));
+  auto weights = scratch.take<uint8_t>(job.queries * positions), value = scratch.take<uint8_t>(job.keys * stride);
+  auto constants = scratch.take<float>(2 * std::max(positions, stride));
   auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), of_row = scratch.take<float>(job.queries);
-  auto source = scratch.take<int32_t>(positions);
+  auto sums = scratch.take<int32_t>(n), source = scratch.take<int32_t>(positions);
 
   const Operand &p_operand = job.operands[0], &v_operand = job.operands[1];
-  std::fill_n(offset, n, v_operand.offset);
-  std::fill_n(inverse, n, v_operand.inverse);
-  quantize_operand(job.value + b * job.value_strides[0] + h * job.value_strides[1], job.value_strides[2], job.keys, n,
-                   job.largest, offset, inverse, straight, n);
-  const float of_products = p_operand.scale * v_operand.scale;
-  const float of_columns = p_operand.offset * v_operand.scale, of_rows = p_operand.scale * v_operand.offset;
-  const float constant = static_cast<float>(job.keys) * (p_operand.offset * v_operand.offset);
-  for (int64_t d = 0; d < n; ++d) {
-    uint8_t* column = value + d * positions;
-    for (int64_t j = 0; j < job.keys; ++j) column[j] = straight[j * n + d];
-    std::fill_n(column + job.keys, positions - job.keys, 0);
-    scale[d] = of_products;
-    bias[d] = static_cast<float>(sum(column, job.keys)) * of_columns + constant;
+  take_codes(rows_of_head(job.value, job.value_codes, job.value_strides, b, h, job.keys, n), job.largest, v_operand,
+             constants, value, stride);
+  const int32_t middle = middle_of(job.largest);
+  const float of_products = p_operand.scale * v_operand.scale, of_columns = p_operand.offset * v_operand.scale;
+  const float centre = static_cast<float>(middle) * v_operand.scale, v_offset = v_operand.offset + centre;
+  const float of_rows = p_operand.scale * v_offset;
+  const float constant = static_cast<float>(job.keys) * (p_operand.offset * v_offset);
+  std::fill_n(sums, n, 0);
+  for (int64_t j = 0; j < job.keys; ++j) {
+    for (int64_t d = 0; d < n; ++d) sums[d] += value[j * stride + d] - middle;
   }
-  std::fill_n(offset, positions, p_operand.offset);
-  std::fill_n(inverse, positions, p_operand.inverse);
-  quantize_operand(probabilities, job.keys, job.queries, job.keys, job.largest, offset, inverse, weights, positions);
+  for (int64_t d = 0; d < n; ++d) {
+    scale[d] = of_products;
+    bias[d] = static_cast<float>(sums[d]) * of_columns + constant;
+  }
+  take_codes({probabilities, nullptr, job.keys, job.queries, job.keys}, job.largest, p_operand, constants, weights,
+             positions);
   for (int64_t i = 0; i < job.queries; ++i) {
     of_row[i] = static_cast<float>(sum(weights + i * positions, job.keys)) * of_rows;
   }
   fill_source(source, job.keys, positions);
   const float one = 1;
   Product p = head_product(weights, job.queries, value, n, job.keys, positions, job.largest, source, &positions, &one);
+  p.by_column = 1;
+  p.code_stride = stride;
   p.scale = scale;
   p.bias = bias;
   p.y = job.output + (b * job.queries * job.heads + h) * n;
   p.y_stride = job.heads * n;
-  multiply(p, plan(p, current()), current(), 0, divide_up(n, kPanel), 0, p.rows);
+  multiply(p, nullptr, plan(p, current()), current(), 0, divide_up(n, kPanel), 0, p.rows);
   for (int64_t i = 0; i < job.queries; ++i) {
     for (int64_t d = 0; d < n; ++d) p.y[i * p.y_stride + d] = p.y[i * p.y_stride + d] + of_row[i];
   }

@@ -14,6 +14,9 @@
 
 #include <cstring>
 
+#define AT_ONCE 16
+#include "pointwise.h"
+
 namespace quantformer {
 namespace {
 
@@ -89,6 +92,20 @@ constexpr TileFunction kTiles[kTileRows] = {
     multiply<Kind, 5>, multiply<Kind, 6>,  multiply<Kind, 7>,  multiply<Kind, 8>,
     multiply<Kind, 9>, multiply<Kind, 10>, multiply<Kind, 11>, multiply<Kind, 12>};
 
+TARGET void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n,
+                     uint8_t* codes) {
+  const __m512 top = _mm512_set1_ps(largest);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(offset + i));
+    const __m512 position = _mm512_mul_ps(difference, _mm512_loadu_ps(inverse + i));
+    // The order of operands makes zero of a NaN.
+    const __m512 clipped = _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clipped)));
+  }
+  avx2()->quantize(x + i, offset + i, inverse + i, largest, n - i, codes + i);
+}
+
 bool available() {
 #ifdef QUANTFORMER_EMULATE_AVX512
   return true;
@@ -101,7 +118,7 @@ bool available() {
 }  // namespace
 
 const InstructionSet* avx512() {
-  // Unpacking and quantizing wait for memory more than for instructions: those of AVX2 serve.
+  // Unpacking waits for memory more than for instructions: that of AVX2 serves.
   const InstructionSet* narrower = avx2();
   if (narrower == nullptr || !available()) return nullptr;
   static const InstructionSet set = {"avx512",
@@ -112,10 +129,10 @@ const InstructionSet* avx512() {
                                      kTiles<Words>,
                                      narrower->unpack_bytes,
                                      narrower->unpack_words,
-                                     narrower->quantize,
-                                     narrower->gelu,
-                                     narrower->softmax,
-                                     narrower->layer_norm,
+                                     quantize,
+                                     gelu,
+                                     softmax,
+                                     layer_norm,
                                      narrower->reorder};
   return &set;
 }

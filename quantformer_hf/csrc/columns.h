@@ -30,13 +30,21 @@ TARGET inline void transpose(typename V::Block* a) {
   }
 }
 
-// 16 rows of `stride` bytes, a multiple of 16, to `[stride][16]`.
+// `rows` rows, at most 16, each `width` bytes wherever it lies, to `[stride][16]`, stride being `width` up to a multiple
+// of 16.
 template <typename V>
-TARGET void to_columns(const uint8_t* rows, int64_t stride, uint8_t* columns) {
-  for (int64_t c = 0; c < stride; c += 16) {
+TARGET void to_columns(const uint8_t* const* from, int64_t rows, int64_t width, uint8_t* columns) {
+  for (int64_t c = 0; c < width; c += 16) {
     typename V::Block block[16];
+    if (rows == 16 && width - c >= 16) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) block[i] = V::load(rows + i * stride + c);
+      for (int i = 0; i < 16; ++i) block[i] = V::load(from[i] + c);
+    } else {
+      uint8_t part[16 * 16] = {};
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(part + i * 16, from[i] + c, width - c < 16 ? width - c : 16);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) block[i] = V::load(part + i * 16);
+    }
     transpose<V>(block);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) V::store(columns + (c + i) * 16, block[i]);
@@ -46,7 +54,9 @@ TARGET void to_columns(const uint8_t* rows, int64_t stride, uint8_t* columns) {
 // There and back.
 template <typename V>
 TARGET void reorder(const Order& order) {
-  to_columns<V>(order.rows, order.stride, order.scratch);
+  const uint8_t* rows[kBlock];
+  for (int64_t r = 0; r < kBlock; ++r) rows[r] = order.rows + r * order.stride;
+  to_columns<V>(rows, kBlock, order.stride, order.scratch);
   std::memset(order.scratch + order.columns * kBlock, 0, kBlock);
   for (int64_t k = 0; k < order.positions; k += 16) {
     const int64_t n = order.positions - k < 16 ? order.positions - k : 16;
@@ -87,19 +97,23 @@ TARGET const uint8_t* codes_by_column(const Panel& p) {
   uint8_t* columns = rows + stride * kPanel;
   uint8_t* bytes = columns + (stride + 1) * kPanel;
   const int64_t width = (p.columns * p.bits + 7) / 8;
-  if (8 % p.bits == 0) {
+  if (p.by_column != nullptr) {
+    for (int64_t c = 0; c < p.columns; ++c) {
+      V::store(columns + c * kPanel, V::load(p.by_column + c * p.column_stride));
+    }
+  } else if (8 % p.bits == 0) {
     // Whole bytes change places: fewer than codes.
-    const int64_t width_stride = (width + 15) / 16 * 16;
-    for (int64_t r = 0; r < p.rows; ++r) std::memcpy(rows + r * width_stride, p.codes + r * p.code_stride, width);
-    to_columns<V>(rows, width_stride, p.bits == 8 ? columns : bytes);
+    to_columns<V>(p.codes, p.rows, width, p.bits == 8 ? columns : bytes);
     if (p.bits < 8) split_bytes<V>(bytes, p.bits, p.columns, columns);
   } else {
+    const uint8_t* decoded[kPanel];
     for (int64_t r = 0; r < p.rows; ++r) {
       // Decoding reads beyond the end of its row, and so works on a copy.
-      std::memcpy(bytes, p.codes + r * p.code_stride, width);
+      std::memcpy(bytes, p.codes[r], width);
+      decoded[r] = rows + r * stride;
       V::decode_row(bytes, p.bits, p.columns, rows + r * stride);
     }
-    to_columns<V>(rows, stride, columns);
+    to_columns<V>(decoded, p.rows, p.columns, columns);
   }
   std::memset(columns + p.columns * kPanel, 0, kPanel);
   return columns;

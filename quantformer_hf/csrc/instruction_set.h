@@ -43,15 +43,17 @@ using TileFunction = void (*)(const Tile&);
 // panel holds beyond `rows` and where a group was padded has no meaning: those outputs are unused, those activations
 // zero.
 struct Panel {
-  const uint8_t* codes;    // first row
-  int64_t code_stride;     // bytes from row to row
-  int64_t rows;            // 1..kPanel
+  const uint8_t* const* codes;  // of each row
+  int64_t rows;                 // 1..kPanel
   int64_t columns;
   int bits;
   int multiplier, addend;  // weight = code * multiplier + addend
   const int32_t* source;   // the column of each position, `columns` where a group was padded
   int64_t positions;
   uint8_t* scratch;        // panel_scratch_bytes(columns)
+  // Where the codes lie by column, a byte each: kPanel of the first column, and bytes from column to column. Else null.
+  const uint8_t* by_column;
+  int64_t column_stride;
 };
 
 inline int64_t panel_scratch_bytes(int64_t columns) { return 3 * (columns + 32) * kPanel; }

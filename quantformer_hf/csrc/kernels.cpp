@@ -45,21 +45,21 @@ void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
   }
 }
 
-void multiply_all(const Product& job, int64_t threads, ParallelFor parallel_for, int* status) {
+int multiply_all(const Product& job, const Codes* then, int64_t threads, ParallelFor parallel_for) {
   const InstructionSet& set = current();
   const Plan made = plan(job, set);
-  const int64_t panels = divide_up(job.outputs, kPanel);
-  if (panels == 0 || job.rows == 0) return;
+  const int64_t panels = divide_up(then == nullptr ? job.outputs : then->positions, kPanel);
+  if (panels == 0 || job.rows == 0) return 0;
   int64_t parts = std::max<int64_t>(1, std::min(job.rows / kTaskRows, divide_up(kTasksPerThread * threads, panels)));
   if (threads == 1) parts = 1;
   // Words are made of a part's codes: that memory is to stay small.
   if (made.words) parts = std::max(parts, divide_up(job.rows, kTaskRows));
   // Whole tiles in all parts but the last.
   const int64_t part_rows = divide_up(divide_up(job.rows, parts), set.tile_rows) * set.tile_rows;
-  *status = share(panels * parts, threads, parallel_for, [&](int64_t begin, int64_t end) {
+  return share(panels * parts, threads, parallel_for, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task / parts, first = task % parts * part_rows;
-      multiply(job, made, set, panel, panel + 1, std::min(first, job.rows), std::min(first + part_rows, job.rows));
+      multiply(job, then, made, set, panel, panel + 1, std::min(first, job.rows), std::min(first + part_rows, job.rows));
     }
   });
 }
@@ -83,10 +83,13 @@ int quantformer_layer_norm(const Norm* job, int64_t threads, ParallelFor paralle
 }
 
 int quantformer_multiply(const quantformer::Product* job, int64_t threads, ParallelFor parallel_for) {
+  return quantformer_multiply_to_codes(job, nullptr, threads, parallel_for);
+}
+
+int quantformer_multiply_to_codes(const quantformer::Product* job, const Codes* then, int64_t threads,
+                                  ParallelFor parallel_for) {
   try {
-    int status = 0;
-    quantformer::multiply_all(*job, threads, parallel_for, &status);
-    return status;
+    return quantformer::multiply_all(*job, then, threads, parallel_for);
   } catch (const std::exception&) {
     return -1;
   }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "codes.h"
 #include "product.h"
 
 extern "C" {
@@ -16,24 +17,7 @@ typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, void (
 const char* quantformer_instruction_set();
 int quantformer_use_instruction_set(const char* name);
 
-struct LayerNorm {
-  const float *weight, *bias;  // `(channels,)`, or null
-  float epsilon;
-};
-
-// Codes of activations: row by row, clamp(round((f(x) - offset) * inverse), 0, largest), then in the order of `source`.
-// f is GELU where `gelu` is not zero, and LayerNorm where `norm` is not null.
-struct Codes {
-  const float* x;  // `(rows, channels)`
-  int64_t rows, channels;
-  const float* offset;   // `(channels,)`
-  const float* inverse;  // `(channels,)`, 1 / scale
-  int32_t largest, gelu;
-  const int32_t* source;  // `(positions,)`, the channel of each position, `channels` for padding; null: as they are
-  int64_t positions;
-  uint8_t* codes;  // `(rows, positions)`
-  const LayerNorm* norm;
-};
+// See codes.h.
 int quantformer_quantize(const Codes* job, int64_t threads, ParallelFor parallel_for);
 
 // y = LayerNorm(x).
@@ -48,6 +32,11 @@ int quantformer_layer_norm(const Norm* job, int64_t threads, ParallelFor paralle
 // See product.h.
 int quantformer_multiply(const quantformer::Product* job, int64_t threads, ParallelFor parallel_for);
 
+// The codes of what a product gives, whose `y` is not written. `then` has no norm, and as many channels as the product
+// outputs; its `x` and `rows` are not looked at.
+int quantformer_multiply_to_codes(const quantformer::Product* job, const Codes* then, int64_t threads,
+                                  ParallelFor parallel_for);
+
 // Of one operand of an attention product.
 struct Operand {
   float scale, inverse, offset;
@@ -56,6 +45,7 @@ struct Operand {
 // probabilities = softmax(Q(q) Q(k)ᵀ * scaling + (mask + hidden)).
 struct Probabilities {
   const float *query, *key;  // `(batch, heads, tokens, head_size)` by their strides; the last one is 1
+  const uint8_t *query_codes, *key_codes;  // likewise, what is read in place of query and key where these are null
   int64_t batch, heads, queries, keys, head_size;
   int64_t query_strides[3], key_strides[3];  // of batch, head, token
   const float* mask;  // `(batch, heads, queries, keys)` by its strides, which may be 0; the last one is 1. Null: none
@@ -74,6 +64,7 @@ int quantformer_probabilities(const Probabilities* job, int64_t threads, Paralle
 struct Mixed {
   const float* probabilities;  // `(batch, heads, queries, keys)`
   const float* value;          // `(batch, heads, keys, head_size)` by its strides; the last one is 1
+  const uint8_t* value_codes;  // likewise, what is read in place of value where that is null
   int64_t batch, heads, queries, keys, head_size;
   int64_t value_strides[3];
   const Operand* operands;  // of probabilities and value

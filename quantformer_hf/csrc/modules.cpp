@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "attention.h"
 #include "scratch.h"
@@ -17,18 +18,25 @@ std::unique_ptr<T[]> buffer(int64_t count) {
 }
 
 int run_mlp(const Mlp& job, int64_t threads, ParallelFor parallel_for) {
-  Product first = job.first, second = job.second;
+  Product second = job.second;
   Codes between = job.between;
-  const auto hidden = buffer<float>(first.rows * first.outputs);
-  const auto codes = buffer<uint8_t>(first.rows * between.positions);
-  first.y = hidden.get();
-  between.x = hidden.get();
+  const auto codes = buffer<uint8_t>(job.first.rows * between.positions);
   between.codes = codes.get();
   second.x = codes.get();
-  between.rows = second.rows = first.rows;
-  if (quantformer_multiply(&first, threads, parallel_for) != 0) return -1;
-  if (quantformer_quantize(&between, threads, parallel_for) != 0) return -1;
+  second.rows = job.first.rows;
+  if (quantformer_multiply_to_codes(&job.first, &between, threads, parallel_for) != 0) return -1;
   return quantformer_multiply(&second, threads, parallel_for);
+}
+
+// One operand of attention, as codes in the order of its channels.
+int project(const AttentionBlock& job, Product linear, const Operand& operand, uint8_t* codes, int64_t threads,
+            ParallelFor parallel_for) {
+  const int64_t width = linear.outputs;
+  const std::vector<float> offset(width, operand.offset), inverse(width, operand.inverse);
+  const Codes then = {nullptr, 0, width, offset.data(), inverse.data(), job.scores.largest, 0, nullptr, width, codes, nullptr};
+  linear.x = job.query.x;
+  linear.rows = job.query.rows;
+  return quantformer_multiply_to_codes(&linear, &then, threads, parallel_for);
 }
 
 int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor parallel_for) {
@@ -37,26 +45,22 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   Mixed mix = job.mix;
   Codes between = job.between;
   const int64_t rows = job.query.rows, width = mix.heads * mix.head_size;
-  // Query, key, value, and what is mixed of it.
-  const auto operands = buffer<float>(4 * rows * width);
+  const auto operands = buffer<uint8_t>(3 * rows * width);
+  const auto mixed = buffer<float>(rows * width);
   const auto codes = buffer<uint8_t>(rows * between.positions);
-  float* at = operands.get();
-  for (const Product* linear : {&job.query, &job.key, &job.value}) {
-    Product p = *linear;
-    p.x = job.query.x;
-    p.rows = rows;
-    p.y = at;
-    if (quantformer_multiply(&p, threads, parallel_for) != 0) return -1;
+  uint8_t* at = operands.get();
+  const auto made = [&](const Product& linear, const Operand& operand) {
+    const uint8_t* of = at;
     at += rows * width;
-  }
+    return project(job, linear, operand, at - rows * width, threads, parallel_for) == 0 ? of : nullptr;
+  };
+  scores.query_codes = made(job.query, scores.operands[0]);
+  scores.key_codes = made(job.key, scores.operands[1]);
+  mix.value_codes = made(job.value, mix.operands[1]);
+  if (scores.query_codes == nullptr || scores.key_codes == nullptr || mix.value_codes == nullptr) return -1;
   const int64_t strides[3] = {mix.queries * width, mix.head_size, width};
-  scores.query = operands.get();
-  scores.key = scores.query + rows * width;
-  mix.value = scores.key + rows * width;
-  std::copy_n(strides, 3, scores.query_strides);
-  std::copy_n(strides, 3, scores.key_strides);
-  std::copy_n(strides, 3, mix.value_strides);
-  mix.output = at;
+  for (auto of : {scores.query_strides, scores.key_strides, mix.value_strides}) std::copy_n(strides, 3, of);
+  mix.output = mixed.get();
   const auto attend = [&](int64_t b, int64_t h, int64_t) {
     thread_local Scratch scratch;
     scratch.reserve(mix.queries * mix.keys * sizeof(float));

@@ -55,8 +55,11 @@ void unpack(const Panel& p, W* panel) {
   for (int64_t k = 0; k < p.positions; ++k) {
     W* out = panel + k / kTogether * kTogether * kPanel + k % kTogether;
     for (int64_t r = 0; r < kPanel; ++r) {
-      const bool nothing = r >= p.rows || p.source[k] >= p.columns;
-      const int code = nothing ? 0 : code_at(p.codes + r * p.code_stride, bytes, p.bits, p.source[k]);
+      const int32_t c = p.source[k];
+      int code = 0;
+      if (r < p.rows && c < p.columns) {
+        code = p.by_column == nullptr ? code_at(p.codes[r], bytes, p.bits, c) : p.by_column[c * p.column_stride + r];
+      }
       out[r * kTogether] = static_cast<W>(code * p.multiplier + p.addend);
     }
   }

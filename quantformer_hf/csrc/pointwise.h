@@ -10,20 +10,36 @@
 namespace quantformer {
 namespace {
 
+// Lanes of a sum: they say in which order numbers add up.
 constexpr int64_t kLanes = 8;
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t Integers __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+// Numbers that are worked on together where each is by itself, a multiple of kLanes; the including file may say more.
+#ifndef AT_ONCE
+#define AT_ONCE kLanes
+#endif
+constexpr int64_t kAtOnce = AT_ONCE;
+
+template <int64_t kCount>
+struct Vector {
+  typedef float Floats __attribute__((vector_size(kCount * sizeof(float))));
+  typedef uint32_t Integers __attribute__((vector_size(kCount * sizeof(uint32_t))));
+};
+using Floats = Vector<kLanes>::Floats;
 
 // Of what takes vectors: calls with them differ between instruction sets (hence the build's -Wno-psabi).
 #define INLINE TARGET __attribute__((always_inline)) inline
 
-INLINE Floats load_floats(const float* p) {
-  Floats v;
+template <int64_t kCount = kLanes>
+INLINE typename Vector<kCount>::Floats load_floats(const float* p) {
+  typename Vector<kCount>::Floats v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-INLINE void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+template <typename V>
+INLINE void store_floats(float* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
 // The last `count` floats of a row, less than kLanes, and `rest` in the lanes beyond.
 INLINE Floats load_last(const float* p, int64_t count, float rest) {
@@ -36,20 +52,21 @@ INLINE void store_last(float* p, Floats v, int64_t count) { std::memcpy(p, &v, c
 
 // e^x for x <= 0, and 2^-124 for all that is less than that: 2^n 2^f, f within half of zero, by the polynomial of degree 5
 // with the least relative error there. To within 2e-7 where x is small, and the last digit of x elsewhere.
-INLINE Floats exponential(Floats x) {
+template <int64_t kCount = kLanes, typename V = typename Vector<kCount>::Floats>
+INLINE V exponential(V x) {
   x = x * 1.44269504088896341f;
-  x = x > -124.0f ? x : -124.0f - Floats{};
+  x = x > -124.0f ? x : -124.0f - V{};
   // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
   const float round = 12582912.0f;
-  const Floats shifted = x + round;
-  const Floats f = x - (shifted - round);
-  Floats p = f * 1.3276471771e-3f + 9.6755413327e-3f;
+  const V shifted = x + round;
+  const V f = x - (shifted - round);
+  V p = f * 1.3276471771e-3f + 9.6755413327e-3f;
   p = p * f + 5.5507132742e-2f;
   p = p * f + 2.4022119724e-1f;
   p = p * f + 6.9314696706e-1f;
   p = p * f + 1.0f;
   // Exact: the exponent alone changes.
-  Integers bits, power;
+  typename Vector<kCount>::Integers bits, power;
   std::memcpy(&bits, &p, sizeof bits);
   std::memcpy(&power, &shifted, sizeof power);
   bits = bits + (power << 23);
@@ -59,21 +76,23 @@ INLINE Floats exponential(Floats x) {
 
 // x Φ(x), the tail of Φ by Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.28 (powers of √2 in the
 // coefficients): to within 1e-6.
-INLINE Floats gelu_of(Floats x) {
-  const Floats size = x < 0.0f ? -x : x;
-  Floats p = size * 5.3829750000e-6f + 4.8890635643e-5f;
+template <typename V>
+INLINE V gelu_of(V x) {
+  const V size = x < 0.0f ? -x : x;
+  V p = size * 5.3829750000e-6f + 4.8890635643e-5f;
   p = p * size + 3.8003575000e-5f;
   p = p * size + 3.2776263241e-3f;
   p = p * size + 2.1141006150e-2f;
   p = p * size + 4.9867346967e-2f;
   p = p * size + 1.0f;
   for (int i = 0; i < 4; ++i) p = p * p;
-  const Floats tail = 0.5f / p;
+  const V tail = 0.5f / p;
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
 TARGET inline void gelu(const float* x, int64_t n, float* y) {
   int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) store_floats(y + i, gelu_of(load_floats<kAtOnce>(x + i)));
   for (; i + kLanes <= n; i += kLanes) store_floats(y + i, gelu_of(load_floats(x + i)));
   if (i < n) store_last(y + i, gelu_of(load_last(x + i, n - i, 0)), n - i);
 }
@@ -106,12 +125,13 @@ TARGET inline void softmax(float* row, const float* mask, int64_t n) {
   }
   const float largest = largest_lane(top);
 
-  Floats sums = Floats{};
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Floats e = exponential(load_floats(row + i) - largest);
-    store_floats(row + i, e);
-    sums = sums + e;
+  int64_t done = 0;
+  for (; done + kAtOnce <= n; done += kAtOnce) {
+    store_floats(row + done, exponential<kAtOnce>(load_floats<kAtOnce>(row + done) - largest));
   }
+  for (; done < whole; done += kLanes) store_floats(row + done, exponential(load_floats(row + done) - largest));
+  Floats sums = Floats{};
+  for (int64_t i = 0; i < whole; i += kLanes) sums = sums + load_floats(row + i);
   if (last > 0) {
     store_last(row + whole, exponential(load_last(row + whole, last, 0) - largest), last);
     sums = sums + load_last(row + whole, last, 0);

@@ -11,6 +11,15 @@ namespace {
 // Below this many positions a flush would cost more than wider sums do.
 constexpr int64_t kShortestSegment = 32;
 
+// Bytes that come from memory together.
+constexpr int64_t kLine = 64;
+
+inline void prefetch([[maybe_unused]] const void* address) {
+#ifdef __GNUC__
+  __builtin_prefetch(address);
+#endif
+}
+
 }  // namespace
 
 Plan plan(const Product& p, const InstructionSet& set) {
@@ -35,55 +44,101 @@ Plan plan(const Product& p, const InstructionSet& set) {
   return made;
 }
 
-void multiply(const Product& p, const Plan& plan, const InstructionSet& set, int64_t begin, int64_t end, int64_t first,
-              int64_t last) {
+void multiply(const Product& p, const Codes* then, const Plan& plan, const InstructionSet& set, int64_t begin,
+              int64_t end, int64_t first, int64_t last) {
   thread_local Scratch scratch;
-  const int64_t tile_rows = set.tile_rows, wide_rows = plan.words ? last - first : 0;
+  const int64_t tile_rows = set.tile_rows, tile_size = tile_rows * kPanel, wide_rows = plan.words ? last - first : 0;
   scratch.reserve(p.positions * kPanel * sizeof(int16_t) + panel_scratch_bytes(p.columns) +
-                  wide_rows * p.positions * sizeof(int16_t) +
-                  tile_rows * kPanel * (2 * sizeof(float) + sizeof(int32_t)) + 2 * kPanel * sizeof(float));
+                  wide_rows * p.positions * sizeof(int16_t) + tile_size * (4 * sizeof(float) + sizeof(int32_t) + 1) +
+                  2 * kPanel * sizeof(float));
   auto panel = scratch.take<int16_t>(p.positions * kPanel);
   auto unpacking = scratch.take<uint8_t>(panel_scratch_bytes(p.columns));
   auto wide = scratch.take<int16_t>(wide_rows * p.positions);
-  auto sums = scratch.take<float>(tile_rows * kPanel);
-  auto carry = scratch.take<int32_t>(tile_rows * kPanel);
-  auto narrow = scratch.take<float>(tile_rows * kPanel);
+  auto sums = scratch.take<float>(tile_size);
+  auto carry = scratch.take<int32_t>(tile_size);
+  auto narrow = scratch.take<float>(tile_size);
   auto scale = scratch.take<float>(kPanel);
   auto bias = scratch.take<float>(kPanel);
+  // Of a tile, the same for each of its rows, and the tile as codes.
+  auto offset = scratch.take<float>(tile_size), inverse = scratch.take<float>(tile_size);
+  auto codes = scratch.take<uint8_t>(tile_size);
 
   if (plan.words) {
     for (int64_t r = first; r < last; ++r) {
       std::copy_n(p.x + r * p.x_stride, p.positions, wide + (r - first) * p.positions);
     }
   }
+  const int64_t places = then == nullptr ? p.outputs : then->positions;
+  const bool ordered = then != nullptr && then->source != nullptr;
+  // The output at a place, `p.outputs` or more where there is none.
+  const auto output_at = [&](int64_t place) {
+    return ordered && place < places ? int64_t{then->source[place]} : place;
+  };
+  // A tile that was made beside its place, to where it belongs.
+  const auto store = [&](int64_t row, int64_t rows, int64_t place, int64_t outputs) {
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(narrow + r * kPanel, outputs, p.y + (row + r) * p.y_stride + place);
+  };
+  const auto store_codes = [&](int64_t row, int64_t rows, int64_t place, int64_t outputs) {
+    if (then->gelu) set.gelu(narrow, rows * kPanel, narrow);
+    set.quantize(narrow, offset, inverse, static_cast<float>(then->largest), rows * kPanel, codes);
+    uint8_t* to = then->codes + row * then->positions + place;
+    for (int64_t r = 0; r < rows; ++r, to += then->positions) {
+      // A size that the compiler knows takes no call.
+      if (outputs == kPanel) {
+        std::copy_n(codes + r * kPanel, kPanel, to);
+      } else {
+        std::copy_n(codes + r * kPanel, outputs, to);
+      }
+    }
+  };
   for (int64_t n = begin; n < end; ++n) {
-    const int64_t output = n * kPanel, outputs = std::min<int64_t>(kPanel, p.outputs - output);
-    const Panel packed = {p.codes + output * p.code_stride, p.code_stride, outputs, p.columns, p.bits, p.multiplier,
-                          p.addend, p.source, p.positions, unpacking};
+    const int64_t place = n * kPanel, outputs = std::min<int64_t>(kPanel, places - place);
+    const uint8_t* rows_of[kPanel];
+    for (int i = 0; i < kPanel; ++i) {
+      const int64_t output = output_at(place + i);
+      const bool none = output >= p.outputs;
+      rows_of[i] = p.codes + (none || p.by_column ? 0 : output * p.code_stride);
+      scale[i] = none ? 0 : p.scale[output];
+      bias[i] = none ? 0 : p.bias[output];
+      if (then == nullptr) continue;
+      // Zeros, which make code 0.
+      offset[i] = none ? 0 : then->offset[output];
+      inverse[i] = none ? 0 : then->inverse[output];
+    }
+    for (int64_t i = kPanel; then != nullptr && i < tile_size; ++i) {
+      offset[i] = offset[i - kPanel];
+      inverse[i] = inverse[i - kPanel];
+    }
+    const Panel packed = {rows_of, outputs, p.columns, p.bits, p.multiplier, p.addend, p.source, p.positions, unpacking,
+                          p.by_column ? p.codes + place : nullptr, p.code_stride};
     if (plan.words) {
       set.unpack_words(packed, panel);
     } else {
       set.unpack_bytes(packed, reinterpret_cast<int8_t*>(panel));
     }
-    // The last panel may be narrower than a tile, which then works beside its place.
-    const bool whole = outputs == kPanel;
-    std::copy_n(p.scale + output, outputs, scale);
-    std::copy_n(p.bias + output, outputs, bias);
+    // The next panel comes from far while this one is multiplied.
+    for (int i = 0; i < kPanel && !p.by_column; ++i) {
+      const int64_t next = output_at(place + kPanel + i);
+      for (int64_t byte = 0; next < p.outputs && byte < p.code_stride; byte += kLine) {
+        prefetch(p.codes + next * p.code_stride + byte);
+      }
+    }
+    const bool in_place = then == nullptr && outputs == kPanel;
     Tile tile = {plan.words ? static_cast<const void*>(wide) : p.x + first * p.x_stride,
                  plan.words ? p.positions : p.x_stride, panel, plan.segments.data(),
-                 static_cast<int64_t>(plan.segments.size()), scale, bias, whole ? p.y + first * p.y_stride + output : narrow,
-                 whole ? p.y_stride : kPanel, sums, carry};
+                 static_cast<int64_t>(plan.segments.size()), scale, bias,
+                 in_place ? p.y + first * p.y_stride + place : narrow, in_place ? p.y_stride : kPanel, sums, carry};
     const int64_t x_step = tile_rows * tile.x_stride * (plan.words ? sizeof(int16_t) : 1);
     for (int64_t row = first; row < last; row += tile_rows) {
       const int64_t rows = std::min(tile_rows, last - row);
       (plan.words ? set.words : set.bytes)[rows - 1](tile);
       tile.x = static_cast<const uint8_t*>(tile.x) + x_step;
-      if (whole) {
+      if (in_place) {
         tile.y += tile_rows * p.y_stride;
+      } else if (then == nullptr) {
+        store(row, rows, place, outputs);
       } else {
-        for (int64_t r = 0; r < rows; ++r) {
-          std::copy_n(narrow + r * kPanel, outputs, p.y + (row + r) * p.y_stride + output);
-        }
+        store_codes(row, rows, place, outputs);
       }
     }
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "codes.h"
 #include "instruction_set.h"
 
 namespace quantformer {
@@ -31,6 +32,9 @@ struct Product {
   const float* bias;   // `(outputs,)`
   float* y;            // `(rows, y_stride)`
   int64_t y_stride;
+
+  // Whether codes lie as `(columns, code_stride)`, a byte each, of whole panels: outputs beyond the last one are read.
+  int32_t by_column;
 };
 
 // How a product is cut into segments for the instruction set at hand.
@@ -41,8 +45,10 @@ struct Plan {
 
 Plan plan(const Product& product, const InstructionSet& set);
 
-// Panels `begin` to `end` of kPanel outputs each, rows `first` to `last`. Threads call it side by side.
-void multiply(const Product& product, const Plan& plan, const InstructionSet& set, int64_t begin, int64_t end,
-              int64_t first, int64_t last);
+// Panels `begin` to `end` of kPanel outputs each, rows `first` to `last`. Threads call it side by side. Where there is a
+// `then` (`quantformer_multiply_to_codes`), a panel has kPanel of its positions, and each tile becomes codes while it is in
+// cache: weights are taken in the order in which the codes are to lie.
+void multiply(const Product& product, const Codes* then, const Plan& plan, const InstructionSet& set, int64_t begin,
+              int64_t end, int64_t first, int64_t last);
 
 }  // namespace quantformer

@@ -80,6 +80,7 @@ class Product(Structure):
         ("bias", c_void_p),
         ("y", c_void_p),
         ("y_stride", c_int64),
+        ("by_column", c_int32),
     ]
 
 
@@ -89,6 +90,8 @@ class AttentionProbabilities(Structure):
     _fields_ = [
         ("query", c_void_p),
         ("key", c_void_p),
+        ("query_codes", c_void_p),
+        ("key_codes", c_void_p),
         ("batch", c_int64),
         ("heads", c_int64),
         ("queries", c_int64),
@@ -113,6 +116,7 @@ class AttentionMix(Structure):
     _fields_ = [
         ("probabilities", c_void_p),
         ("value", c_void_p),
+        ("value_codes", c_void_p),
         ("batch", c_int64),
         ("heads", c_int64),
         ("queries", c_int64),

@@ -270,18 +270,22 @@ def attention_probabilities(
         _check_float32(mask)
         mask = _rows(mask.expand(probabilities.shape))
     job = AttentionProbabilities(
-        query.data_ptr(),
-        key.data_ptr(),
-        *(batch, heads, queries, key.shape[2], head_size),
-        query.stride()[:3],
-        key.stride()[:3],
-        0 if mask is None else mask.data_ptr(),
-        (0, 0, 0) if mask is None else mask.stride()[:3],
-        operands.data_ptr(),
-        largest,
-        scaling,
-        probabilities.data_ptr(),
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=key.shape[2],
+        head_size=head_size,
+        query_strides=query.stride()[:3],
+        key_strides=key.stride()[:3],
+        operands=operands.data_ptr(),
+        largest=largest,
+        scaling=scaling,
+        probabilities=probabilities.data_ptr(),
     )
+    if mask is not None:
+        job.mask, job.mask_strides = mask.data_ptr(), mask.stride()[:3]
     check(kernels.quantformer_probabilities(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
     return probabilities
 
@@ -307,13 +311,17 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
     head_size = value.shape[-1]
     output = torch.empty((batch, queries, heads, head_size), dtype=torch.float32)
     job = AttentionMix(
-        probabilities.data_ptr(),
-        value.data_ptr(),
-        *(batch, heads, queries, keys, head_size),
-        value.stride()[:3],
-        operands.data_ptr(),
-        largest,
-        output.data_ptr(),
+        probabilities=probabilities.data_ptr(),
+        value=value.data_ptr(),
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        head_size=head_size,
+        value_strides=value.stride()[:3],
+        operands=operands.data_ptr(),
+        largest=largest,
+        output=output.data_ptr(),
     )
     check(kernels.quantformer_mix(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
     return output

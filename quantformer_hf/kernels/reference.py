@@ -150,8 +150,8 @@ def attention_scores(
 ) -> Tensor:
     """What the softmax of attention takes, less what is the same for all keys of a query: it does not see that."""
     of_query, of_key = operands
-    query, key = _operand(query, of_query, largest), _operand(key, of_key, largest)
-    products = exact_product(query, key, largest**2) * (of_query[0] * of_key[0] * scaling)
+    query, key = _operand(query, of_query, largest), _centred(_operand(key, of_key, largest), largest)
+    products = exact_product(query, key, largest * _middle(largest)) * (of_query[0] * of_key[0] * scaling)
     scores = products + (key.float().sum(-1) * (of_query[2] * of_key[0] * scaling)).unsqueeze(-2)
     return scores if mask is None else scores + mask
 
@@ -159,12 +159,24 @@ def attention_scores(
 def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, largest: int) -> Tensor:
     """See `operators.attention_mix`."""
     of_weights, of_value = operands
-    weights, value = _operand(probabilities, of_weights, largest), _operand(value, of_value, largest)
-    products = exact_product(weights, value.transpose(-2, -1), largest**2) * (of_weights[0] * of_value[0])
-    constant = value.shape[-2] * (of_weights[2] * of_value[2])
+    weights, value = _operand(probabilities, of_weights, largest), _centred(_operand(value, of_value, largest), largest)
+    value_offset = of_value[2] + _middle(largest) * of_value[0]
+    products = exact_product(weights, value.transpose(-2, -1), largest * _middle(largest))
+    products = products * (of_weights[0] * of_value[0])
+    constant = value.shape[-2] * (of_weights[2] * value_offset)
     of_columns = value.float().sum(-2) * (of_weights[2] * of_value[0]) + constant
-    of_rows = weights.float().sum(-1) * (of_weights[0] * of_value[2])
+    of_rows = weights.float().sum(-1) * (of_weights[0] * value_offset)
     return (products + of_columns.unsqueeze(-2) + of_rows.unsqueeze(-1)).transpose(1, 2).contiguous()
+
+
+def _middle(largest: int) -> int:
+    """What is taken off the codes of one operand of a product: they are then signed bytes, and its offset is greater by
+    so many scales."""
+    return (largest + 1) // 2
+
+
+def _centred(codes: Tensor, largest: int) -> Tensor:
+    return codes.short() - _middle(largest)
 
 
 def _operand(x: Tensor, operand: Tensor, largest: int) -> Tensor:

@@ -139,7 +139,7 @@ struct Layer {
   Product product(float* y) const {
     return {x, shape.rows, layout.positions(), largest, weight.packed, weight.width, shape.outputs, shape.columns,
             weight.bits, (1 << weight.bits) - 1, weight.multiplier, weight.addend, source, layout.positions(),
-            layout.ends.data(), group_scales, shape.groups, scale, bias, y, shape.outputs};
+            layout.ends.data(), group_scales, shape.groups, scale, bias, y, shape.outputs, 0};
   }
 
   Shape shape;
@@ -172,7 +172,10 @@ void test_tile(const InstructionSet& set, const Layer& layer, const Plan& plan, 
   const int64_t positions = layer.layout.positions(), rows = layer.shape.rows, outputs = layer.shape.outputs;
   Exact<uint8_t> scratch(panel_scratch_bytes(w.columns));
   Exact<W> panel(positions * kPanel);
-  unpack({w.packed, w.width, outputs, w.columns, w.bits, w.multiplier, w.addend, layer.source, positions, scratch},
+  const uint8_t* codes[kPanel];
+  for (int64_t o = 0; o < outputs; ++o) codes[o] = w.packed + o * w.width;
+  unpack({codes, outputs, w.columns, w.bits, w.multiplier, w.addend, layer.source, positions, scratch,
+          nullptr, 0},
          panel);
   const std::string of = (sizeof(W) == 1 ? "bytes, " : "words, ") + layer.name;
   check(right_panel(layer, panel, together), set, "unpack", of);
@@ -308,7 +311,7 @@ void test_probabilities(const InstructionSet& set, Random& random, const Attenti
   for_each_score(s, [&](int64_t i, int64_t b, int64_t h, int64_t q, int64_t k) {
     int64_t product = 0, of_key = 0;
     for (int64_t d = 0; d < s.size; ++d) {
-      const int64_t kc = code(key.at(b, h, k, d), operands[1].offset, operands[1].inverse, largest);
+      const int64_t kc = code(key.at(b, h, k, d), operands[1].offset, operands[1].inverse, largest) - (largest + 1) / 2;
       product += code(query.at(b, h, q, d), operands[0].offset, operands[0].inverse, largest) * kc;
       of_key += kc;
     }
@@ -319,7 +322,7 @@ void test_probabilities(const InstructionSet& set, Random& random, const Attenti
     if (masked) expected[i] += mask[(b * s.queries + q) * s.keys + k];
   });
   for (int64_t i = 0; i < scores; i += s.keys) cases::softmax(expected + i, s.keys);
-  Probabilities job = {query.values, key.values, s.batch, s.heads, s.queries, s.keys,  s.size, {}, {},
+  Probabilities job = {query.values, key.values, nullptr, nullptr, s.batch, s.heads, s.queries, s.keys,  s.size, {}, {},
                        masked ? mask.begin() : nullptr, {s.queries * s.keys, 0, s.keys}, operands, largest, scaling,
                        got, nullptr, 0};
   std::copy_n(query.strides, 3, job.query_strides);
@@ -340,17 +343,18 @@ void test_mix(const InstructionSet& set, Random& random, const AttentionShape& s
     for (int64_t k = 0; k < s.keys; ++k) {
       const float p = probabilities[((b * s.heads + h) * s.queries + q) * s.keys + k];
       const int64_t pc = code(p, operands[0].offset, operands[0].inverse, largest);
-      const int64_t vc = code(value.at(b, h, k, d), operands[1].offset, operands[1].inverse, largest);
+      const int64_t vc = code(value.at(b, h, k, d), operands[1].offset, operands[1].inverse, largest) - (largest + 1) / 2;
       product += pc * vc, of_column += vc, of_row += pc;
     }
-    const float both = operands[0].offset * operands[1].offset, constant = static_cast<float>(s.keys) * both;
-    const float shift = operands[0].offset * operands[1].scale, turn = operands[0].scale * operands[1].offset;
+    const float centre = static_cast<float>((largest + 1) / 2) * operands[1].scale, v_offset = operands[1].offset + centre;
+    const float both = operands[0].offset * v_offset, constant = static_cast<float>(s.keys) * both;
+    const float shift = operands[0].offset * operands[1].scale, turn = operands[0].scale * v_offset;
     const float column = static_cast<float>(of_column) * shift, bias = column + constant;
     const float scaled = static_cast<float>(product) * (operands[0].scale * operands[1].scale), sum = scaled + bias;
     const float row = static_cast<float>(of_row) * turn;
     expected[i] = sum + row;
   }
-  Mixed job = {probabilities, value.values, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands, largest, got};
+  Mixed job = {probabilities, value.values, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands, largest, got};
   std::copy_n(value.strides, 3, job.value_strides);
   check(quantformer_mix(&job, 3, backwards) == 0 && same_bits(got, expected), set, "mix", of);
 }
@@ -391,14 +395,14 @@ void test_attention_block(const InstructionSet& set, Random& random, const Atten
   Product projection = query.product(nullptr), value = projection;
   const auto other_scale = random.reals(width, -1, 1);
   value.scale = other_scale;
-  Probabilities scores = {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {},
+  Probabilities scores = {nullptr, nullptr, nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {},
                           operands, 255, 0.125f, nullptr, nullptr, 0};
   if (masked) {
     const int64_t strides[] = {0, s.queries * s.keys, s.keys};
     scores.mask = mask;
     std::copy_n(strides, 3, scores.mask_strides);
   }
-  Mixed mix = {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, 255, nullptr};
+  Mixed mix = {nullptr, nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, 255, nullptr};
   Codes between = codes_for(output, rows, offset, inverse, false);
   const AttentionBlock job = {projection, projection, value, scores, mix, between, output.product(got)};
   const bool ran = quantformer_attention_block(&job, 3, backwards) == 0;
@@ -448,9 +452,9 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   Exact<float> got(rows * width), attended(tokens * width), hidden(rows * width), expected(rows * width);
   AttentionBlock attention = {
       query.product(nullptr), query.product(nullptr), query.product(nullptr),
-      {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {}, operands, largest, 0.125f,
+      {nullptr, nullptr, nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, {}, nullptr, {}, operands, largest, 0.125f,
        nullptr, nullptr, 0},
-      {nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, largest, nullptr},
+      {nullptr, nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, largest, nullptr},
       codes_of(output, tokens, false), output.product(nullptr)};
   if (windows) {
     const int64_t strides[] = {0, s.queries * s.keys, s.keys};
