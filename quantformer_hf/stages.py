@@ -223,7 +223,7 @@ class StageRun:
         if self.stage == "finetune":
             if model.config.stage == "packed":
                 model.unpack()
-            else:
+            elif model.config.stage != "finetune":
                 model.freeze_groups()
         if not quantized and self.stage != "allocate" and arguments.reconstruction_samples > 0:
             model.reconstruct(batches(samples=arguments.reconstruction_samples))

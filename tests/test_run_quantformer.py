@@ -158,6 +158,21 @@ def test_ptq_needs_no_training_step_and_no_earlier_stage(finished, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["finetune", "packed"])
+def test_a_finished_model_is_trained_on(finished, tmp_path, stage):
+    folder, _ = finished
+    source = folder / "out" / stage
+    changes = {"stages": ["finetune"], "model_name_or_path": str(source), "max_steps": 2, "learning_rate": 1e-6}
+    run(write_recipe(tmp_path, **changes))
+    before, after = weights(folder / "out" / "finetune"), weights(tmp_path / "out" / "finetune")
+    assert before.keys() == after.keys()
+    assert not same_weights(before, after)
+    groups = [name for name in before if name.endswith("group_index")]
+    assert groups
+    assert all(torch.equal(before[name], after[name]) for name in groups)
+
+
+@pytest.mark.slow
 def test_evaluation_alone(finished, tmp_path):
     folder, _ = finished
     expected = json.loads((folder / "out" / "all_results.json").read_text())["finetune_accuracy"]
