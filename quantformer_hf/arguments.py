@@ -94,7 +94,10 @@ class ModelArguments:
         metadata={"help": 'Overrides by layer name or pattern, {"vit.layers.0.*": 8}, or a bit_allocation.json.'},
     )
     num_groups: int = field(default=8, metadata={"help": "Groups of channels that share a scale and an offset."})
-    weight_quantizer: str = field(default="lsq", metadata={"help": "lsq, statsq or minmax."})
+    weight_quantizer: str = field(
+        default="auto",
+        metadata={"help": "lsq, lsq_shifted, statsq, minmax, or auto: lsq, and at two bits lsq_shifted."},
+    )
 
     def __post_init__(self):
         for name in ("backbone_config", "layer_bits"):

@@ -40,8 +40,9 @@ class QuantformerConfig(PreTrainedConfig):
             win. The value is a bit width for both, or a dictionary with `weight_bits`, `activation_bits` or both. Or the
             path of a `bit_allocation.json`, whose bits are taken over.
         num_groups: groups of channels that share a scale and an offset, from the search on.
-        weight_quantizer: `lsq`, `statsq` or `minmax`, for the linears of the blocks. Patch embedding and classifier
-            always use `lsq`, and 1-bit weights the binary quantizer.
+        weight_quantizer: `lsq`, `lsq_shifted`, `statsq`, `minmax`, or `auto`, which is `lsq` and at two bits
+            `lsq_shifted`, for the linears of the blocks. Patch embedding and classifier always use `lsq`, and 1-bit
+            weights the binary quantizer.
         stage: `pretrain`, `search`, `finetune` or `packed`. The verbs of the model set it.
         packing_layout: version of the layout of packed weights (`packing.py`), in the stage `packed`. `pack()` sets it.
         calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
@@ -66,7 +67,7 @@ class QuantformerConfig(PreTrainedConfig):
     classifier_bits: int = 8
     layer_bits: dict[str, Any] | str | None = None
     num_groups: int = 8
-    weight_quantizer: str = "lsq"
+    weight_quantizer: str = "auto"
     stage: str = "pretrain"
     packing_layout: int | None = None
     calibrated: bool = False
@@ -88,7 +89,7 @@ class QuantformerConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model(model_type, **backbone)
         _check_choice("backbone_config.model_type", self.backbone_config.model_type, BACKBONES)
         _check_choice("stage", self.stage, STAGES)
-        _check_choice("weight_quantizer", self.weight_quantizer, tuple(WEIGHT_QUANTIZERS))
+        _check_choice("weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
         if self.stage == "packed" and self.packing_layout != LAYOUT_VERSION:
             raise ValueError(
                 f"packing_layout is {self.packing_layout!r}, and this version of quantformer_hf reads {LAYOUT_VERSION}:"

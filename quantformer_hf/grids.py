@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops.scales import SMALLEST_SCALE
+
 
 #: Bit width that means "leave this tensor in floating point".
 FULL_PRECISION_BITS = 32
@@ -12,15 +14,17 @@ FULL_PRECISION_BITS = 32
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers that a quantizer may produce: exactly `2 ** bits` of them.
+    """The levels that a quantizer may produce, in units of its scale: exactly `2 ** bits` of them, integers plus `shift`.
 
     Args:
         bits: 1 to 8.
         signed: two's complement range if true, else from 0.
+        shift: 0, or 0.5: of a signed grid, half-shifted, the levels lie evenly about zero, and none of them is zero.
     """
 
     bits: int
     signed: bool
+    shift: float = 0.0
 
     @property
     def qmin(self) -> int:
@@ -34,11 +38,15 @@ class Grid:
     def levels(self) -> int:
         return 2**self.bits
 
+    def nearest(self, positions: Tensor) -> Tensor:
+        """The nearest level of each of `positions`, in units of the scale."""
+        return (positions - self.shift).round().clamp(self.qmin, self.qmax) + self.shift
+
 
 def fit_row_scales(weight: Tensor, grid: Grid, refinements: int = 5) -> Tensor:
     """The scale of each row with the least squared error of a symmetric quantizer.
 
-    A search over clip ranges, then alternating least squares: for fixed codes q the best scale is `Σ w q / Σ q²`.
+    A search over clip ranges, then alternating least squares: for fixed levels q the best scale is `Σ w q / Σ q²`.
 
     Args:
         weight: `(rows, columns)`.
@@ -46,31 +54,32 @@ def fit_row_scales(weight: Tensor, grid: Grid, refinements: int = 5) -> Tensor:
         refinements: rounds of least squares.
 
     Returns:
-        `(rows,)`, float32, positive. A row of zeros has scale 1.
+        `(rows,)`, float32, positive. A row of zeros has scale 1, or where no level is zero, 1e-8.
     """
     weight = weight.detach().float()
+    top = max(grid.qmax, 1) if grid.shift == 0 else grid.qmax + grid.shift
     largest = weight.abs().amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest) * max(grid.qmax, 1))
+    largest = torch.where(largest > 0, largest, torch.full_like(largest, top if grid.shift == 0 else SMALLEST_SCALE))
 
-    def codes_and_error(scale: Tensor) -> tuple[Tensor, Tensor]:
-        codes = (weight / scale).round().clamp(grid.qmin, grid.qmax)
-        return codes, (weight - codes * scale).square().sum(1, keepdim=True)
+    def levels_and_error(scale: Tensor) -> tuple[Tensor, Tensor]:
+        levels = grid.nearest(weight / scale)
+        return levels, (weight - levels * scale).square().sum(1, keepdim=True)
 
-    best, least = largest / max(grid.qmax, 1), torch.full_like(largest, torch.inf)
+    best, least = largest / top, torch.full_like(largest, torch.inf)
 
     def keep_better(scale: Tensor) -> Tensor:
         nonlocal best, least
-        codes, error = codes_and_error(scale)
+        levels, error = levels_and_error(scale)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
-        return codes
+        return levels
 
     for fraction in torch.linspace(0.05, 1.0, 39).tolist():
-        keep_better(largest * fraction / max(grid.qmax, 1))
+        keep_better(largest * fraction / top)
     for _ in range(refinements):
-        codes, _ = codes_and_error(best)
-        energy = codes.square().sum(1, keepdim=True)
-        fitted = (weight * codes).sum(1, keepdim=True) / energy.clamp_min(1)
+        levels, _ = levels_and_error(best)
+        energy = levels.square().sum(1, keepdim=True)
+        fitted = (weight * levels).sum(1, keepdim=True) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
         keep_better(torch.where((energy > 0) & (fitted > 0), fitted, best))
     return best.squeeze(1)
 

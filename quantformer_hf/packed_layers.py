@@ -12,7 +12,7 @@ from .kernels.plans import WeightPlan
 from .layers import QuantConv2d, QuantizedInput, QuantLinear
 from .ops import positive
 from .packing import pack_codes, packed_width, unpack_codes
-from .quantizers import LSQWeightQuantizer, WeightQuantizer
+from .quantizers import LSQWeightQuantizer, StatsQWeightQuantizer, WeightQuantizer
 
 
 class PackedWeight(WeightQuantizer):
@@ -23,7 +23,7 @@ class PackedWeight(WeightQuantizer):
     Args:
         bits: 1 to 8.
         shape: of the weight, `(out, in)` or `(out, in, height, width)`.
-        shift: 0, or 0.5 on the half-shifted grid (`StatsQWeightQuantizer`).
+        shift: 0, or 0.5 on the half-shifted grid.
     """
 
     def __init__(self, bits: int, shape: Sequence[int], shift: float):
@@ -155,7 +155,8 @@ def unpacked_form(layer: PackedLinear | PackedConv2d, weight_quantizer: WeightQu
     kind = QuantConv2d if isinstance(layer, PackedConv2d) else QuantLinear
     packed = layer.weight_quantizer
     weight_quantizer = weight_quantizer.to(packed.scale.device)
-    weight = packed.dequantized() if packed.shift == 0 else _with_mean_of_step(packed)
+    by_mean = isinstance(weight_quantizer, StatsQWeightQuantizer)
+    weight = _with_mean_of_step(packed) if by_mean else packed.dequantized()
     if isinstance(weight_quantizer, LSQWeightQuantizer):
         weight_quantizer.scale.copy_(packed.scale)
     if kind is QuantLinear:
@@ -188,9 +189,15 @@ def _with_mean_of_step(packed: PackedWeight) -> Tensor:
     """
     levels = packed.integers().float() + packed.shift
     sizes = levels.abs()
-    missing = 2.0 ** (packed.grid.bits - 2) - sizes.mean(1, keepdim=True)
+    steps_to_mean = 2.0 ** (packed.grid.bits - 2)
+    missing = steps_to_mean - sizes.mean(1, keepdim=True)
     outermost = sizes == sizes.amax(1, keepdim=True)
     moved = torch.where(
         missing.abs() < 0.45, missing, outermost * missing / outermost.float().mean(1, keepdim=True).clamp_min(1e-12)
     )
-    return levels.sign() * (sizes + moved) * packed.scale.unsqueeze(1)
+    weight = levels.sign() * (sizes + moved) * packed.scale.unsqueeze(1)
+    # What rounding has left of the difference goes to one element: the step is then the same to its last digit.
+    one = outermost.int().argmax(1, keepdim=True)
+    left = steps_to_mean * packed.scale.double() * weight.shape[1] - weight.abs().sum(1, dtype=torch.float64)
+    largest = weight.gather(1, one).double()
+    return weight.scatter_(1, one, (largest + largest.sign() * left.unsqueeze(1)).float())

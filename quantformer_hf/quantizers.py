@@ -29,7 +29,7 @@ class WeightQuantizer(nn.Module):
 
     def __init__(self, bits: int, out_channels: int):
         super().__init__()
-        self.grid = Grid(bits, signed=True)
+        self.grid = Grid(bits, signed=True, shift=self.shift)
         self.out_channels = out_channels
         self.enabled = True
 
@@ -88,6 +88,12 @@ class LSQWeightQuantizer(WeightQuantizer):
         self.scale.copy_(fit_row_scales(weight.flatten(1), self.grid))
 
 
+class ShiftedLSQWeightQuantizer(LSQWeightQuantizer):
+    """Learned step size on the half-shifted grid of `StatsQWeightQuantizer`: one level more counts on the positive side."""
+
+    shift = 0.5
+
+
 class StatsQWeightQuantizer(WeightQuantizer):
     """Scale from the row's statistics on a half-shifted grid (StatsQ of OFQ, arXiv 2302.02210, section 4.1).
 
@@ -98,7 +104,9 @@ class StatsQWeightQuantizer(WeightQuantizer):
     shift = 0.5
 
     def step(self, weight: Tensor) -> Tensor:
-        return 2 * weight.detach().float().flatten(1).abs().mean(1) / 2 ** (self.grid.bits - 1)
+        # In float64, where there is one: the order of a sum, in which machines differ, then changes no digit that is kept.
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64
+        return (2 * weight.detach().flatten(1).abs().mean(1, dtype=wide) / 2 ** (self.grid.bits - 1)).float()
 
 
 class MinMaxWeightQuantizer(WeightQuantizer):
@@ -109,17 +117,22 @@ class MinMaxWeightQuantizer(WeightQuantizer):
         return torch.maximum(rows.amax(1) / self.grid.qmax, rows.amin(1) / self.grid.qmin)
 
 
-#: Choices of `QuantformerConfig.weight_quantizer`.
-WEIGHT_QUANTIZERS = {
+_WEIGHT_QUANTIZERS = {
     "lsq": LSQWeightQuantizer,
+    "lsq_shifted": ShiftedLSQWeightQuantizer,
     "statsq": StatsQWeightQuantizer,
     "minmax": MinMaxWeightQuantizer,
 }
 
+#: Choices of `QuantformerConfig.weight_quantizer`. `auto` is `lsq`, and at two bits `lsq_shifted`.
+WEIGHT_QUANTIZERS = ("auto", *_WEIGHT_QUANTIZERS)
+
 
 def build_weight_quantizer(name: str, bits: int, out_channels: int) -> WeightQuantizer:
-    """The quantizer called `name`; at one bit always the binary one."""
-    kind = StatsQWeightQuantizer if bits == 1 else WEIGHT_QUANTIZERS[name]
+    """The quantizer called `name`, one of `WEIGHT_QUANTIZERS`; at one bit always the binary one."""
+    if name == "auto":
+        name = "lsq_shifted" if bits == 2 else "lsq"
+    kind = StatsQWeightQuantizer if bits == 1 else _WEIGHT_QUANTIZERS[name]
     return kind(bits, out_channels)
 
 

@@ -3,7 +3,8 @@
 The loss is `tr((W - Ŵ) H (W - Ŵ)ᵀ)` with H the second moments of the inputs. Codes are found column by column, where those
 not yet rounded make up for those that are (GPTQ, arXiv 2210.17323). Then scales and codes take turns: for fixed codes the
 best scale of a row is a regression, and for fixed scales each column in turn takes the best codes beside all others
-(coordinate descent, as in QuantEase, arXiv 2309.01885).
+(coordinate descent, as in QuantEase, arXiv 2309.01885). Codes here are levels in units of the scale, with the shift of the
+grid in them.
 """
 
 from typing import NamedTuple
@@ -59,7 +60,7 @@ def round_weight(weight: Tensor, grid: Grid, hessian: Tensor, sweeps: int = SWEE
 
 def to_codes(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """The nearest codes of `values` `(out,)`, as floating-point numbers."""
-    return (values / scale).round().clamp(grid.qmin, grid.qmax)
+    return grid.nearest(values / scale)
 
 
 def round_columns(weight: Tensor, scale: Tensor, grid: Grid, hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -182,7 +182,7 @@ def test_one_bit_weights(backbone):
 # Round trips
 
 
-@pytest.mark.parametrize("weight_quantizer", ["lsq", "statsq", "minmax"])
+@pytest.mark.parametrize("weight_quantizer", ["lsq", "lsq_shifted", "statsq", "minmax"])
 def test_a_saved_model_comes_back_bit_for_bit(backbone, stage, weight_quantizer, tmp_path):
     model = make_quantized(backbone, stage, weight_quantizer=weight_quantizer)
     model.concentration_degree.fill_(1.5)
@@ -313,7 +313,10 @@ def test_other_image_sizes_run_with_interpolated_positions():
         ({"layer_bits": {"*.q_proj": {"activation_bits": 8}}}, "read the same tensor, which is quantized once"),
         ({"num_groups": 0}, "num_groups is 0"),
         ({"num_groups": 48}, r"num_groups is 48, but layer 'vit\.layers\.0.*has only 32 channels"),
-        ({"weight_quantizer": "lsqq"}, "weight_quantizer is 'lsqq': choose one of lsq, statsq, minmax"),
+        (
+            {"weight_quantizer": "lsqq"},
+            "weight_quantizer is 'lsqq': choose one of auto, lsq, lsq_shifted, statsq, minmax",
+        ),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):

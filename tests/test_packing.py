@@ -66,7 +66,7 @@ def test_packed_logits_equal_fake_quantized_logits(backbone, bits, tmp_path):
     assert_same_logits(logits(AutoModelForImageClassification.from_pretrained(tmp_path)), expected)
 
 
-@pytest.mark.parametrize("weight_quantizer", ["lsq", "statsq", "minmax"])
+@pytest.mark.parametrize("weight_quantizer", ["lsq", "lsq_shifted", "statsq", "minmax"])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_an_unpacked_model_emits_the_same_logits_and_trains(weight_quantizer, bits):
     model = make_quantized("swin", "finetune", weight_bits=bits, weight_quantizer=weight_quantizer)

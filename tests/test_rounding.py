@@ -10,7 +10,9 @@ from quantformer_hf.grids import Grid, fit_row_scales
 from quantformer_hf.rounding import descend, regress_scale, round_weight
 
 
-GRID = Grid(3, signed=True)
+@pytest.fixture(params=[0, 0.5], ids=["", "half-shifted"])
+def grid(request):
+    return Grid(3, signed=True, shift=request.param)
 
 
 @pytest.fixture
@@ -32,52 +34,53 @@ def loss(weight, rounded, hessian):
     return ((error @ hessian) * error).sum(1)
 
 
-def nearest(values, scale):
-    return (values / scale.unsqueeze(1)).round().clamp(GRID.qmin, GRID.qmax) * scale.unsqueeze(1)
+def nearest(values, scale, grid):
+    codes = (values / scale.unsqueeze(1) - grid.shift).round().clamp(grid.qmin, grid.qmax)
+    return (codes + grid.shift) * scale.unsqueeze(1)
 
 
-def test_each_step_loses_less_than_the_one_before(weight, hessian):
-    scale = fit_row_scales(weight, GRID)
-    losses = [loss(weight, nearest(weight, scale), hessian)]
-    losses += [loss(weight, round_weight(weight, GRID, hessian, sweeps).weight, hessian) for sweeps in (0, 1, 2, 8)]
+def test_each_step_loses_less_than_the_one_before(weight, hessian, grid):
+    scale = fit_row_scales(weight, grid)
+    losses = [loss(weight, nearest(weight, scale, grid), hessian)]
+    losses += [loss(weight, round_weight(weight, grid, hessian, sweeps).weight, hessian) for sweeps in (0, 1, 2, 8)]
     assert losses[1].sum() < 0.8 * losses[0].sum()
     assert losses[2].sum() < 0.8 * losses[1].sum()
     for before, after in itertools.pairwise(losses[1:]):
         assert (after <= before * 1.0001).all()
 
 
-def test_latents_round_to_the_same(weight, hessian):
+def test_latents_round_to_the_same(weight, hessian, grid):
     for sweeps in (0, 1, 3):
-        rounded = round_weight(weight, GRID, hessian, sweeps)
-        torch.testing.assert_close(nearest(rounded.latent, rounded.scale), rounded.weight)
+        rounded = round_weight(weight, grid, hessian, sweeps)
+        torch.testing.assert_close(nearest(rounded.latent, rounded.scale, grid), rounded.weight)
         assert (rounded.scale > 0).all()
 
 
-def test_blocks_of_columns_change_nothing(weight, hessian, monkeypatch):
-    whole = round_weight(weight, GRID, hessian)
+def test_blocks_of_columns_change_nothing(weight, hessian, grid, monkeypatch):
+    whole = round_weight(weight, grid, hessian)
     monkeypatch.setattr(rounding, "BLOCK", 5)
-    torch.testing.assert_close(round_weight(weight, GRID, hessian).weight, whole.weight)
+    torch.testing.assert_close(round_weight(weight, grid, hessian).weight, whole.weight)
 
 
-def test_a_descent_ends_where_no_column_can_do_better(weight, hessian):
-    scale, curved = fit_row_scales(weight, GRID), hessian.float()
+def test_a_descent_ends_where_no_column_can_do_better(weight, hessian, grid):
+    scale, curved = fit_row_scales(weight, grid), hessian.float()
     codes = torch.zeros_like(weight)
     for _ in range(50):
         before = codes
-        codes, _ = descend(weight, before, scale, GRID, curved)
+        codes, _ = descend(weight, before, scale, grid, curved)
         if torch.equal(codes, before):
             break
     least = loss(weight, codes * scale.unsqueeze(1), hessian)
     for column in range(weight.shape[1]):
-        for code in range(GRID.qmin, GRID.qmax + 1):
+        for code in range(grid.qmin, grid.qmax + 1):
             other = codes.clone()
-            other[:, column] = code
+            other[:, column] = code + grid.shift
             assert (loss(weight, other * scale.unsqueeze(1), hessian) >= least * (1 - 1e-5)).all()
 
 
-def test_the_scale_of_fixed_codes_is_the_best_one(weight, hessian):
-    scale, curved = fit_row_scales(weight, GRID), hessian.float()
-    codes = nearest(weight, scale) / scale.unsqueeze(1)
+def test_the_scale_of_fixed_codes_is_the_best_one(weight, hessian, grid):
+    scale, curved = fit_row_scales(weight, grid), hessian.float()
+    codes = nearest(weight, scale, grid) / scale.unsqueeze(1)
     codes[3] = 0
     best = regress_scale(weight, codes, scale, curved)
     assert best[3] == scale[3]
@@ -86,8 +89,9 @@ def test_the_scale_of_fixed_codes_is_the_best_one(weight, hessian):
         assert (loss(weight, codes * (factor * best).unsqueeze(1), hessian) >= least).all()
 
 
-def test_a_row_of_zeros_stays_zero(weight, hessian):
+def test_a_row_of_zeros_stays_zero(weight, hessian, grid):
     weight[2] = 0
-    rounded = round_weight(weight, GRID, hessian)
-    assert (rounded.weight[2] == 0).all()
+    rounded = round_weight(weight, grid, hessian)
+    # Where no level is zero, they are as small as scales get.
+    assert (rounded.weight[2].abs() <= 2e-8 * grid.shift).all()
     assert rounded.scale.isfinite().all()

@@ -41,14 +41,28 @@ INLINE void store_floats(float* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// The last `count` floats of a row, less than kLanes, and `rest` in the lanes beyond.
-INLINE Floats load_last(const float* p, int64_t count, float rest) {
-  Floats v = rest - Floats{};
-  std::memcpy(&v, p, count * sizeof(float));
-  return v;
+// Less than kLanes floats. Sizes that the compiler knows take no call.
+INLINE void copy_floats(const float* from, int64_t count, float* to) {
+  static_assert(kLanes == 8, "counts up to 7");
+  if (count & 4) std::memcpy(to, from, 4 * sizeof(float));
+  const int64_t two = count & 4, one = count & 6;
+  if (count & 2) std::memcpy(to + two, from + two, 2 * sizeof(float));
+  if (count & 1) to[one] = from[one];
 }
 
-INLINE void store_last(float* p, Floats v, int64_t count) { std::memcpy(p, &v, count * sizeof(float)); }
+// The last `count` floats of a row, less than kLanes, and `rest` in the lanes beyond.
+INLINE Floats load_last(const float* p, int64_t count, float rest) {
+  float lanes[kLanes];
+  store_floats(lanes, rest - Floats{});
+  copy_floats(p, count, lanes);
+  return load_floats(lanes);
+}
+
+INLINE void store_last(float* p, Floats v, int64_t count) {
+  float lanes[kLanes];
+  store_floats(lanes, v);
+  copy_floats(lanes, count, p);
+}
 
 // e^x for x <= 0, and 2^-124 for all that is less than that: 2^n 2^f, f within half of zero, by the polynomial of degree 5
 // with the least relative error there. To within 2e-7 where x is small, and the last digit of x elsewhere.
@@ -97,10 +111,38 @@ TARGET inline void gelu(const float* x, int64_t n, float* y) {
   if (i < n) store_last(y + i, gelu_of(load_last(x + i, n - i, 0)), n - i);
 }
 
-INLINE float largest_lane(Floats v) {
-  float largest = v[0];
-  for (int64_t lane = 1; lane < kLanes; ++lane) largest = v[lane] > largest ? v[lane] : largest;
-  return largest;
+// Part `part` of a vector, kLanes of it.
+template <typename V>
+INLINE Floats lanes_of(V v, int64_t part) {
+  Floats lanes;
+  std::memcpy(&lanes, reinterpret_cast<const char*>(&v) + part * sizeof lanes, sizeof lanes);
+  return lanes;
+}
+
+// The order does not matter. Two at a time, since each comparison waits for the one before.
+INLINE float largest_of(const float* x, int64_t n) {
+  const float lowest = -3.402823466e38f;
+  typename Vector<kAtOnce>::Floats one = lowest - typename Vector<kAtOnce>::Floats{}, other = one;
+  int64_t i = 0;
+  for (; i + 2 * kAtOnce <= n; i += 2 * kAtOnce) {
+    const auto v = load_floats<kAtOnce>(x + i), w = load_floats<kAtOnce>(x + i + kAtOnce);
+    one = v > one ? v : one;
+    other = w > other ? w : other;
+  }
+  one = one > other ? one : other;
+  Floats top = lanes_of(one, 0);
+  for (int64_t part = 1; part < kAtOnce / kLanes; ++part) {
+    const Floats v = lanes_of(one, part);
+    top = v > top ? v : top;
+  }
+  for (; i < n; i += kLanes) {
+    const Floats v = i + kLanes <= n ? load_floats(x + i) : load_last(x + i, n - i, lowest);
+    top = v > top ? v : top;
+  }
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) top[lane] = top[lane + half] > top[lane] ? top[lane + half] : top[lane];
+  }
+  return top[0];
 }
 
 // How all sums of a row end: each lane has added up by itself, and the lanes then do by halves.
@@ -113,25 +155,24 @@ INLINE float sum_of_lanes(Floats sums) {
 
 // row = softmax(row + mask), in place; `mask` may be null.
 TARGET inline void softmax(float* row, const float* mask, int64_t n) {
-  const float lowest = -3.402823466e38f;
   const int64_t whole = n / kLanes * kLanes, last = n - whole;
   if (mask != nullptr) {
     for (int64_t i = 0; i < n; ++i) row[i] = row[i] + mask[i];
   }
-  Floats top = load_last(row + whole, last, lowest);
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Floats v = load_floats(row + i);
-    top = v > top ? v : top;
-  }
-  const float largest = largest_lane(top);
+  const float largest = largest_of(row, n);
 
+  Floats sums = Floats{};
   int64_t done = 0;
   for (; done + kAtOnce <= n; done += kAtOnce) {
-    store_floats(row + done, exponential<kAtOnce>(load_floats<kAtOnce>(row + done) - largest));
+    const auto e = exponential<kAtOnce>(load_floats<kAtOnce>(row + done) - largest);
+    store_floats(row + done, e);
+    for (int64_t part = 0; part < kAtOnce / kLanes; ++part) sums = sums + lanes_of(e, part);
   }
-  for (; done < whole; done += kLanes) store_floats(row + done, exponential(load_floats(row + done) - largest));
-  Floats sums = Floats{};
-  for (int64_t i = 0; i < whole; i += kLanes) sums = sums + load_floats(row + i);
+  for (; done < whole; done += kLanes) {
+    const Floats e = exponential(load_floats(row + done) - largest);
+    store_floats(row + done, e);
+    sums = sums + e;
+  }
   if (last > 0) {
     store_last(row + whole, exponential(load_last(row + whole, last, 0) - largest), last);
     sums = sums + load_last(row + whole, last, 0);

@@ -65,7 +65,7 @@ def test_no_copy_of_an_activation_is_kept_for_each_width():
     assert kept[0].data_ptr() == x.data_ptr()
 
 
-@pytest.mark.parametrize("weight_quantizer", ["lsq", "statsq", "minmax"])
+@pytest.mark.parametrize("weight_quantizer", ["lsq", "lsq_shifted", "statsq", "minmax"])
 @pytest.mark.parametrize("backbone", ["vit", "swin"])
 def test_a_mixture_that_is_certain_is_the_quantizer_of_that_width(backbone, weight_quantizer):
     model, space, mixtures = make_mixtures(backbone, weight_quantizer=weight_quantizer)
