@@ -48,16 +48,15 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   const auto operands = buffer<uint8_t>(3 * rows * width);
   const auto mixed = buffer<float>(rows * width);
   const auto codes = buffer<uint8_t>(rows * between.positions);
-  uint8_t* at = operands.get();
-  const auto made = [&](const Product& linear, const Operand& operand) {
-    const uint8_t* of = at;
-    at += rows * width;
-    return project(job, linear, operand, at - rows * width, threads, parallel_for) == 0 ? of : nullptr;
-  };
-  scores.query_codes = made(job.query, scores.operands[0]);
-  scores.key_codes = made(job.key, scores.operands[1]);
-  mix.value_codes = made(job.value, mix.operands[1]);
-  if (scores.query_codes == nullptr || scores.key_codes == nullptr || mix.value_codes == nullptr) return -1;
+  uint8_t *const query = operands.get(), *const key = query + rows * width, *const value = key + rows * width;
+  if (project(job, job.query, scores.operands[0], query, threads, parallel_for) != 0 ||
+      project(job, job.key, scores.operands[1], key, threads, parallel_for) != 0 ||
+      project(job, job.value, mix.operands[1], value, threads, parallel_for) != 0) {
+    return -1;
+  }
+  scores.query_codes = query;
+  scores.key_codes = key;
+  mix.value_codes = value;
   const int64_t strides[3] = {mix.queries * width, mix.head_size, width};
   for (auto of : {scores.query_strides, scores.key_strides, mix.value_strides}) std::copy_n(strides, 3, of);
   mix.output = mixed.get();
