@@ -9,6 +9,7 @@ from .layer_bits import LayerBits, layer_bits_by_kind
 from .observers import QUANTILES
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, packed_width
+from .quantizers import LSQWeightQuantizer, weight_quantizer_kind
 
 
 #: Prefix of the tensors of the stock model in a checkpoint.
@@ -62,7 +63,8 @@ def _layer_tensors(
     name: str, layer: Layer, bits: LayerBits, config: QuantformerConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     packed = config.stage == "packed" and bits.weight_bits != FULL_PRECISION_BITS
-    learned = bits.weight_bits > 1 and (layer.kind != "block" or config.weight_quantizer == "lsq")
+    kind = weight_quantizer_kind(config.weight_quantizer if layer.kind == "block" else "lsq", bits.weight_bits)
+    learned = issubclass(kind, LSQWeightQuantizer)
     if packed:
         yield f"{name}.weight_quantizer.codes", (layer.shape[0], packed_width(layer.inputs, bits.weight_bits))
     else:

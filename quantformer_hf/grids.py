@@ -59,7 +59,8 @@ def fit_row_scales(weight: Tensor, grid: Grid, refinements: int = 5) -> Tensor:
     weight = weight.detach().float()
     top = max(grid.qmax, 1) if grid.shift == 0 else grid.qmax + grid.shift
     largest = weight.abs().amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.full_like(largest, top if grid.shift == 0 else SMALLEST_SCALE))
+    empty, of_empty = largest == 0, 1.0 if grid.shift == 0 else SMALLEST_SCALE
+    largest = largest.masked_fill(empty, top)
 
     def levels_and_error(scale: Tensor) -> tuple[Tensor, Tensor]:
         levels = grid.nearest(weight / scale)
@@ -81,7 +82,7 @@ def fit_row_scales(weight: Tensor, grid: Grid, refinements: int = 5) -> Tensor:
         energy = levels.square().sum(1, keepdim=True)
         fitted = (weight * levels).sum(1, keepdim=True) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
         keep_better(torch.where((energy > 0) & (fitted > 0), fitted, best))
-    return best.squeeze(1)
+    return best.masked_fill(empty, of_empty).squeeze(1)
 
 
 def fit_affine(values: Tensor, weights: Tensor, grid: Grid, refinements: int = 8) -> tuple[Tensor, Tensor]:

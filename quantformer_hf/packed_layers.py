@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .kernels import ChannelPlan, LinearPlan, Remembered, in_integers, plan_linear, plan_weight
 from .kernels.plans import WeightPlan
 from .layers import QuantConv2d, QuantizedInput, QuantLinear
-from .ops import positive
+from .ops import positive, widest
 from .packing import pack_codes, packed_width, unpack_codes
 from .quantizers import LSQWeightQuantizer, StatsQWeightQuantizer, WeightQuantizer
 
@@ -30,6 +31,7 @@ class PackedWeight(WeightQuantizer):
         super().__init__(bits, shape[0])
         self.shape = tuple(shape)
         self.shift = shift
+        self.grid = replace(self.grid, shift=shift)
         self.columns = prod(shape[1:])
         self.register_buffer("codes", torch.zeros(shape[0], packed_width(self.columns, bits), dtype=torch.uint8))
         self.scale = nn.Parameter(torch.ones(shape[0]), requires_grad=False)
@@ -198,6 +200,7 @@ def _with_mean_of_step(packed: PackedWeight) -> Tensor:
     weight = levels.sign() * (sizes + moved) * packed.scale.unsqueeze(1)
     # What rounding has left of the difference goes to one element: the step is then the same to its last digit.
     one = outermost.int().argmax(1, keepdim=True)
-    left = steps_to_mean * packed.scale.double() * weight.shape[1] - weight.abs().sum(1, dtype=torch.float64)
-    largest = weight.gather(1, one).double()
+    wide = widest(weight)
+    left = steps_to_mean * packed.scale.to(wide) * weight.shape[1] - weight.abs().sum(1, dtype=wide)
+    largest = weight.gather(1, one).to(wide)
     return weight.scatter_(1, one, (largest + largest.sign() * left.unsqueeze(1)).float())

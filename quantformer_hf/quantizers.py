@@ -10,7 +10,7 @@ from .grids import Grid, fit_affine, fit_row_scales
 from .groups import channel_mass, cluster_channels, initial_assignment_logits
 from .kernels import ChannelPlan, Remembered, plan_channels
 from .observers import QUANTILE_WEIGHTS, QUANTILES, Observer
-from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, fake_quantize_rows, positive
+from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, fake_quantize_rows, positive, widest
 
 
 class WeightQuantizer(nn.Module):
@@ -104,9 +104,8 @@ class StatsQWeightQuantizer(WeightQuantizer):
     shift = 0.5
 
     def step(self, weight: Tensor) -> Tensor:
-        # In float64, where there is one: the order of a sum, in which machines differ, then changes no digit that is kept.
-        wide = torch.float32 if weight.device.type == "mps" else torch.float64
-        return (2 * weight.detach().flatten(1).abs().mean(1, dtype=wide) / 2 ** (self.grid.bits - 1)).float()
+        sizes = weight.detach().flatten(1).abs()
+        return (2 * sizes.mean(1, dtype=widest(sizes)) / 2 ** (self.grid.bits - 1)).float()
 
 
 class MinMaxWeightQuantizer(WeightQuantizer):
@@ -128,12 +127,16 @@ _WEIGHT_QUANTIZERS = {
 WEIGHT_QUANTIZERS = ("auto", *_WEIGHT_QUANTIZERS)
 
 
-def build_weight_quantizer(name: str, bits: int, out_channels: int) -> WeightQuantizer:
-    """The quantizer called `name`, one of `WEIGHT_QUANTIZERS`; at one bit always the binary one."""
+def weight_quantizer_kind(name: str, bits: int) -> type[WeightQuantizer]:
+    """The class that `name`, one of `WEIGHT_QUANTIZERS`, stands for; at one bit always the binary one."""
     if name == "auto":
         name = "lsq_shifted" if bits == 2 else "lsq"
-    kind = StatsQWeightQuantizer if bits == 1 else _WEIGHT_QUANTIZERS[name]
-    return kind(bits, out_channels)
+    return StatsQWeightQuantizer if bits == 1 else _WEIGHT_QUANTIZERS[name]
+
+
+def build_weight_quantizer(name: str, bits: int, out_channels: int) -> WeightQuantizer:
+    """A quantizer of that class."""
+    return weight_quantizer_kind(name, bits)(bits, out_channels)
 
 
 class ActivationQuantizer(nn.Module):

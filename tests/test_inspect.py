@@ -18,6 +18,7 @@ from quantformer_hf.expected_tensors import expected_tensors, layer_bits, quanti
 from quantformer_hf.inspect_checkpoint import format_report, inspect_checkpoint
 from quantformer_hf.layer_bits import resolve_layer_bits
 from quantformer_hf.quantize import bit_widths
+from quantformer_hf.quantizers import WEIGHT_QUANTIZERS
 from quantformer_hf.report import weights_on_disk
 
 
@@ -52,9 +53,9 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("weight_quantizer", ["lsq", "statsq"])
+@pytest.mark.parametrize("weight_quantizer", WEIGHT_QUANTIZERS)
 def test_expected_tensors_are_those_of_the_model(backbone, stage, weight_quantizer):
-    for arguments in ({}, {"layer_bits": OVERRIDES, "attention_bits": None}, {"weight_bits": 1}):
+    for arguments in ({}, {"layer_bits": OVERRIDES, "attention_bits": None}, {"weight_bits": 1}, {"weight_bits": 2}):
         model = build(backbone, stage, weight_quantizer=weight_quantizer, **arguments)
         parts = describe_backbone(model.config.backbone_config)
         expected, found = expected_tensors(parts, model.config), model.state_dict()

@@ -1,4 +1,4 @@
-// Attention of one head, from floating point to floating point.
+// Attention of one head, from floating point, or codes of it, to floating point.
 #pragma once
 
 #include "kernels.h"

@@ -73,8 +73,8 @@ struct Mixed {
 };
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for);
 
-// What the steps of a module leave for each other (`y` of one product, `x` and `rows` of the next) is filled in by the
-// call; `x` and `rows` of the first step and `y` of the last one are the caller's.
+// What the steps of a module leave for each other (codes, and `x` and `rows` of the next product) is filled in by the call;
+// `x` and `rows` of the first step and `y` of the last one are the caller's.
 
 // A multilayer perceptron: linear, codes (of GELU), linear.
 struct Mlp {

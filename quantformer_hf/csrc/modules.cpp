@@ -29,11 +29,11 @@ int run_mlp(const Mlp& job, int64_t threads, ParallelFor parallel_for) {
 }
 
 // One operand of attention, as codes in the order of its channels.
-int project(const AttentionBlock& job, Product linear, const Operand& operand, uint8_t* codes, int64_t threads,
-            ParallelFor parallel_for) {
+int project(const AttentionBlock& job, Product linear, const Operand& operand, int32_t largest, uint8_t* codes,
+            int64_t threads, ParallelFor parallel_for) {
   const int64_t width = linear.outputs;
   const std::vector<float> offset(width, operand.offset), inverse(width, operand.inverse);
-  const Codes then = {nullptr, 0, width, offset.data(), inverse.data(), job.scores.largest, 0, nullptr, width, codes, nullptr};
+  const Codes then = {nullptr, 0, width, offset.data(), inverse.data(), largest, 0, nullptr, width, codes, nullptr};
   linear.x = job.query.x;
   linear.rows = job.query.rows;
   return quantformer_multiply_to_codes(&linear, &then, threads, parallel_for);
@@ -49,9 +49,9 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   const auto mixed = buffer<float>(rows * width);
   const auto codes = buffer<uint8_t>(rows * between.positions);
   uint8_t *const query = operands.get(), *const key = query + rows * width, *const value = key + rows * width;
-  if (project(job, job.query, scores.operands[0], query, threads, parallel_for) != 0 ||
-      project(job, job.key, scores.operands[1], key, threads, parallel_for) != 0 ||
-      project(job, job.value, mix.operands[1], value, threads, parallel_for) != 0) {
+  if (project(job, job.query, scores.operands[0], scores.largest, query, threads, parallel_for) != 0 ||
+      project(job, job.key, scores.operands[1], scores.largest, key, threads, parallel_for) != 0 ||
+      project(job, job.value, mix.operands[1], mix.largest, value, threads, parallel_for) != 0) {
     return -1;
   }
   scores.query_codes = query;

@@ -26,7 +26,7 @@ _off = False
 
 
 class LayerNorm(Structure):
-    """`LayerNorm` of `kernels.h`."""
+    """`LayerNorm` of `codes.h`."""
 
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("epsilon", c_float)]
 
@@ -38,7 +38,7 @@ class Norm(Structure):
 
 
 class Codes(Structure):
-    """`Codes` of `kernels.h`."""
+    """`Codes` of `codes.h`."""
 
     _fields_ = [
         ("x", c_void_p),

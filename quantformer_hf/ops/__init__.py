@@ -4,7 +4,7 @@ from .activation import PRODUCERS, fake_quantize_groups, fake_quantize_mixture
 from .attention import quantized_attention
 from .compiling import eager_functions
 from .gradients import scale_gradient
-from .scales import positive
+from .scales import positive, widest
 from .weight import fake_quantize_rows
 from .widths import fake_quantize_widths
 
@@ -19,4 +19,5 @@ __all__ = [
     "positive",
     "quantized_attention",
     "scale_gradient",
+    "widest",
 ]

@@ -534,6 +534,8 @@ void test(const InstructionSet& set) {
                              {3, 9, 0, 2}, {3, 0, 9, 2}, {0, 0, 0, 1}}) {
     for (int bits : {1, 4, 8}) test_layer(set, Layer(random, shape, bits, bits == 1 ? 2 : bits, 1));
   }
+  // Rows in several parts, of bytes and of words.
+  for (int bits : {4, 8}) test_mlp(set, random, 400, 5, 20, bits);
   for (int64_t rows : {0, 1, 15, 16, 33}) {
     for (int64_t channels : {1, 9, 16, 40, 4000}) test_codes(set, random, rows, channels, channels / 5 + 1);
   }
