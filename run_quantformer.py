@@ -37,6 +37,14 @@ ACCURACIES = ("full_precision", "pretrain", "search", "frozen", "finetune", "rel
 
 
 def main() -> None:
+    run_stages()
+    # A process that leaves while the others still talk to it, or with its group open, may abort on its way out.
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
+def run_stages() -> None:
+    """What the command line asks for."""
     run = RunArguments()
     arguments = run.for_stage(None)
     output_dir = Path(arguments.training.output_dir)
