@@ -228,19 +228,25 @@ def captured_inputs(modules: Sequence[nn.Module], stop: bool = False) -> Iterato
 def unit_inputs(
     model: nn.Module, units: Sequence[nn.Module], batches: Iterable[Tensor]
 ) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
-    """What enters the first unit, a tensor a batch, and what else each unit is called with."""
+    """What enters the first unit, a tensor a batch, and what else each unit is called with, by the first batch.
+
+    That one alone is run to the end.
+    """
     first: list[Tensor] = []
     arguments: dict[nn.Module, tuple[tuple, dict]] = {}
 
     def keep(unit: nn.Module, positional: tuple, named: dict) -> None:
         if unit is units[0]:
             first.append(positional[0])
+            if len(first) > 1:
+                raise _AllSeen
         arguments[unit] = positional[1:], named
 
     handles = [unit.register_forward_pre_hook(keep, with_kwargs=True) for unit in units]
     try:
         for batch in batches:
-            model(pixel_values=batch)
+            with contextlib.suppress(_AllSeen):
+                model(pixel_values=batch)
     finally:
         for handle in handles:
             handle.remove()
