@@ -6,9 +6,9 @@ from conftest import make_batches, make_full_precision, make_quantized
 
 from quantformer_hf import QuantformerForImageClassification, StageError, quantize, regression
 from quantformer_hf.layers import QuantLinear
-from quantformer_hf.quantize import reading_layers
+from quantformer_hf.quantize import blocks, reading_layers
 from quantformer_hf.quantizers import LSQWeightQuantizer
-from quantformer_hf.reconstruction import token_weights
+from quantformer_hf.reconstruction import token_weights, unit_inputs
 from quantformer_hf.regression import (
     DAMPINGS,
     FOLDS,
@@ -80,6 +80,22 @@ def test_what_a_noisy_layer_puts_out_is_as_large_as_in_full_precision(monkeypatc
     assert ((together / (variances[0] * variances[1]).sqrt()) < 0.99).all()
     ratio = (variances[0] / variances[1]).sqrt() ** (1 - unbiasedness) * (variances[0] / together) ** unbiasedness
     torch.testing.assert_close(ratio, torch.ones(7), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "swin"])
+def test_inputs_of_all_batches_take_one_run_to_the_end(backbone):
+    model, batches = make_quantized(backbone), make_batches(3)
+    units, first, ends = blocks(model), [], []
+    units[0].register_forward_pre_hook(lambda _, arguments: first.append(arguments[0]))
+    units[-1].register_forward_hook(lambda *_: ends.append(True))
+    with torch.no_grad():
+        for batch in batches:
+            model(pixel_values=batch)
+        expected, ends[:] = first[:], []
+        inputs, arguments = unit_inputs(model, units, batches)
+    assert len(ends) == 1
+    assert len(arguments) == len(units)
+    assert all(torch.equal(*pair) for pair in zip(inputs, expected, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(8))
