@@ -42,7 +42,7 @@ CROP_SCALE = "0.7"
 PLAIN = [
     *("--preset", "lightning", "--centre_channels", "False", "--rotate_channels", "False"),
     *("--reconstruction_samples", "0", "--feature_weight", "0", "--aux_weight", "0", "--block_gradient_scale", "1"),
-    *("--learning_rate", "2e-4", "--scale_learning_rate", "2e-5"),
+    *("--learning_rate", "2e-4", "--scale_learning_rate", "2e-5", "--weight_quantizer", "lsq"),
 ]
 ONE_GROUP = ["--stages", "pretrain"]
 SEARCHED = ["--preset", "lightning", "--stages", "search", "finetune"]
