@@ -228,9 +228,16 @@ def captured_inputs(modules: Sequence[nn.Module], stop: bool = False) -> Iterato
 def unit_inputs(
     model: nn.Module, units: Sequence[nn.Module], batches: Iterable[Tensor]
 ) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
-    """What enters the first unit, a tensor a batch, and what else each unit is called with, by the first batch.
+    """What enters the first unit, and what else each unit is called with, of which the first batch tells.
 
     That one alone is run to the end.
+
+    Args:
+        units: as in `reconstruct_units`.
+        batches: `pixel_values`, `(batch, channels, height, width)` each.
+
+    Returns:
+        `(batch, tokens, channels)` of each batch, and positional and named arguments of each unit.
     """
     first: list[Tensor] = []
     arguments: dict[nn.Module, tuple[tuple, dict]] = {}
