@@ -7,7 +7,9 @@ Subject `imagenet`: the ViT-Tiny of `models/`, calibrated and trained on `data/i
 1,000 steps on), evaluated on `data/imagenet-val650`. Subject `cifar10`: a small ViT or Swin that is trained here first, on
 `--train_samples` images. Each row starts from the same checkpoint, with the same images in the same order, the same
 augmentation and number of steps. Finished runs are kept in `--output_dir` and not repeated, so that a longer list of rows
-can be typed later; the table holds all of this subject and number of steps that are there.
+can be typed later; the table holds all of this subject and number of steps that are there. Beside top-1 stand the share of
+full precision's classes that are kept and the mean KL divergence from its predictions: both are paired, and tell rows apart
+that top-1 cannot.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from quantformer_hf.arguments import RunArguments
 from quantformer_hf.attention import ATTENTION_IMPLEMENTATION
 from quantformer_hf.data import load_image_data
 from quantformer_hf.images import TransformedImages, with_crop
+from quantformer_hf.losses import logit_distillation
 from quantformer_hf.quantize import group_quantizers
 from quantformer_hf.report import bit_operations, distinct_levels, format_table
 from quantformer_hf.stages import load_classifier
@@ -202,19 +205,22 @@ def measure(folder: Path, flags: list[str]) -> dict:
     labels = torch.tensor(data.validation[data.label_column])
 
     # All runs of a folder have the same teacher and images.
-    remembered = folder.parent / "full_precision_classes.pt"
+    remembered = folder.parent / "full_precision_logits.pt"
     if not remembered.exists():
-        torch.save(classes_of(teacher, images), remembered)
+        torch.save(logits_of(teacher, images), remembered)
     taught = torch.load(remembered)
+    taught_classes = taught.argmax(1)
 
     model = AutoModelForImageClassification.from_pretrained(folder / told.model.stages[-1]).eval()
-    classes = classes_of(model, images)
+    logits = logits_of(model, images)
+    classes = logits.argmax(1)
     some = torch.stack([row["pixel_values"] for row in images.__getitems__(range(16))])
     in_use = [len(q.group_index.unique()) if model.config.stage == "finetune" else 1 for q in group_quantizers(model)]
     measured = {
         "accuracy": percent(classes == labels),
-        "full_precision": percent(taught == labels),
-        "agreement": percent(classes == taught),
+        "full_precision": percent(taught_classes == labels),
+        "agreement": percent(classes == taught_classes),
+        "divergence": logit_distillation(logits, taught).item(),
         "levels": distinct_levels(model, some),
         "bit_operations": bit_operations(model, some[:1]),
         "full_precision_bit_operations": bit_operations(teacher.eval(), some[:1]),
@@ -222,20 +228,21 @@ def measure(folder: Path, flags: list[str]) -> dict:
     }
     if "search" in told.model.stages:
         searched = AutoModelForImageClassification.from_pretrained(folder / "search").eval()
-        before = percent(classes_of(searched, images) == labels)
-        measured["freezing"] = percent(classes_of(searched.freeze_groups(), images) == labels) - before
+        before = percent(logits_of(searched, images).argmax(1) == labels)
+        after = percent(logits_of(searched.freeze_groups(), images).argmax(1) == labels)
+        measured["freezing"] = after - before
     return measured
 
 
 @torch.no_grad()
-def classes_of(model: PreTrainedModel, images: TransformedImages, batch_size: int = 50) -> torch.Tensor:
-    """The most probable class of each image, `(images,)`."""
+def logits_of(model: PreTrainedModel, images: TransformedImages, batch_size: int = 50) -> torch.Tensor:
+    """Those of each image, `(images, classes)`."""
     model.eval()
-    classes = []
+    logits = []
     for start in range(0, len(images), batch_size):
         rows = images.__getitems__(range(start, min(start + batch_size, len(images))))
-        classes.append(model(pixel_values=torch.stack([row["pixel_values"] for row in rows])).logits.argmax(1))
-    return torch.cat(classes)
+        logits.append(model(pixel_values=torch.stack([row["pixel_values"] for row in rows])).logits)
+    return torch.cat(logits)
 
 
 def percent(hits: torch.Tensor) -> float:
@@ -251,31 +258,37 @@ def table(folder: Path) -> str:
     lines = []
     for (bits, _, name), runs in sorted(found.items()):
         first = runs[0]
-        freezing = [r["freezing"] for r in runs if "freezing" in r]
         lines.append(
             [
                 f"W{-bits}A{-bits} {name}",
-                spread([r["accuracy"] for r in runs]),
-                spread([r["agreement"] for r in runs]),
+                spread(runs, "accuracy"),
+                spread(runs, "agreement"),
+                spread(runs, "divergence", digits=3),
                 "/".join(map(str, first["levels"])),
                 giga(first["bit_operations"]),
                 f"{first['groups_in_use']:g}",
-                spread(freezing) if freezing else "",
+                spread(runs, "freezing"),
             ]
         )
     if lines:
         operations = giga(first["full_precision_bit_operations"])
-        lines.insert(0, ["full precision", f"{first['full_precision']:.1f}", "100.0", "", operations, "", ""])
-    return format_table(["", "top-1", "agreement", "levels w/a", "BitOps", "groups in use", "freezing"], lines)
+        lines.insert(0, ["full precision", f"{first['full_precision']:.1f}", "100.0", "0", "", operations, "", ""])
+    return format_table(
+        ["", "top-1", "agreement", "KL, nats", "levels w/a", "BitOps", "groups in use", "freezing"], lines
+    )
 
 
 def giga(operations: int) -> str:
     return f"{operations / 1e9:.1f} G"
 
 
-def spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+def spread(runs: list[dict], name: str, digits: int = 1) -> str:
+    """Mean ± standard deviation of what `name` is in `runs`, of those that have it."""
+    values = [measured[name] for measured in runs if name in measured]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":
