@@ -3,12 +3,17 @@
 import argparse
 import sys
 
-from . import export_checkpoint, inspect_checkpoint
+from . import average_checkpoints, export_checkpoint, inspect_checkpoint
 from .mixed_precision import measure_latency
 
 
 #: Modules by the name of their command; each has `add_arguments(parser)` and `run(arguments)`.
-COMMANDS = {"inspect": inspect_checkpoint, "export": export_checkpoint, "measure-latency": measure_latency}
+COMMANDS = {
+    "inspect": inspect_checkpoint,
+    "export": export_checkpoint,
+    "average": average_checkpoints,
+    "measure-latency": measure_latency,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
