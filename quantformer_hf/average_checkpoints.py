@@ -18,6 +18,9 @@ from .modeling_quantformer import QuantformerForImageClassification
 from .run_history import note_change
 
 
+_WAY_OUT = "average runs that started from the same checkpoint"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `average`."""
     parser.add_argument("checkpoints", nargs="+", help="folders of the stage finetune, of runs from one checkpoint")
@@ -58,23 +61,20 @@ def average_checkpoints(folders: Sequence[Path]) -> QuantformerForImageClassific
         if stage != "finetune":
             raise ValueError(f"{folder} is in the stage '{stage}': name the folder of its stage 'finetune'")
     model = QuantformerForImageClassification.from_pretrained(folders[0], dtype=torch.float32)
-    sums = {name: _addend(name, tensor).double() for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
+    sums = {name: _addend(name, tensor).double() for name, tensor in own.items()}
     for folder in folders[1:]:
         other = QuantformerForImageClassification.from_pretrained(folder, dtype=torch.float32).state_dict()
         for name in sorted(sums.keys() | other.keys()):
             if name not in sums or name not in other or sums[name].shape != other[name].shape:
                 raise ValueError(f"{name} is not of the same shape in {folders[0]} and {folder}: {_WAY_OUT}")
             addend = _addend(name, other[name])
-            if not addend.is_floating_point() and not torch.equal(model.state_dict()[name], addend):
+            if not addend.is_floating_point() and not torch.equal(own[name], addend):
                 raise ValueError(f"{name} is not the same in {folders[0]} and {folder}: {_WAY_OUT}")
             sums[name] += addend
-    own = model.state_dict()
     model.load_state_dict({name: (total / len(folders)).to(own[name].dtype) for name, total in sums.items()})
     note_change(model.config)
     return model
-
-
-_WAY_OUT = "average runs that started from the same checkpoint"
 
 
 def _addend(name: str, tensor: Tensor) -> Tensor:
