@@ -84,6 +84,10 @@ class ModelArguments:
     bit_width: int | None = field(default=None, metadata={"help": "Sets weight_bits and activation_bits."})
     weight_bits: int | None = field(default=None, metadata={"help": "Weights of the linears of the blocks."})
     activation_bits: int | None = field(default=None, metadata={"help": "Inputs of the linears of the blocks."})
+    class_token_bits: int | None = field(
+        default=None,
+        metadata={"help": "The same at the class token, with scales of its own. Default: quantized like other tokens."},
+    )
     attention_bits: int | None = field(
         default=8, metadata={"help": "Operands of the attention products; 32 leaves them in floating point."}
     )

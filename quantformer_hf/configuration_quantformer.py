@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .class_token import CLASS_TOKENS
 from .grids import FULL_PRECISION_BITS
 from .mixed_precision.allocation_file import read_layer_bits
 from .packing import LAYOUT_VERSION
@@ -33,6 +34,8 @@ class QuantformerConfig(PreTrainedConfig):
         bit_width: sets `weight_bits` and `activation_bits` where those are not given.
         weight_bits: weights of the linears of the blocks. Default 4.
         activation_bits: inputs of the linears of the blocks. Default 4.
+        class_token_bits: inputs of the linears of the blocks at the class token (and DeiT's distillation token), with scales
+            and offsets of their own. None: quantized like all other tokens.
         attention_bits: q, k, v and probabilities, the operands of the two attention products. None leaves them alone.
         embedding_bits: weights and input of the patch embedding.
         classifier_bits: weights and input of the classifier.
@@ -62,6 +65,7 @@ class QuantformerConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     weight_bits: int | None = None
     activation_bits: int | None = None
+    class_token_bits: int | None = None
     attention_bits: int | None = 8
     embedding_bits: int = 8
     classifier_bits: int = 8
@@ -99,6 +103,7 @@ class QuantformerConfig(PreTrainedConfig):
         check_activation_bits("activation_bits", self.activation_bits)
         check_activation_bits("embedding_bits", self.embedding_bits)
         check_activation_bits("classifier_bits", self.classifier_bits)
+        _check_class_token_bits(self.class_token_bits, self.backbone_config.model_type)
         if self.attention_bits is not None:
             check_activation_bits("attention_bits", self.attention_bits)
         if not 1 <= self.num_groups <= 255:
@@ -135,6 +140,15 @@ def check_activation_bits(name: str, bits: Any) -> None:
         )
 
 
+def _check_class_token_bits(bits: int | None, model_type: str) -> None:
+    if bits is None:
+        return
+    if isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise ValueError(f"class_token_bits is {bits!r}: choose 2 to 8, or leave it out")
+    if model_type not in CLASS_TOKENS:
+        raise ValueError(f"class_token_bits is {bits}, and a {model_type} has no class token: leave it out")
+
+
 def _check_layer_bits(pattern: str, bits: Any) -> None:
     name = f"layer_bits[{pattern!r}]"
     if not isinstance(bits, dict):
@@ -152,6 +166,7 @@ QUANTIZATION_ARGUMENTS = (
     "bit_width",
     "weight_bits",
     "activation_bits",
+    "class_token_bits",
     "attention_bits",
     "embedding_bits",
     "classifier_bits",

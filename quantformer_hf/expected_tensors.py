@@ -36,6 +36,8 @@ def quantizer_bits(backbone: Backbone, config: QuantformerConfig) -> dict[str, i
             widths[f"{name}.weight_quantizer"] = bits.weight_bits
         if bits.activation_bits != FULL_PRECISION_BITS:
             widths[backbone.layers[name].input_quantizer] = bits.activation_bits
+            if config.class_token_bits is not None and backbone.layers[name].kind == "block":
+                widths[f"{backbone.layers[name].input_quantizer}.class_token"] = config.class_token_bits
     if config.attention_bits not in (None, FULL_PRECISION_BITS):
         for attention in backbone.attention:
             widths |= {f"{attention}.operands.{operand}": config.attention_bits for operand in OPERANDS}
@@ -77,11 +79,17 @@ def _layer_tensors(
         return
     grouped = layer.kind == "block"
     groups = config.num_groups if grouped and config.stage != "pretrain" else 1
-    yield f"{layer.input_quantizer}.scale", (groups,)
-    yield f"{layer.input_quantizer}.offset", (groups,)
-    if grouped and config.stage == "pretrain":
-        yield f"{layer.input_quantizer}.channel_quantiles", (layer.inputs, len(QUANTILES))
-    elif grouped and config.stage == "search":
+    own = [layer.input_quantizer]
+    if grouped and config.class_token_bits is not None:
+        own.append(f"{layer.input_quantizer}.class_token")
+    for quantizer in own:
+        yield f"{quantizer}.scale", (groups,)
+        yield f"{quantizer}.offset", (groups,)
+        if grouped and config.stage == "pretrain":
+            yield f"{quantizer}.channel_quantiles", (layer.inputs, len(QUANTILES))
+    if not grouped or config.stage == "pretrain":
+        return
+    if config.stage == "search":
         yield f"{layer.input_quantizer}.assignment_logits", (groups, layer.inputs)
-    elif grouped:
+    else:
         yield f"{layer.input_quantizer}.group_index", (layer.inputs,)

@@ -57,13 +57,13 @@ def centre_site(site: FoldingSite, quantiles: Tensor) -> Tensor:
         quantiles: what was observed there, `(channels, quantiles)`.
 
     Returns:
-        the quantiles after the shift.
+        the shift, `(channels,)`: by how much values there have become less.
     """
     centres = channel_centres(quantiles, site.quantizer.grid)
     site.maker.bias -= centres.to(site.maker.bias)
     for layer in site.readers:
         layer.bias += (layer.weight.float() @ centres).to(layer.bias)
-    return quantiles - centres.unsqueeze(1)
+    return centres
 
 
 def channel_centres(quantiles: Tensor, grid: Grid) -> Tensor:

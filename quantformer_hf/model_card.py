@@ -177,6 +177,7 @@ def _quantization_rows(config: QuantformerConfig) -> list[tuple[str, str, str]]:
     )
     rows = [
         ("linears of the blocks", weights, inputs),
+        *([("the same, at the class token", "", _bits(config.class_token_bits))] if config.class_token_bits else []),
         ("attention products: q, k, v and probabilities", "", _bits(config.attention_bits)),
         ("patch embedding", _bits(config.embedding_bits), _bits(config.embedding_bits)),
         ("classifier", _bits(config.classifier_bits), _bits(config.classifier_bits)),

@@ -72,6 +72,8 @@ class PackedMlp(_OneJob):
         _check_positions(hidden_states, channels)
         output = _output(hidden_states, job.second.outputs)
         job.first.x, job.first.rows = hidden_states.data_ptr(), hidden_states.shape[:-1].numel()
+        if job.first.first_rows:
+            job.first.image_rows = hidden_states.shape[-2]
         job.second.y = output.data_ptr()
         kernels = library()
         check(kernels.quantformer_mlp(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionOperands, attention_modules
+from .class_token import CLASS_TOKENS, ClassTokenQuantizer
 from .configuration_quantformer import QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
@@ -38,7 +39,7 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
         width = bits[name].activation_bits
         if width == FULL_PRECISION_BITS:
             return None
-        return GroupActivationQuantizer(
+        quantizer = GroupActivationQuantizer(
             backbone.get_submodule(name).in_features,
             width,
             name,
@@ -47,6 +48,9 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
             config.stage,
             config.num_groups,
         )
+        if config.class_token_bits is not None:
+            ClassTokenQuantizer(quantizer, config.class_token_bits, CLASS_TOKENS[backbone.config.model_type])
+        return quantizer
 
     shared_inputs = find_shared_inputs(backbone)
     producers = {}
@@ -301,7 +305,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], c
     with full_precision(model):
         seen = observe(model, batches, activation_quantizers(model))
     for site in folding_sites(model, reading_layers(model)) if centre_channels else ():
-        seen[site.quantizer] = centre_site(site, seen[site.quantizer])
+        shift = centre_site(site, seen[site.quantizer]).unsqueeze(1)
+        for quantizer in site.quantizer.with_class_token():
+            seen[quantizer] = seen[quantizer] - shift
     for quantizer, quantiles in seen.items():
         quantizer.calibrate(quantiles)
     for layer in weight_quantized_layers(model):
@@ -341,13 +347,12 @@ def begin_search(
 ) -> None:
     """Split the channels of each block linear's input into groups, softly."""
     check_num_groups(model, num_groups)
-    quantizers = group_quantizers(model)
     if batches is not None:
-        for quantizer, quantiles in observe(model, batches, quantizers).items():
+        for quantizer, quantiles in observe(model, batches, group_quantizers(model)).items():
             quantizer.channel_quantiles.copy_(quantiles)
-    readers = reading_layers(model)
-    for quantizer in quantizers:
-        quantizer.begin_search(num_groups, channel_importance(readers[quantizer]))
+    for quantizer, layers in reading_layers(model).items():
+        for part in quantizer.with_class_token():
+            part.begin_search(num_groups, channel_importance(layers))
 
 
 def freeze_groups(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Weight quantizers and group-wise activation quantizers."""
+"""Group-wise activation quantizers; beside them, by name, the weight quantizers."""
 
 import functools
 
@@ -6,137 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grids import Grid, fit_affine, fit_row_scales
+from .grids import Grid, fit_affine
 from .groups import channel_mass, cluster_channels, initial_assignment_logits
-from .kernels import ChannelPlan, Remembered, plan_channels
+from .kernels import ChannelPlan, Remembered, TokenPlan, plan_channels
 from .observers import QUANTILE_WEIGHTS, QUANTILES, Observer
-from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, fake_quantize_rows, positive, widest
+from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, positive
+from .weight_quantizers import (
+    WEIGHT_QUANTIZERS,
+    LSQWeightQuantizer,
+    MinMaxWeightQuantizer,
+    ShiftedLSQWeightQuantizer,
+    StatsQWeightQuantizer,
+    WeightQuantizer,
+    build_weight_quantizer,
+    weight_quantizer_kind,
+)
 
 
-class WeightQuantizer(nn.Module):
-    """What the weight quantizers share: the grid, and the view of a weight as `(out, in)`.
-
-    Args:
-        bits: 1 to 8.
-        out_channels: rows of the weight, one scale each.
-    """
-
-    #: 0 on a grid that holds zero, 0.5 on the half-shifted one.
-    shift = 0.0
-
-    #: Whether each weight has one level, as codes need.
-    hard = True
-
-    def __init__(self, bits: int, out_channels: int):
-        super().__init__()
-        self.grid = Grid(bits, signed=True, shift=self.shift)
-        self.out_channels = out_channels
-        self.enabled = True
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantized weight, of the shape of `weight`: `(out, in)` or `(out, in, height, width)`."""
-        if not self.enabled:
-            return weight
-        return self.quantize(weight)
-
-    def quantize(self, weight: Tensor) -> Tensor:
-        scale = self.step(weight)
-        return fake_quantize_rows(
-            weight, scale, self.grid.qmin, self.grid.qmax, shift=self.shift, gradient_scale=self.gradient_scale(weight)
-        )
-
-    def step(self, weight: Tensor) -> Tensor:
-        """The scale of each row, `(out,)`, whose magnitude counts."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its scales are")
-
-    def gradient_scale(self, weight: Tensor) -> float:
-        """Factor on the gradient of the scales."""
-        return 1.0
-
-    @torch.no_grad()
-    def integers(self, weight: Tensor) -> Tensor:
-        """q of `ŵ = scale * (q + shift)`, `(out, in)`, int32: `in` counts everything but the output channels."""
-        scale = positive(self.step(weight)).unsqueeze(1)
-        position = weight.flatten(1).to(scale.dtype) / scale - self.shift
-        return position.round().clamp(self.grid.qmin, self.grid.qmax).int()
-
-    def calibrate(self, weight: Tensor) -> None:
-        """Set what is learned from the full-precision weight. Nothing, for quantizers that compute their scale."""
-
-    def extra_repr(self) -> str:
-        return f"bits={self.grid.bits}"
-
-
-class LSQWeightQuantizer(WeightQuantizer):
-    """Learned step size, one scale an output channel (LSQ, arXiv 1902.08153).
-
-    The gradient of a scale is scaled by `1 / sqrt(n * qmax)`, n the number of weights that share it.
-    """
-
-    def __init__(self, bits: int, out_channels: int):
-        super().__init__(bits, out_channels)
-        self.scale = nn.Parameter(torch.ones(out_channels))
-
-    def step(self, weight: Tensor) -> Tensor:
-        return self.scale
-
-    def gradient_scale(self, weight: Tensor) -> float:
-        return (weight[0].numel() * self.grid.qmax) ** -0.5
-
-    @torch.no_grad()
-    def calibrate(self, weight: Tensor) -> None:
-        self.scale.copy_(fit_row_scales(weight.flatten(1), self.grid))
-
-
-class ShiftedLSQWeightQuantizer(LSQWeightQuantizer):
-    """Learned step size on the half-shifted grid of `StatsQWeightQuantizer`: one level more counts on the positive side."""
-
-    shift = 0.5
-
-
-class StatsQWeightQuantizer(WeightQuantizer):
-    """Scale from the row's statistics on a half-shifted grid (StatsQ of OFQ, arXiv 2302.02210, section 4.1).
-
-    `s = 2 mean|w|` a row, step `s / 2^(b-1)`, levels `(q + 1/2) * step`: symmetric and without zero, so that all `2^b`
-    levels are used. At one bit this is `sign(w) * mean|w|`, the binary quantizer (XNOR-Net, arXiv 1603.05279).
-    """
-
-    shift = 0.5
-
-    def step(self, weight: Tensor) -> Tensor:
-        sizes = weight.detach().flatten(1).abs()
-        return (2 * sizes.mean(1, dtype=widest(sizes)) / 2 ** (self.grid.bits - 1)).float()
-
-
-class MinMaxWeightQuantizer(WeightQuantizer):
-    """The smallest scale that clips no weight of the row."""
-
-    def step(self, weight: Tensor) -> Tensor:
-        rows = weight.detach().float().flatten(1)
-        return torch.maximum(rows.amax(1) / self.grid.qmax, rows.amin(1) / self.grid.qmin)
-
-
-_WEIGHT_QUANTIZERS = {
-    "lsq": LSQWeightQuantizer,
-    "lsq_shifted": ShiftedLSQWeightQuantizer,
-    "statsq": StatsQWeightQuantizer,
-    "minmax": MinMaxWeightQuantizer,
-}
-
-#: Choices of `QuantformerConfig.weight_quantizer`. `auto` is `lsq`, and at two bits `lsq_shifted`.
-WEIGHT_QUANTIZERS = ("auto", *_WEIGHT_QUANTIZERS)
-
-
-def weight_quantizer_kind(name: str, bits: int) -> type[WeightQuantizer]:
-    """The class that `name`, one of `WEIGHT_QUANTIZERS`, stands for; at one bit always the binary one."""
-    if name == "auto":
-        name = "lsq_shifted" if bits == 2 else "lsq"
-    return StatsQWeightQuantizer if bits == 1 else _WEIGHT_QUANTIZERS[name]
-
-
-def build_weight_quantizer(name: str, bits: int, out_channels: int) -> WeightQuantizer:
-    """A quantizer of that class."""
-    return weight_quantizer_kind(name, bits)(bits, out_channels)
+__all__ = [
+    "WEIGHT_QUANTIZERS",
+    "ActivationQuantizer",
+    "GroupActivationQuantizer",
+    "LSQWeightQuantizer",
+    "MinMaxWeightQuantizer",
+    "ShiftedLSQWeightQuantizer",
+    "StatsQWeightQuantizer",
+    "WeightQuantizer",
+    "build_weight_quantizer",
+    "weight_quantizer_kind",
+]
 
 
 class ActivationQuantizer(nn.Module):
@@ -286,25 +184,67 @@ class GroupActivationQuantizer(ActivationQuantizer):
     ):
         super().__init__(bits, name, calibrated, producer)
         self.channels = channels
+        # The quantizer of the first tokens, where these have scales and offsets of their own (`class_token.py`).
+        self.class_token: GroupActivationQuantizer | None = None
+        self._token_plan: TokenPlan | None = None
         self.set_stage(stage, num_groups)
 
     def set_stage(self, stage: str, num_groups: int) -> None:
         """Give the quantizer the tensors of `stage`, with nothing in them yet: the caller fills or loads them."""
         device = self.scale.device
         for name in ("channel_quantiles", "assignment_logits", "group_index"):
-            if hasattr(self, name):
+            if name in self._parameters or name in self._buffers:
                 delattr(self, name)
         groups = 1 if stage == "pretrain" else num_groups
         if self.scale.numel() != groups:
             self.scale = nn.Parameter(torch.ones(groups, device=device))
             self.offset = nn.Parameter(torch.zeros(groups, device=device))
+        self._make_assignment(stage, groups)
+        self.stage = stage
+
+    def _make_assignment(self, stage: str, groups: int) -> None:
+        """The tensors by which channels belong to groups."""
+        device = self.scale.device
         if stage == "pretrain":
             self.register_buffer("channel_quantiles", torch.zeros(self.channels, len(QUANTILES), device=device))
         elif stage == "search":
             self.assignment_logits = nn.Parameter(torch.zeros(groups, self.channels, device=device))
         else:
             self.register_buffer("group_index", torch.zeros(self.channels, dtype=torch.uint8, device=device))
-        self.stage = stage
+
+    def with_class_token(self) -> list["GroupActivationQuantizer"]:
+        """This quantizer, and then that of the class token, if there is one."""
+        return [self] if self.class_token is None else [self, self.class_token]
+
+    def parts(self, x: Tensor) -> list[tuple["GroupActivationQuantizer", Tensor]]:
+        """The quantizers of `x` `(..., tokens, channels)`, each with the tokens that it quantizes."""
+        first = self.class_token
+        if first is None:
+            return [(self, x)]
+        return [(first, x[..., : first.tokens, :]), (self, x[..., first.tokens :, :])]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `ActivationQuantizer`; with a quantizer of the class token, `x` is `(..., tokens, channels)`."""
+        if self.class_token is None:
+            return super().forward(x)
+        (first, of_class_token), (_, of_others) = self.parts(x)
+        return torch.cat([first(of_class_token), super().forward(of_others)], -2)
+
+    def plan(self, channels: int) -> ChannelPlan | TokenPlan:
+        own = super().plan(channels)
+        return own if self.class_token is None else self._plan_of_tokens(self.class_token.plan(channels), own)
+
+    @property
+    def plan_of_codes(self) -> ChannelPlan | TokenPlan:
+        own = self._plan.value
+        return own if self.class_token is None else self._plan_of_tokens(self.class_token.plan_of_codes, own)
+
+    def _plan_of_tokens(self, first: ChannelPlan, others: ChannelPlan) -> TokenPlan:
+        made = self._token_plan
+        if made is None or made.first is not first or made.others is not others:
+            # The same one each time, by which what is made of it is known.
+            made = self._token_plan = TokenPlan(first, others, self.class_token.tokens)
+        return made
 
     def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
         if self.stage == "pretrain":
@@ -364,6 +304,10 @@ class GroupActivationQuantizer(ActivationQuantizer):
             members = self.assignment_probabilities()
         else:
             members = F.one_hot(self.group_index.long(), self.scale.numel()).T.float()
+        self.fit(quantiles, importance, members)
+
+    def fit(self, quantiles: Tensor, importance: Tensor, members: Tensor) -> None:
+        """`refit` with `members` `(groups, channels)`: how much of each channel belongs to each group."""
         inhabited = members.sum(1) > 0
         mass = (members * channel_mass(importance)).unsqueeze(2) * QUANTILE_WEIGHTS.to(quantiles.device)
         scale, offset = fit_affine(quantiles.flatten(), mass[inhabited].flatten(1), self.grid)

@@ -80,15 +80,18 @@ class Seen:
         inputs: of each quantizer, in the order in which they ran.
         streams: of those in `Streams`, the residual stream with the output of their reader in it.
         output: of the unit, where it was run to the end.
+        images: in which the rows lie one after the other.
     """
 
     inputs: dict[GroupActivationQuantizer, Tensor]
     streams: dict[GroupActivationQuantizer, Tensor]
     output: Tensor | None
+    images: int
 
     def beside(self, quantizer: GroupActivationQuantizer, layer: nn.Linear) -> Tensor:
         """The stream without what `layer`, which reads `quantizer`, has added to it."""
-        return self.streams[quantizer] - layer(self.inputs[quantizer].to(layer.weight.dtype)).float()
+        tokens = self.inputs[quantizer].unflatten(0, (self.images, -1))
+        return self.streams[quantizer] - layer(tokens.to(layer.weight.dtype)).float().flatten(0, 1)
 
 
 def look_inside(
@@ -116,6 +119,7 @@ def look_inside(
         {quantizer: seen[quantizer] for quantizer in seen if quantizer in quantizers},
         {quantizer: seen[streams[quantizer]] for quantizer in writers},
         output,
+        len(hidden),
     )
 
 
@@ -179,16 +183,14 @@ def _refit_readers(
         missing = [other - of_batch.beside(quantizer, layers[0]) for other, of_batch in zip(others, seen, strict=True)]
     else:
         missing = [nothing(of_batch.inputs[quantizer]) for of_batch in seen]
-    row_weights = torch.cat([of_batch[quantizer] for of_batch in weights])
-    produced = torch.cat([quantizer.produce(of_batch.inputs[quantizer]) for of_batch in seen])
-    quantizer.refit(weighted_quantiles(produced, row_weights), channel_importance(layers))
+    _refit_quantizer(quantizer, layers, seen, torch.cat([of_batch[quantizer] for of_batch in weights]))
     layers = [layer for layer in layers if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer)]
     if not layers:
         return
     parts = (
         (
             quantizer.produce(expected[batch].inputs[quantizer]),
-            quantizer.quantize(seen[batch].inputs[quantizer], 1.0),
+            _quantized(quantizer, seen[batch]),
             missing[batch],
             weights[batch][quantizer],
         )
@@ -197,6 +199,25 @@ def _refit_readers(
     evidence = Evidence.of(parts, [len(batch) for batch in inputs]) if writes else Evidence(Moments.of(parts), [])
     for layer in layers:
         refit_layer(layer, evidence)
+
+
+def _refit_quantizer(
+    quantizer: GroupActivationQuantizer, layers: Sequence[nn.Linear], seen: Sequence[Seen], row_weights: Tensor
+) -> None:
+    """Fit `quantizer`, and that of the class token, to what they were given; `row_weights` is `(rows,)`."""
+    images = sum(of_batch.images for of_batch in seen)
+    produced = torch.cat([quantizer.produce(of_batch.inputs[quantizer]) for of_batch in seen])
+    tokens, weights = (of_rows.unflatten(0, (images, -1)) for of_rows in (produced, row_weights.unsqueeze(1)))
+    for (part, own), (_, weight) in zip(quantizer.parts(tokens), quantizer.parts(weights), strict=True):
+        # Of the last block nobody looks at what patches become.
+        if weight.sum() > 0:
+            part.refit(weighted_quantiles(own.flatten(0, 1), weight.flatten()), channel_importance(layers))
+
+
+def _quantized(quantizer: GroupActivationQuantizer, seen: Seen) -> Tensor:
+    """What `quantizer` puts out for what it was given, `(rows, channels)`."""
+    parts = quantizer.parts(seen.inputs[quantizer].unflatten(0, (seen.images, -1)))
+    return torch.cat([part.quantize(tokens, 1.0) for part, tokens in parts], 1).flatten(0, 1)
 
 
 class _AllSeen(Exception):

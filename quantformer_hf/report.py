@@ -26,17 +26,23 @@ class Product:
         rows: positions (tokens, patches) that a layer's weight is applied to; of an attention block, rows of its map.
         multiplications: of numbers.
         weight_bits, activation_bits: of the two operands.
+        class_token_rows, class_token_bits: how many of the rows have an operand of other bits, and of which.
     """
 
     rows: int
     multiplications: int
     weight_bits: int
     activation_bits: int
+    class_token_rows: int = 0
+    class_token_bits: int = 0
 
     @property
     def bit_operations(self) -> int:
         """`multiplications * weight bits * activation bits`."""
-        return self.multiplications * self.weight_bits * self.activation_bits
+        of_rows = (
+            self.rows - self.class_token_rows
+        ) * self.activation_bits + self.class_token_rows * self.class_token_bits
+        return self.multiplications // self.rows * self.weight_bits * of_rows
 
 
 @torch.no_grad()
@@ -47,17 +53,20 @@ def products(model: nn.Module, pixel_values: Tensor) -> dict[str, Product]:
         model: an image classifier, quantized or not, that runs this package's attention function.
         pixel_values: one image, `(1, channels, height, width)`. On the meta device nothing is computed.
     """
-    input_bits = {layer: quantizer.grid.bits for quantizer, layers in reading_layers(model).items() for layer in layers}
+    reads = {layer: quantizer for quantizer, layers in reading_layers(model).items() for layer in layers}
     names = {module: name for name, module in model.named_modules()}
     found = {}
 
     def count(layer: nn.Linear | nn.Conv2d, arguments: tuple, output: Tensor) -> None:
         rows = output.numel() // layer.weight.shape[0]
+        first = reads[layer].class_token if layer in reads else None
         found[names[layer]] = Product(
             rows=rows,
             multiplications=rows * layer.weight.numel(),
             weight_bits=_bits(getattr(layer, "weight_quantizer", None)),
-            activation_bits=input_bits.get(layer) or _bits(getattr(layer, "input_quantizer", None)),
+            activation_bits=_bits(reads.get(layer) or getattr(layer, "input_quantizer", None)),
+            class_token_rows=0 if first is None else first.tokens,
+            class_token_bits=0 if first is None else first.grid.bits,
         )
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -91,7 +100,8 @@ def _bits(quantizer: nn.Module | None) -> int:
 
 @torch.no_grad()
 def distinct_levels(model: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
-    """The most distinct values of any row of a block linear's weight, and of any channel of its input, counted.
+    """The most distinct values of any row of a block linear's weight, and of any channel of its input, counted. Of a class
+    token that has a quantizer of its own, the values do not count.
 
     Args:
         model: a quantized model in the stage `pretrain` or `finetune` (a mixture of quantizers has more).
@@ -101,7 +111,8 @@ def distinct_levels(model: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
 
     def count(quantizer: nn.Module, arguments: tuple, output: Tensor) -> None:
         nonlocal most
-        most = max(most, _most_distinct(output.reshape(-1, output.shape[-1]).T))
+        _, others = quantizer.parts(output)[-1]
+        most = max(most, _most_distinct(others.reshape(-1, output.shape[-1]).T))
 
     readers = reading_layers(model)
     handles = [quantizer.register_forward_hook(count) for quantizer in readers]

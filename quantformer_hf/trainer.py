@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import FreezeGroupsCallback
+from .class_token import ClassTokenQuantizer
 from .image_trainer import ImageTrainer
 from .losses import (
     assignment_entropy,
@@ -177,7 +178,9 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 features = rotated(features)
             terms["features"] = self.args.feature_weight * feature_distillation(outputs.hidden_states, features)
         if self.args.dm_weight > 0 and quantized.config.stage == "search":
-            probabilities = [quantizer.assignment_probabilities() for quantizer in group_quantizers(quantized)]
+            # Those of class tokens have none of their own.
+            searched = [q for q in group_quantizers(quantized) if not isinstance(q, ClassTokenQuantizer)]
+            probabilities = [quantizer.assignment_probabilities() for quantizer in searched]
             terms["assignment"] = self.args.dm_weight * assignment_entropy(probabilities)
         terms |= self._more_terms()
         loss = torch.stack(list(terms.values())).sum()

@@ -20,4 +20,9 @@ struct Codes {
   int64_t positions;
   uint8_t* codes;  // `(rows, positions)`
   const LayerNorm* norm;
+  // Of every `image_rows` rows the first `first_rows`, the class token, are made to codes by `first`, which has offset,
+  // inverse and largest of its own, and all else as here. Null: none is.
+  const Codes* first;
+  int64_t first_rows, image_rows;
+  int64_t stride;  // from one row of codes to the next where a product makes them; 0: positions
 };

@@ -45,7 +45,8 @@ void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
   }
 }
 
-int multiply_all(const Product& job, const Codes* then, int64_t threads, ParallelFor parallel_for) {
+// All rows alike.
+int multiply_rows(const Product& job, const Codes* then, int64_t threads, ParallelFor parallel_for) {
   const InstructionSet& set = current();
   const Plan made = plan(job, set);
   const int64_t panels = divide_up(then == nullptr ? job.outputs : then->positions, kPanel);
@@ -64,12 +65,47 @@ int multiply_all(const Product& job, const Codes* then, int64_t threads, Paralle
   });
 }
 
+// All rows alike, and then those of the class token over again: what was made of them first is of no use.
+int multiply_all(const Product& job, const Codes* then, int64_t threads, ParallelFor parallel_for) {
+  if (multiply_rows(job, then, threads, parallel_for) != 0) return -1;
+  if (job.first == nullptr || job.rows == 0) return 0;
+  for (int64_t token = 0; token < std::min(job.first_rows, job.image_rows); ++token) {
+    Product own = *job.first;
+    own.x = job.x + token * job.x_stride;
+    own.x_stride = job.x_stride * job.image_rows;
+    own.y = job.y == nullptr ? nullptr : job.y + token * job.y_stride;
+    own.y_stride = job.y_stride * job.image_rows;
+    own.rows = job.rows / job.image_rows;
+    Codes codes = {};
+    if (then != nullptr) {
+      codes = then->first == nullptr ? *then : *then->first;
+      codes.codes = then->codes + token * then->positions;
+      codes.stride = then->positions * job.image_rows;
+    }
+    if (multiply_rows(own, then == nullptr ? nullptr : &codes, threads, parallel_for) != 0) return -1;
+  }
+  return 0;
+}
+
+int quantize_all(const Codes& job, int64_t threads, ParallelFor parallel_for) {
+  return by_rows(job, threads, parallel_for, [&](int64_t begin, int64_t end) { quantize_rows(job, begin, end); });
+}
+
 }  // namespace
 }  // namespace quantformer
 
 int quantformer_quantize(const Codes* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
-  return by_rows(*job, threads, parallel_for, [&](int64_t begin, int64_t end) { quantize_rows(*job, begin, end); });
+  if (quantize_all(*job, threads, parallel_for) != 0) return -1;
+  for (int64_t row = 0; job->first != nullptr && row < job->rows; row += job->image_rows) {
+    Codes own = *job->first;
+    own.x = job->x + row * job->channels;
+    own.codes = job->codes + row * job->positions;
+    own.norm = job->norm;
+    own.rows = std::min(job->first_rows, job->image_rows);
+    if (quantize_all(own, 1, nullptr) != 0) return -1;
+  }
+  return 0;
 }
 
 int quantformer_layer_norm(const Norm* job, int64_t threads, ParallelFor parallel_for) {

@@ -24,6 +24,7 @@ int run_mlp(const Mlp& job, int64_t threads, ParallelFor parallel_for) {
   between.codes = codes.get();
   second.x = codes.get();
   second.rows = job.first.rows;
+  between.image_rows = second.image_rows = job.first.image_rows;
   if (quantformer_multiply_to_codes(&job.first, &between, threads, parallel_for) != 0) return -1;
   return quantformer_multiply(&second, threads, parallel_for);
 }
@@ -33,9 +34,15 @@ int project(const AttentionBlock& job, Product linear, const Operand& operand, i
             int64_t threads, ParallelFor parallel_for) {
   const int64_t width = linear.outputs;
   const std::vector<float> offset(width, operand.offset), inverse(width, operand.inverse);
-  const Codes then = {nullptr, 0, width, offset.data(), inverse.data(), largest, 0, nullptr, width, codes, nullptr};
+  Codes then = {};
+  then.channels = then.positions = width;
+  then.offset = offset.data();
+  then.inverse = inverse.data();
+  then.largest = largest;
+  then.codes = codes;
   linear.x = job.query.x;
   linear.rows = job.query.rows;
+  linear.image_rows = job.mix.queries;
   return quantformer_multiply_to_codes(&linear, &then, threads, parallel_for);
 }
 
@@ -70,6 +77,7 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   if (by_head(mix, threads, parallel_for, attend) != 0) return -1;
   between.x = mix.output;
   between.rows = output.rows = rows;
+  between.image_rows = output.image_rows = mix.queries;
   between.codes = codes.get();
   output.x = codes.get();
   if (quantformer_quantize(&between, threads, parallel_for) != 0) return -1;
@@ -127,6 +135,7 @@ int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
   before.x = job.normed == nullptr ? job.x : job.normed;
   before.norm = job.normed == nullptr ? &job.norm_before : nullptr;
   before.codes = codes.get();
+  before.image_rows = after.image_rows = mlp.first.image_rows = attention.mix.queries;
   if (quantformer_quantize(&before, threads, parallel_for) != 0) return -1;
   if (job.order != nullptr && gather(job, codes.get(), threads, parallel_for, ordered.get()) != 0) return -1;
   attention.query.x = job.order == nullptr ? codes.get() : ordered.get();

@@ -81,8 +81,9 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
   const auto store_codes = [&](int64_t row, int64_t rows, int64_t place, int64_t outputs) {
     if (then->gelu) set.gelu(narrow, rows * kPanel, narrow);
     set.quantize(narrow, offset, inverse, static_cast<float>(then->largest), rows * kPanel, codes);
-    uint8_t* to = then->codes + row * then->positions + place;
-    for (int64_t r = 0; r < rows; ++r, to += then->positions) {
+    const int64_t stride = then->stride == 0 ? then->positions : then->stride;
+    uint8_t* to = then->codes + row * stride + place;
+    for (int64_t r = 0; r < rows; ++r, to += stride) {
       // A size that the compiler knows takes no call.
       if (outputs == kPanel) {
         std::copy_n(codes + r * kPanel, kPanel, to);

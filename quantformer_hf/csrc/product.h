@@ -35,6 +35,10 @@ struct Product {
 
   // Whether codes lie as `(columns, code_stride)`, a byte each, of whole panels: outputs beyond the last one are read.
   int32_t by_column;
+
+  // As of `Codes`: the product of the class token, with scales of groups, bias and largest code of its own.
+  const Product* first;
+  int64_t first_rows, image_rows;
 };
 
 // How a product is cut into segments for the instruction set at hand.

@@ -51,9 +51,17 @@ class TraceableActivation(nn.Module):
         self.register_buffer("reciprocal", 1 / scale)
         self.register_buffer("scale", scale.clone())
         self.register_buffer("offset", offset.clone())
+        first = getattr(quantizer, "class_token", None)
+        self.tokens = 0 if first is None else first.tokens
+        self.class_token = None if first is None else TraceableActivation(first)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., channels)` in and out."""
+        """`(..., channels)` in and out; where the class token has its own, `(batch, tokens, channels)`."""
+        if self.class_token is None:
+            return self._quantized(x)
+        return torch.cat([self.class_token(x[:, : self.tokens]), self._quantized(x[:, self.tokens :])], 1)
+
+    def _quantized(self, x: Tensor) -> Tensor:
         position = (self.produce(x) - self.offset) * self.reciprocal
         return position.round().clamp(0, self.qmax) * self.scale + self.offset
 

@@ -4,13 +4,14 @@ from . import operators
 from .arithmetic import fake_quantized, in_integers, infers
 from .info import describe_device, describe_layer
 from .library import instruction_set, using
-from .plans import ChannelPlan, LinearPlan, Remembered, plan_channels, plan_linear, plan_weight
+from .plans import ChannelPlan, LinearPlan, Remembered, TokenPlan, plan_channels, plan_linear, plan_weight
 
 
 __all__ = [
     "ChannelPlan",
     "LinearPlan",
     "Remembered",
+    "TokenPlan",
     "describe_device",
     "describe_layer",
     "fake_quantized",

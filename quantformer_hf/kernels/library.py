@@ -40,48 +40,57 @@ class Norm(Structure):
 class Codes(Structure):
     """`Codes` of `codes.h`."""
 
-    _fields_ = [
-        ("x", c_void_p),
-        ("rows", c_int64),
-        ("channels", c_int64),
-        ("offset", c_void_p),
-        ("inverse", c_void_p),
-        ("largest", c_int32),
-        ("gelu", c_int32),
-        ("source", c_void_p),
-        ("positions", c_int64),
-        ("codes", c_void_p),
-        ("norm", POINTER(LayerNorm)),
-    ]
+
+Codes._fields_ = [
+    ("x", c_void_p),
+    ("rows", c_int64),
+    ("channels", c_int64),
+    ("offset", c_void_p),
+    ("inverse", c_void_p),
+    ("largest", c_int32),
+    ("gelu", c_int32),
+    ("source", c_void_p),
+    ("positions", c_int64),
+    ("codes", c_void_p),
+    ("norm", POINTER(LayerNorm)),
+    ("first", POINTER(Codes)),
+    ("first_rows", c_int64),
+    ("image_rows", c_int64),
+    ("stride", c_int64),
+]
 
 
 class Product(Structure):
     """`Product` of `product.h`."""
 
-    _fields_ = [
-        ("x", c_void_p),
-        ("rows", c_int64),
-        ("x_stride", c_int64),
-        ("largest_x", c_int32),
-        ("codes", c_void_p),
-        ("code_stride", c_int64),
-        ("outputs", c_int64),
-        ("columns", c_int64),
-        ("bits", c_int32),
-        ("largest_code", c_int32),
-        ("multiplier", c_int32),
-        ("addend", c_int32),
-        ("source", c_void_p),
-        ("positions", c_int64),
-        ("group_ends", POINTER(c_int64)),
-        ("group_scales", c_void_p),
-        ("groups", c_int64),
-        ("scale", c_void_p),
-        ("bias", c_void_p),
-        ("y", c_void_p),
-        ("y_stride", c_int64),
-        ("by_column", c_int32),
-    ]
+
+Product._fields_ = [
+    ("x", c_void_p),
+    ("rows", c_int64),
+    ("x_stride", c_int64),
+    ("largest_x", c_int32),
+    ("codes", c_void_p),
+    ("code_stride", c_int64),
+    ("outputs", c_int64),
+    ("columns", c_int64),
+    ("bits", c_int32),
+    ("largest_code", c_int32),
+    ("multiplier", c_int32),
+    ("addend", c_int32),
+    ("source", c_void_p),
+    ("positions", c_int64),
+    ("group_ends", POINTER(c_int64)),
+    ("group_scales", c_void_p),
+    ("groups", c_int64),
+    ("scale", c_void_p),
+    ("bias", c_void_p),
+    ("y", c_void_p),
+    ("y_stride", c_int64),
+    ("by_column", c_int32),
+    ("first", POINTER(Product)),
+    ("first_rows", c_int64),
+    ("image_rows", c_int64),
+]
 
 
 class AttentionProbabilities(Structure):

@@ -97,6 +97,7 @@ def run_quantize(prepared: Codes, x: Tensor, norm: LayerNorm | None = None) -> T
         raise ValueError(f"there are scales and offsets for {job.channels} channels, and the input has {x.shape[-1]}")
     codes = torch.empty((*rows, job.positions), dtype=torch.uint8)
     job.x, job.rows, job.codes = x.data_ptr(), rows.numel(), codes.data_ptr()
+    job.image_rows = x.shape[-2] if job.first_rows else 0
     if norm is not None:
         job.norm = ctypes.pointer(norm)
     check(kernels.quantformer_quantize(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
@@ -241,6 +242,7 @@ def run_multiply(prepared: Product, codes: Tensor) -> Tensor:
         raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {job.positions}")
     y = torch.empty((*rows, job.outputs), dtype=torch.float32)
     job.x, job.rows, job.y = codes.data_ptr(), rows.numel(), y.data_ptr()
+    job.image_rows = codes.shape[-2] if job.first_rows else 0
     check(kernels.quantformer_multiply(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
     return y
 

@@ -1,5 +1,6 @@
 """What the operators need beside codes, made once from a layer's tensors: the order of the channels, the folded bias."""
 
+import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,45 @@ def plan_channels(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class TokenPlan(_Plan):
+    """How a tensor lies as codes whose first tokens have scales and offsets of their own, in the same groups."""
+
+    first: ChannelPlan
+    others: ChannelPlan
+    tokens: int
+
+    @property
+    def source(self) -> Tensor:
+        return self.others.source
+
+    @functools.cached_property
+    def job(self) -> Codes:
+        """As `ChannelPlan.job`, of all tokens."""
+        return _with_first(self.others.job, self.first.job, self.tokens)
+
+    def quantize_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+        """As `ChannelPlan.quantize_norm`, of `(..., tokens, channels)`."""
+        norm = weight, bias, epsilon
+        if operators.nobody_listens(x) and library() is not None:
+            return operators.run_quantize(self.job, x, operators.prepare_layer_norm(self.others.channels, *norm))
+        return self.quantize(operators.call(operators.layer_norm, x, *norm))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """As `ChannelPlan.quantize`, of `(..., tokens, channels)`."""
+        if operators.nobody_listens(x) and library() is not None:
+            return operators.run_quantize(self.job, x)
+        first, others = x[..., : self.tokens, :], x[..., self.tokens :, :]
+        return torch.cat([self.first.quantize(first), self.others.quantize(others)], -2)
+
+
+def _with_first(job: Codes | Product, first: Codes | Product, tokens: int) -> Codes | Product:
+    """A copy of `job` that leaves the first tokens of each image to `first`. It points to that, which the caller keeps."""
+    both = type(job).from_buffer_copy(job)
+    both.first, both.first_rows = ctypes.pointer(first), tokens
+    return both
+
+
 @dataclass(frozen=True)
 class WeightPlan:
     """A weight as the kernels take it: `scale * (code * multiplier + addend)`, codes packed in `bits` each."""
@@ -155,8 +195,34 @@ class LinearPlan(_Plan):
         return operators.call(operators.multiply, codes, *self.arguments)
 
 
-def plan_linear(weight: WeightPlan, packed: Tensor, bias: Tensor | None, channels: ChannelPlan) -> LinearPlan:
+@dataclass(frozen=True, eq=False)
+class TokenLinearPlan(_Plan):
+    """A linear layer whose input has a `TokenPlan`: the same codes of the weight, and offsets folded for each part."""
+
+    first: LinearPlan
+    others: LinearPlan
+    tokens: int
+
+    @functools.cached_property
+    def job(self) -> Product:
+        """As `LinearPlan.job`, of all tokens."""
+        return _with_first(self.others.job, self.first.job, self.tokens)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """`(..., tokens, positions)` to `(..., tokens, out)`, float32."""
+        if operators.nobody_listens(codes) and library() is not None:
+            return operators.run_multiply(self.job, codes)
+        first, others = codes[..., : self.tokens, :], codes[..., self.tokens :, :]
+        return torch.cat([self.first(first), self.others(others)], -2)
+
+
+def plan_linear(
+    weight: WeightPlan, packed: Tensor, bias: Tensor | None, channels: ChannelPlan | TokenPlan
+) -> LinearPlan | TokenLinearPlan:
     """Fold the offsets: `b'_o = b_o + s_o Σ_g β_g Σ_{c∈g} w_oc` (design: deployment form), in float64."""
+    if isinstance(channels, TokenPlan):
+        first, others = (plan_linear(weight, packed, bias, part) for part in (channels.first, channels.others))
+        return TokenLinearPlan(first, others, channels.tokens)
     groups, positions = len(channels.group_ends), channels.source.numel()
     # The sums of the weights of each group, by the operator itself: row g of the input has ones in group g.
     ones = torch.zeros(groups, positions, dtype=torch.uint8, device=packed.device)

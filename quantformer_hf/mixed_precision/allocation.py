@@ -13,7 +13,7 @@ from .search_space import Widths
 
 
 #: What an allocation's cost rests on beside its bits.
-SETTINGS = ("attention_bits", "embedding_bits", "classifier_bits", "num_groups", "weight_quantizer")
+SETTINGS = ("class_token_bits", "attention_bits", "embedding_bits", "classifier_bits", "num_groups", "weight_quantizer")
 
 
 def make_allocation(

@@ -116,12 +116,14 @@ class BitAllocation:
 
     def check_settings(self, config: Any, source: str | Path) -> None:
         """Raise ValueError if this keeps a budget only with other settings than those of `config`."""
-        for name, value in self.settings.items():
+        # Older files do not say what they had no choice of.
+        for name, value in ({"class_token_bits": None} | self.settings).items():
             now = getattr(config, name, value)
             if self.budget and now != value:
+                way_out = f"leave out {name}" if value is None else f"give --{name} {value}"
                 raise ValueError(
-                    f"{source} keeps its budget with {name} {value}, and not with {now}: give --{name} {value}, or make"
-                    f" another allocation by the stage 'allocate'"
+                    f"{source} keeps its budget with {name} {value}, and not with {now}: {way_out}, or make another"
+                    f" allocation by the stage 'allocate'"
                 )
 
 

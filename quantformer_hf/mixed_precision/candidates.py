@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..class_token import ClassTokenQuantizer
 from ..groups import channel_importance
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..quantize import blocks, full_precision, reading_layers
@@ -79,9 +80,14 @@ def grouped_quantizer(
 ) -> GroupActivationQuantizer:
     """A quantizer of `bits` bits with frozen groups, from the ranges that the calibrated `quantizer` has seen."""
     made = GroupActivationQuantizer(quantizer.channels, bits, quantizer.name, True, quantizer.producer)
-    made.to(quantizer.scale.device).channel_quantiles.copy_(quantizer.channel_quantiles)
-    made.begin_search(num_groups, channel_importance(readers))
-    made.freeze_groups()
+    if quantizer.class_token is not None:
+        ClassTokenQuantizer(made, quantizer.class_token.grid.bits, quantizer.class_token.tokens)
+    made.to(quantizer.scale.device)
+    for part, seen in zip(made.with_class_token(), quantizer.with_class_token(), strict=True):
+        part.channel_quantiles.copy_(seen.channel_quantiles)
+        part.begin_search(num_groups, channel_importance(readers))
+    for part in made.with_class_token():
+        part.freeze_groups()
     return made
 
 

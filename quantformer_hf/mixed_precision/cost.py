@@ -6,7 +6,7 @@ programme find the best allocation exactly.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -141,11 +141,12 @@ class CostModel:
 
     def _bit_operations(self) -> Cost:
         fixed = sum(product.bit_operations for name, product in self.products.items() if name not in self.space.inputs)
-        shares = {
-            name: {(w, a): self.products[name].multiplications * w * a for w, a in self.pairs()}
-            for name in self.space.inputs
-        }
-        return Cost(BIT_OPERATIONS, fixed, shares)
+
+        def shares(name: str) -> dict[tuple[int, int], int]:
+            product = self.products[name]
+            return {(w, a): replace(product, weight_bits=w, activation_bits=a).bit_operations for w, a in self.pairs()}
+
+        return Cost(BIT_OPERATIONS, fixed, {name: shares(name) for name in self.space.inputs})
 
     def _bytes(self, model: QuantformerForImageClassification) -> ByteCost:
         tensors = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in model.state_dict().items()}

@@ -139,7 +139,7 @@ struct Layer {
   Product product(float* y) const {
     return {x, shape.rows, layout.positions(), largest, weight.packed, weight.width, shape.outputs, shape.columns,
             weight.bits, (1 << weight.bits) - 1, weight.multiplier, weight.addend, source, layout.positions(),
-            layout.ends.data(), group_scales, shape.groups, scale, bias, y, shape.outputs, 0};
+            layout.ends.data(), group_scales, shape.groups, scale, bias, y, shape.outputs, 0, nullptr, 0, 0};
   }
 
   Shape shape;
@@ -228,6 +228,73 @@ void test_layer(const InstructionSet& set, const Layer& layer) {
   }
 }
 
+// Codes that a product reads, of what another one gave.
+Codes codes_for(const Layer& reader, int64_t rows, const Exact<float>& offset, const Exact<float>& inverse, bool gelu) {
+  return {nullptr, rows, reader.shape.columns, offset, inverse, reader.largest, gelu, reader.source,
+          reader.layout.positions(), nullptr, nullptr, nullptr, 0, 0, 0};
+}
+
+// Of each image the first rows have scales and codes of their own: all together, and each row by itself.
+void test_first_rows(const InstructionSet& set, Random& random, int bits, int first_bits, int64_t first_rows) {
+  const int64_t images = 3, image_rows = 6, rows = images * image_rows;
+  const Layer layer(random, {rows, 37, 21, 3}, bits, bits, 1);
+  const int64_t positions = layer.layout.positions(), outputs = layer.shape.outputs, columns = layer.shape.columns;
+  const auto group_scales = random.reals(3, 0.001f, 1), bias = random.reals(outputs, -9, 9);
+  const auto is_first = [&](int64_t row) { return row % image_rows < first_rows; };
+  Product others = layer.product(nullptr), first = others;
+  first.largest_x = (1 << first_bits) - 1;
+  first.group_scales = group_scales;
+  first.bias = bias;
+  Exact<uint8_t> x(rows * positions);
+  for (int64_t i = 0; i < x.size; ++i) {
+    const bool padding = layer.source[i % positions] == columns;
+    const int largest = is_first(i / positions) ? first.largest_x : others.largest_x;
+    x[i] = padding ? 0 : static_cast<uint8_t>(random.integer(0, largest));
+  }
+  Exact<float> got(rows * outputs), expected(rows * outputs);
+  bool ran = true;
+  for (int64_t row = 0; row < rows; ++row) {
+    Product one = is_first(row) ? first : others;
+    one.x = x + row * positions;
+    one.rows = 1;
+    one.y = expected + row * outputs;
+    ran = ran && quantformer_multiply(&one, 1, nullptr) == 0;
+  }
+  others.x = x;
+  others.y = got;
+  others.first = &first;
+  others.first_rows = first_rows;
+  others.image_rows = image_rows;
+  ran = ran && quantformer_multiply(&others, 3, backwards) == 0;
+  check(ran && same_bits(got, expected), set, "multiply, first rows", layer.name);
+
+  // To codes: of a product, and of numbers.
+  const Layer reader(random, {rows, outputs, 4, 2}, bits, bits, 1);
+  const auto reader_offset = random.reals(outputs, -2, 0), reader_inverse = random.reals(outputs, 0.5f, 2);
+  Codes then = codes_for(reader, rows, reader_offset, reader_inverse, true), first_then = then;
+  first_then.offset = reader_inverse;
+  first_then.largest = first.largest_x;
+  Exact<uint8_t> codes(rows * then.positions), stepped(rows * then.positions), again(rows * then.positions);
+  for (int64_t row = 0; row < rows; ++row) {
+    Codes one = is_first(row) ? first_then : then;
+    one.x = expected + row * outputs;
+    one.rows = 1;
+    one.codes = stepped + row * then.positions;
+    ran = ran && quantformer_quantize(&one, 1, nullptr) == 0;
+  }
+  then.first = &first_then;
+  then.first_rows = first_rows;
+  then.image_rows = image_rows;
+  then.codes = codes;
+  others.y = nullptr;
+  ran = ran && quantformer_multiply_to_codes(&others, &then, 3, backwards) == 0;
+  check(ran && same_bits(codes, stepped), set, "multiply to codes, first rows", layer.name);
+  then.x = expected;
+  then.codes = again;
+  ran = quantformer_quantize(&then, 3, backwards) == 0;
+  check(ran && same_bits(again, stepped), set, "codes, first rows", layer.name);
+}
+
 void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t channels, int64_t groups) {
   const Layout layout(random, channels, groups);
   const auto x = values(random, rows * channels);
@@ -242,7 +309,7 @@ void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t
       expected[i] = c < channels ? code(x[i / positions * channels + c], offset[c], inverse[c], 15) : 0;
     }
     const int32_t* order = ordered ? source.begin() : nullptr;
-    Codes job = {x, rows, channels, offset, inverse, 15, 0, order, positions, codes, nullptr};
+    Codes job = {x, rows, channels, offset, inverse, 15, 0, order, positions, codes, nullptr, nullptr, 0, 0, 0};
     check(quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, expected), set, "codes", of);
     for (int64_t i = 0; i < codes.size; ++i) {
       const int64_t c = ordered ? source[i % positions] : i % positions;
@@ -357,12 +424,6 @@ void test_mix(const InstructionSet& set, Random& random, const AttentionShape& s
   Mixed job = {probabilities, value.values, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands, largest, got};
   std::copy_n(value.strides, 3, job.value_strides);
   check(quantformer_mix(&job, 3, backwards) == 0 && same_bits(got, expected), set, "mix", of);
-}
-
-// Codes that a product reads, of what another one gave.
-Codes codes_for(const Layer& reader, int64_t rows, const Exact<float>& offset, const Exact<float>& inverse, bool gelu) {
-  return {nullptr, rows, reader.shape.columns, offset, inverse, reader.largest, gelu, reader.source,
-          reader.layout.positions(), nullptr, nullptr};
 }
 
 // Modules in one call, and step by step.
@@ -533,6 +594,11 @@ void test(const InstructionSet& set) {
   for (const Shape& shape : {Shape{3, 24, 16, 200}, {2, 1500, 5, 1}, {2, 1500, 5, 2}, {600, 12, 20, 2}, {0, 9, 9, 2},
                              {3, 9, 0, 2}, {3, 0, 9, 2}, {0, 0, 0, 1}}) {
     for (int bits : {1, 4, 8}) test_layer(set, Layer(random, shape, bits, bits == 1 ? 2 : bits, 1));
+  }
+  for (int bits : {2, 3, 4, 8}) {
+    for (int first_bits : {2, 4, 8}) {
+      for (int64_t first_rows : {1, 2, 6}) test_first_rows(set, random, bits, first_bits, first_rows);
+    }
   }
   // Rows in several parts, of bytes and of words.
   for (int bits : {4, 8}) test_mlp(set, random, 400, 5, 20, bits);
