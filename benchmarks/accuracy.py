@@ -9,7 +9,7 @@ Subject `imagenet`: the ViT-Tiny of `models/`, calibrated and trained on `data/i
 augmentation and number of steps. Finished runs are kept in `--output_dir` and not repeated, so that a longer list of rows
 can be typed later; the table holds all of this subject and number of steps that are there. Beside top-1 stand the share of
 full precision's classes that are kept and the mean KL divergence from its predictions: both are paired, and tell rows apart
-that top-1 cannot.
+that top-1 cannot. Levels are those of all tokens but a class token with a quantizer of its own.
 """
 
 import argparse
@@ -48,15 +48,20 @@ PLAIN = [
     *("--learning_rate", "2e-4", "--scale_learning_rate", "2e-5", "--weight_quantizer", "lsq"),
 ]
 ONE_GROUP = ["--stages", "pretrain"]
+#: Inputs of the class token at the bits of patch embedding and classifier.
+CLASS_TOKEN = ["--class_token_bits", "8"]
 SEARCHED = ["--preset", "lightning", "--stages", "search", "finetune"]
 
 #: What each row tells `run_quantformer.py`.
 ROWS = {
     "ptq_one_group": ["--preset", "ptq", "--stages", "pretrain"],
     "ptq": ["--preset", "ptq"],
+    "ptq_class_token": ["--preset", "ptq", *CLASS_TOKEN],
     "lsq": [*PLAIN, *ONE_GROUP, "--task_weight", "1", "--distillation_weight", "0"],
     "lsq_distilled": [*PLAIN, *ONE_GROUP],
+    "lsq_distilled_class_token": [*PLAIN, *ONE_GROUP, *CLASS_TOKEN],
     "ours": ["--preset", "lightning"],
+    "ours_class_token": ["--preset", "lightning", *CLASS_TOKEN],
     "ours_one_group": ["--preset", "lightning", *ONE_GROUP],
     "ours_no_attention": ["--preset", "lightning", "--aux_weight", "0"],
     "ours_fixed_degree": ["--preset", "lightning", "--pnorm", "2"],

@@ -60,9 +60,17 @@ def check_same_bits(backbone: nn.Module, config: QuantformerConfig, told: dict[s
 
     Args:
         backbone: of the model.
-        told: fields of `QuantformerConfig`, `layer_bits` among them.
+        told: fields of `QuantformerConfig`. Only `layer_bits` and `class_token_bits` are looked at.
         source: where the model comes from, for the message.
     """
+    wanted_token = told.get("class_token_bits")
+    if wanted_token not in (None, config.class_token_bits):
+        raise ValueError(
+            f"{source} has class_token_bits {config.class_token_bits}, and not {wanted_token}: start from the"
+            f" full-precision checkpoint, or leave out --class_token_bits"
+        )
+    if not told.get("layer_bits"):
+        return
     wanted = resolve_layer_bits(backbone, QuantformerConfig.from_dict(config.to_dict() | told))
     for name, found in resolve_layer_bits(backbone, config).items():
         if found != wanted[name]:

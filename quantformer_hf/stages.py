@@ -207,7 +207,7 @@ class StageRun:
             raise ValueError(f"{self.source} is quantized already: start it at the stage search or finetune")
         if self.stage == "full_precision":
             return model, None, processor
-        if quantized and arguments.layer_bits:
+        if quantized:
             check_same_bits(model.backbone, model.config, arguments.quantization_arguments(), self.source)
         batches = self._calibration_batches(data, processor)
         teacher = None

@@ -12,6 +12,7 @@ from quantformer_hf.class_token import ClassTokenQuantizer
 from quantformer_hf.expected_tensors import expected_tensors
 from quantformer_hf.exporters.traceable import TraceableActivation
 from quantformer_hf.kernels import fake_quantized, instruction_set, using
+from quantformer_hf.layer_bits import check_same_bits
 from quantformer_hf.mixed_precision.candidates import grouped_quantizer
 from quantformer_hf.mixed_precision.cost import CostModel
 from quantformer_hf.mixed_precision.search_space import SearchSpace
@@ -232,3 +233,11 @@ def test_what_is_exported_is_what_is_computed():
 def test_what_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         QuantformerConfig(**arguments)
+
+
+def test_a_quantized_model_keeps_its_bits():
+    model = make_quantized("vit", "pretrain", class_token_bits=4)
+    check_same_bits(model.backbone, model.config, {"class_token_bits": 4}, "somewhere")
+    check_same_bits(model.backbone, model.config, {}, "somewhere")
+    with pytest.raises(ValueError, match="somewhere has class_token_bits 4, and not 8: start from the full-precision"):
+        check_same_bits(model.backbone, model.config, {"class_token_bits": 8}, "somewhere")
