@@ -1,5 +1,6 @@
 """Quantized ViT, DeiT and Swin image classifiers with the life of any other transformers model."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from . import pack, quantize
 from .attention import ATTENTION_IMPLEMENTATION, attention_modules
 from .checkpoints import load_full_precision
+from .classes_only import classes_only
 from .configuration_quantformer import (
     BACKBONES,
     QUANTIZATION_ARGUMENTS,
@@ -143,8 +145,13 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             RuntimeError: a layer that was not calibrated.
         """
         return_dict = kwargs.pop("return_dict", None)
+        packed = self.config.stage == "packed"
+        wants_states = kwargs.get("output_hidden_states") or self.backbone.config.output_hidden_states
+        # A traced graph has all tokens.
+        shortens = packed and not wants_states and not torch.compiler.is_compiling()
         # Integers have no gradient.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.stage != "packed"):
+        gradients = torch.set_grad_enabled(torch.is_grad_enabled() and not packed)
+        with gradients, classes_only(self.backbone) if shortens else contextlib.nullcontext():
             outputs = self.backbone(
                 pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
             )

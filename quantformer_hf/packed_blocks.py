@@ -17,6 +17,7 @@ from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, Swi
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from .attention import ATTENTION_IMPLEMENTATION
+from .classes_only import tokens_read
 from .kernels import ChannelPlan, Remembered, in_integers, operators
 from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Block, Mlp, check, library
 from .layers import QuantLayerNorm, quantize_first_argument
@@ -169,9 +170,9 @@ class PackedBlock(_OneJob):
             job.x, job.before.rows = x.data_ptr(), x.shape[:-1].numel()
         return job
 
-    def run(self, job: Block, x: Tensor) -> Tensor:
-        """Run the job on `x`, `(batch, tokens, channels)` in and out."""
-        output = torch.empty_like(x)
+    def run(self, job: Block, x: Tensor, kept: int) -> Tensor:
+        """Run the job on `x` `(batch, tokens, channels)`, of which the first `kept` tokens come out."""
+        output = x.new_empty((len(x), kept, x.shape[2]))
         job.mlp.second.y = output.data_ptr()
         kernels = library()
         check(kernels.quantformer_block(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
@@ -200,12 +201,14 @@ class PackedPlainBlock(PackedBlock):
     """That of ViT and DeiT, whose attention is among all tokens."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """`(batch, tokens, channels)` in and out."""
+        """`(batch, tokens, channels)` in and out; of the last block's tokens, those that are read (`classes_only.py`)."""
         job = self.block_job(hidden_states, kwargs) if attention_mask is None else None
         if job is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        set_sizes(job.attention, *hidden_states.shape[:2])
-        return self.run(job, hidden_states)
+        batch, tokens = hidden_states.shape[:2]
+        kept = tokens_read(self, tokens)
+        set_sizes(job.attention, batch, tokens, kept)
+        return self.run(job, hidden_states, kept)
 
     def reads(self) -> ActivationQuantizer | None:
         norm = self.layernorm_before
@@ -233,7 +236,7 @@ class PackedWindowBlock(PackedBlock):
         set_sizes(job.attention, len(hidden_states) * len(order) // area, area)
         if hidden is not None:
             job.attention.scores.hidden, job.attention.scores.windows = hidden.data_ptr(), len(hidden)
-        return self.run(job, hidden_states), None
+        return self.run(job, hidden_states, hidden_states.shape[1]), None
 
     def reads(self) -> ActivationQuantizer | None:
         attention = self.attention
@@ -264,11 +267,11 @@ def _windows(height: int, width: int, window_size: int, shift_size: int) -> tupl
         return windows.flatten().int() - 1, hidden
 
 
-def set_sizes(job: AttentionBlock, batch: int, tokens: int) -> None:
-    """Tell the parts of `job` what it is run on."""
+def set_sizes(job: AttentionBlock, batch: int, tokens: int, queries: int | None = None) -> None:
+    """Tell the parts of `job` what it is run on, and of how many first tokens the output is wanted, by default of all."""
     job.query.rows = batch * tokens
     for part in (job.scores, job.mix):
-        part.batch, part.queries, part.keys = batch, tokens, tokens
+        part.batch, part.queries, part.keys = batch, tokens if queries is None else queries, tokens
 
 
 def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from quantformer_hf.attention import capture_attention
 from quantformer_hf.kernels import instruction_set, using
-from quantformer_hf.packed_blocks import PACKED_FORMS, PLAIN_FORMS
+from quantformer_hf.packed_blocks import PACKED_FORMS, PLAIN_FORMS, PackedPlainBlock
 
 
 needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the kernels were not built")
@@ -203,3 +203,43 @@ def test_an_image_of_another_size_than_its_tokens_is_refused():
         assert block(tokens, (8, 8))[0].shape == tokens.shape
         with pytest.raises(RuntimeError, match="shape"):
             block(tokens, (8, 9))
+
+
+@needs_kernels
+@pytest.mark.parametrize("backbone", ["vit", "deit", "deit-distilled"])
+@pytest.mark.parametrize("class_token_bits", [None, 8])
+def test_the_last_block_works_out_the_class_token_alone(backbone, class_token_bits):
+    """Unless somebody looks at the others; logits are the same."""
+    packed = make_quantized(backbone, "finetune", class_token_bits=class_token_bits).pack()
+    last = [module for module in packed.modules() if isinstance(module, PackedPlainBlock)][-1]
+    encoder = getattr(packed.backbone, packed.config.backbone_config.model_type)
+    tokens = {"vit": 1, "deit": 2}[packed.config.backbone_config.model_type]
+    sizes = []
+    run = last.run
+    last.run = lambda *arguments: sizes.append(run(*arguments).shape[1]) or run(*arguments)
+    for images in (*make_batches(), make_batches()[0][:1]):
+        expected = one_by_one(packed, images)
+        assert torch.equal(logits(packed, images), expected)
+        assert sizes.pop() == tokens
+    with torch.no_grad():
+        all_tokens = encoder(images).last_hidden_state
+        # With hooks that stay.
+        states = packed(pixel_values=images, output_hidden_states=True)
+    assert all_tokens.shape[1] > tokens
+    assert states.hidden_states[-1].shape == all_tokens.shape
+    assert torch.equal(states.logits, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("heard", ["encoder", "layernorm", "last block"])
+def test_who_listens_is_told_of_all_tokens(heard):
+    packed = make_quantized("vit", "finetune").pack()
+    encoder = packed.backbone.vit
+    seen = []
+    listened = {"encoder": encoder, "layernorm": encoder.layernorm, "last block": encoder.layers[-1]}[heard]
+    listened.register_forward_hook(lambda module, given, output: seen.append(output))
+    images = make_batches()[0]
+    expected = one_by_one(packed, images)
+    assert torch.equal(logits(packed, images), expected)
+    output = getattr(seen[-1], "last_hidden_state", seen[-1])
+    assert output.shape[1] == 1 + (images.shape[-1] // packed.config.backbone_config.patch_size) ** 2

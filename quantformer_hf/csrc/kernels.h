@@ -85,7 +85,7 @@ struct Mlp {
 int quantformer_mlp(const Mlp* job, int64_t threads, ParallelFor parallel_for);
 
 // An attention block: three linears of the same codes, attention, codes, linear. `scores` and `mix` have the sizes,
-// and `scores` the mask.
+// and `scores` the mask. With fewer queries than keys, what is put out is that of the first rows of each image alone.
 struct AttentionBlock {
   quantformer::Product query, key, value;
   Probabilities scores;
@@ -96,7 +96,7 @@ struct AttentionBlock {
 int quantformer_attention_block(const AttentionBlock* job, int64_t threads, ParallelFor parallel_for);
 
 // A transformer block: h = x + attention(LayerNorm(x)), y = h + mlp(LayerNorm(h)). `before` has the rows; the norms are
-// those given here.
+// those given here. With fewer queries than keys (and no windows), y has the first rows of each image alone.
 struct Block {
   const float* x;       // `(rows, channels)`
   const float* normed;  // LayerNorm(x) where the caller has made it, else null

@@ -29,10 +29,18 @@ int run_mlp(const Mlp& job, int64_t threads, ParallelFor parallel_for) {
   return quantformer_multiply(&second, threads, parallel_for);
 }
 
-// One operand of attention, as codes in the order of its channels.
-int project(const AttentionBlock& job, Product linear, const Operand& operand, int32_t largest, uint8_t* codes,
-            int64_t threads, ParallelFor parallel_for) {
-  const int64_t width = linear.outputs;
+// Where only the first rows of each image are worked on: as these are.
+template <typename Job>
+Job of_first(const Job& job) {
+  Job own = job.first == nullptr ? job : *job.first;
+  own.first = nullptr;
+  return own;
+}
+
+// One operand of attention, as codes in the order of its channels: of the first `kept` rows of each image.
+int project(const AttentionBlock& job, Product linear, const Operand& operand, int32_t largest, int64_t kept,
+            uint8_t* codes, int64_t threads, ParallelFor parallel_for) {
+  const int64_t width = linear.outputs, image_rows = job.mix.keys;
   const std::vector<float> offset(width, operand.offset), inverse(width, operand.inverse);
   Codes then = {};
   then.channels = then.positions = width;
@@ -42,30 +50,45 @@ int project(const AttentionBlock& job, Product linear, const Operand& operand, i
   then.codes = codes;
   linear.x = job.query.x;
   linear.rows = job.query.rows;
-  linear.image_rows = job.mix.queries;
-  return quantformer_multiply_to_codes(&linear, &then, threads, parallel_for);
+  linear.image_rows = image_rows;
+  if (kept == image_rows) return quantformer_multiply_to_codes(&linear, &then, threads, parallel_for);
+  then.stride = kept * width;
+  for (int64_t row = 0; row < kept; ++row) {
+    Product one = of_first(linear);
+    one.x = linear.x + row * linear.x_stride;
+    one.x_stride = image_rows * linear.x_stride;
+    one.rows = job.mix.batch;
+    then.codes = codes + row * width;
+    if (quantformer_multiply_to_codes(&one, &then, threads, parallel_for) != 0) return -1;
+  }
+  return 0;
 }
 
 int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor parallel_for) {
-  Product output = job.output;
   Probabilities scores = job.scores;
   Mixed mix = job.mix;
-  Codes between = job.between;
-  const int64_t rows = job.query.rows, width = mix.heads * mix.head_size;
+  const bool all = mix.queries == mix.keys;
+  Product output = all ? job.output : of_first(job.output);
+  Codes between = all ? job.between : of_first(job.between);
+  const int64_t rows = job.query.rows, kept = mix.batch * mix.queries, width = mix.heads * mix.head_size;
   const auto operands = buffer<uint8_t>(3 * rows * width);
-  const auto mixed = buffer<float>(rows * width);
-  const auto codes = buffer<uint8_t>(rows * between.positions);
+  const auto mixed = buffer<float>(kept * width);
+  const auto codes = buffer<uint8_t>(kept * between.positions);
   uint8_t *const query = operands.get(), *const key = query + rows * width, *const value = key + rows * width;
-  if (project(job, job.query, scores.operands[0], scores.largest, query, threads, parallel_for) != 0 ||
-      project(job, job.key, scores.operands[1], scores.largest, key, threads, parallel_for) != 0 ||
-      project(job, job.value, mix.operands[1], mix.largest, value, threads, parallel_for) != 0) {
+  const auto project_to = [&](const Product& linear, const Operand& operand, int64_t kept, uint8_t* codes) {
+    return project(job, linear, operand, mix.largest, kept, codes, threads, parallel_for);
+  };
+  if (project_to(job.query, scores.operands[0], mix.queries, query) != 0 ||
+      project_to(job.key, scores.operands[1], mix.keys, key) != 0 ||
+      project_to(job.value, mix.operands[1], mix.keys, value) != 0) {
     return -1;
   }
   scores.query_codes = query;
   scores.key_codes = key;
   mix.value_codes = value;
-  const int64_t strides[3] = {mix.queries * width, mix.head_size, width};
+  const int64_t strides[3] = {mix.keys * width, mix.head_size, width};
   for (auto of : {scores.query_strides, scores.key_strides, mix.value_strides}) std::copy_n(strides, 3, of);
+  scores.query_strides[0] = mix.queries * width;
   mix.output = mixed.get();
   const auto attend = [&](int64_t b, int64_t h, int64_t) {
     thread_local Scratch scratch;
@@ -76,10 +99,11 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   };
   if (by_head(mix, threads, parallel_for, attend) != 0) return -1;
   between.x = mix.output;
-  between.rows = output.rows = rows;
+  between.rows = output.rows = kept;
   between.image_rows = output.image_rows = mix.queries;
   between.codes = codes.get();
   output.x = codes.get();
+  output.y = job.output.y;
   if (quantformer_quantize(&between, threads, parallel_for) != 0) return -1;
   return quantformer_multiply(&output, threads, parallel_for);
 }
@@ -123,19 +147,25 @@ int gather(const Block& job, const uint8_t* codes, int64_t threads, ParallelFor 
 }
 
 int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
-  Codes before = job.before, after = job.after;
   AttentionBlock attention = job.attention;
+  const int64_t queries = attention.mix.queries, image_rows = attention.mix.keys;
+  const bool all = queries == image_rows;
+  Codes before = job.before, after = all ? job.after : of_first(job.after);
   Mlp mlp = job.mlp;
-  const int64_t rows = before.rows, width = before.channels, tokens = attention.query.rows;
-  const auto codes = buffer<uint8_t>(rows * std::max(before.positions, after.positions));
+  if (!all) mlp = {of_first(mlp.first), of_first(mlp.between), of_first(mlp.second)};
+  const int64_t width = before.channels;
+  // Of `before`, of attention, and of what comes after it.
+  const int64_t rows = before.rows, tokens = attention.query.rows, kept = all ? rows : attention.mix.batch * queries;
+  const auto codes = buffer<uint8_t>(std::max(rows * before.positions, kept * after.positions));
   const auto ordered = buffer<uint8_t>(job.order == nullptr ? 0 : tokens * before.positions);
-  const auto attended = buffer<float>(tokens * width), hidden = buffer<float>(rows * width);
-  float* const y = mlp.second.y;
+  const auto attended = buffer<float>((all ? tokens : kept) * width), hidden = buffer<float>(kept * width);
+  float* const y = job.mlp.second.y;
+  mlp.second.y = y;
 
   before.x = job.normed == nullptr ? job.x : job.normed;
   before.norm = job.normed == nullptr ? &job.norm_before : nullptr;
   before.codes = codes.get();
-  before.image_rows = after.image_rows = mlp.first.image_rows = attention.mix.queries;
+  before.image_rows = after.image_rows = mlp.first.image_rows = image_rows;
   if (quantformer_quantize(&before, threads, parallel_for) != 0) return -1;
   if (job.order != nullptr && gather(job, codes.get(), threads, parallel_for, ordered.get()) != 0) return -1;
   attention.query.x = job.order == nullptr ? codes.get() : ordered.get();
@@ -146,16 +176,22 @@ int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
     const int64_t row = row_of(job, token);
     if (row >= 0) add_rows(attended.get() + token * width, job.x + row * width, width, hidden.get() + row * width);
   };
-  if (each_row(tokens, width, threads, parallel_for, add_attended) != 0) return -1;
+  const auto add_to_kept = [&](int64_t row) {
+    const float* x = job.x + (row / queries * image_rows + row % queries) * width;
+    add_rows(attended.get() + row * width, x, width, hidden.get() + row * width);
+  };
+  const int added = all ? each_row(tokens, width, threads, parallel_for, add_attended)
+                        : each_row(kept, width, threads, parallel_for, add_to_kept);
+  if (added != 0) return -1;
 
   after.norm = &job.norm_after;
   after.x = hidden.get();
   after.codes = codes.get();
   mlp.first.x = codes.get();
-  after.rows = mlp.first.rows = rows;
+  after.rows = mlp.first.rows = kept;
   if (quantformer_quantize(&after, threads, parallel_for) != 0) return -1;
   if (run_mlp(mlp, threads, parallel_for) != 0) return -1;
-  return each_row(rows, width, threads, parallel_for, [&](int64_t row) {
+  return each_row(kept, width, threads, parallel_for, [&](int64_t row) {
     add_rows(y + row * width, hidden.get() + row * width, width, y + row * width);
   });
 }

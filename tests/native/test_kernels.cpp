@@ -567,6 +567,18 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   stepped = stepped && norm_codes(job.after, &other, hidden, more) && quantformer_mlp(&mlp, 1, nullptr) == 0;
   for (int64_t i = 0; i < hidden.size; ++i) expected[i] += hidden[i];
   check(ran && stepped && same_bits(got, expected), set, windows ? "block of windows" : "block", query.name);
+  // The first rows of each image alone are those of all.
+  for (int64_t kept = 1; !windows && kept < std::min<int64_t>(s.queries, 3); ++kept) {
+    Exact<float> few(s.batch * kept * width), wanted(few.size);
+    for (int64_t i = 0; i < few.size; ++i) {
+      const int64_t row = i / width;
+      wanted[i] = got[(row / kept * s.queries + row % kept) * width + i % width];
+    }
+    Block part = job;
+    part.attention.scores.queries = part.attention.mix.queries = kept;
+    part.mlp.second.y = few;
+    check(quantformer_block(&part, 3, backwards) == 0 && same_bits(few, wanted), set, "block, first rows", query.name);
+  }
 }
 
 void test(const InstructionSet& set) {
