@@ -280,6 +280,10 @@ def format_report(report: CheckpointReport) -> str:
         f"full precision  {report.full_precision_bytes:>13,} bytes ({megabytes(report.full_precision_bytes)}): the"
         f" parameters in float32, {report.full_precision_bytes / total:.1f} times the file",
     ]
+    if config.class_token_bits is not None:
+        lines.append(
+            f"Input bits are those of patches; at the class token, the inputs of the blocks have {config.class_token_bits}."
+        )
     if config.stage == "search":
         lines.append("Channels are counted in the group of their largest assignment logit; freezing decides.")
     if config.stage != "packed":

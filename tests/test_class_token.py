@@ -11,6 +11,7 @@ from quantformer_hf.backbone_layers import describe_backbone
 from quantformer_hf.class_token import ClassTokenQuantizer
 from quantformer_hf.expected_tensors import expected_tensors
 from quantformer_hf.exporters.traceable import TraceableActivation
+from quantformer_hf.inspect_checkpoint import format_report, inspect_checkpoint
 from quantformer_hf.kernels import fake_quantized, instruction_set, using
 from quantformer_hf.layer_bits import check_same_bits
 from quantformer_hf.mixed_precision.candidates import grouped_quantizer
@@ -241,3 +242,9 @@ def test_a_quantized_model_keeps_its_bits():
     check_same_bits(model.backbone, model.config, {}, "somewhere")
     with pytest.raises(ValueError, match="somewhere has class_token_bits 4, and not 8: start from the full-precision"):
         check_same_bits(model.backbone, model.config, {"class_token_bits": 8}, "somewhere")
+
+
+def test_inspection_and_card_name_its_bits(tmp_path):
+    make_quantized("vit", "finetune", bit_width=3, class_token_bits=6).pack().save_pretrained(tmp_path)
+    assert "at the class token, the inputs of the blocks have 6." in format_report(inspect_checkpoint(tmp_path))
+    assert "| the same, at the class token |  | 6 bits |" in (tmp_path / "README.md").read_text()
