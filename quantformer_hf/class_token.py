@@ -53,6 +53,10 @@ class ClassTokenQuantizer(GroupActivationQuantizer):
     def group_index(self) -> Tensor:
         return self.others[0].group_index
 
+    def _planned_from(self) -> tuple[GroupActivationQuantizer, ...]:
+        # The groups are those of the others.
+        return self, *self.others
+
     def assignment_probabilities(self) -> Tensor:
         """`softmax(α)` of the other tokens' groups: `(groups, channels)`."""
         return self.others[0].assignment_probabilities()

@@ -107,7 +107,11 @@ class ActivationQuantizer(nn.Module):
     def plan(self, channels: int) -> ChannelPlan:
         """How a tensor of `channels` lies as codes."""
         make = functools.partial(self._make_plan, channels)
-        return self._plan.get((self,), make) if self.packed else make()
+        return self._plan.get(self._planned_from(), make) if self.packed else make()
+
+    def _planned_from(self) -> tuple[nn.Module, ...]:
+        """The modules whose tensors a plan is made from."""
+        return (self,)
 
     def _make_plan(self, channels: int) -> ChannelPlan:
         gelu = self.producer == "gelu"

@@ -248,3 +248,14 @@ def test_inspection_and_card_name_its_bits(tmp_path):
     make_quantized("vit", "finetune", bit_width=3, class_token_bits=6).pack().save_pretrained(tmp_path)
     assert "at the class token, the inputs of the blocks have 6." in format_report(inspect_checkpoint(tmp_path))
     assert "| the same, at the class token |  | 6 bits |" in (tmp_path / "README.md").read_text()
+
+
+def test_plans_follow_groups_that_change():
+    packed = make_quantized("vit", "finetune", class_token_bits=8).pack()
+    images = make_batches()[0]
+    logits(packed, images)
+    for quantizer in reading_layers(packed):
+        quantizer.group_index.copy_(quantizer.group_index.flip(0))
+    assert torch.equal(logits(packed, images), logits(copy.deepcopy(packed), images))
+    with using(None):
+        assert torch.equal(logits(packed, images), logits(copy.deepcopy(packed), images))
