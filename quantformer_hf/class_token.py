@@ -69,7 +69,10 @@ class ClassTokenQuantizer(GroupActivationQuantizer):
         importance = torch.ones_like(quantiles[:, 0]) if importance is None else importance
         # The most probable ones, which are what remains of a search.
         groups = self.assignment_probabilities().argmax(0)
-        self.fit(quantiles, importance, F.one_hot(groups, num_groups).T.float())
+        members = F.one_hot(groups, num_groups).T.float()
+        # A group that no channel has begun in is fitted to all: a search may move some there.
+        members[members.sum(1) == 0] = 1
+        self.fit(quantiles, importance, members)
 
     @torch.no_grad()
     def freeze_groups(self) -> None:

@@ -103,7 +103,6 @@ class QuantformerConfig(PreTrainedConfig):
         check_activation_bits("activation_bits", self.activation_bits)
         check_activation_bits("embedding_bits", self.embedding_bits)
         check_activation_bits("classifier_bits", self.classifier_bits)
-        _check_class_token_bits(self.class_token_bits, self.backbone_config.model_type)
         if self.attention_bits is not None:
             check_activation_bits("attention_bits", self.attention_bits)
         if not 1 <= self.num_groups <= 255:
@@ -112,12 +111,29 @@ class QuantformerConfig(PreTrainedConfig):
             self.layer_bits = read_layer_bits(self.layer_bits, self)
         for pattern, bits in (self.layer_bits or {}).items():
             _check_layer_bits(pattern, bits)
+        self._check_class_token_bits()
         backbone = self.backbone_config
         if self.id2label is None and "num_labels" not in kwargs:
             self.id2label, self.label2id = backbone.id2label, backbone.label2id
         super().__post_init__(**kwargs)
         # The wrapper and the model inside it must agree on the classes.
         backbone.id2label, backbone.label2id = self.id2label, self.label2id
+
+    def _check_class_token_bits(self) -> None:
+        bits, model_type = self.class_token_bits, self.backbone_config.model_type
+        if bits is None:
+            return
+        if isinstance(bits, bool) or not 2 <= bits <= 8:
+            raise ValueError(f"class_token_bits is {bits!r}: choose 2 to 8, or leave it out")
+        if model_type not in CLASS_TOKENS:
+            raise ValueError(f"class_token_bits is {bits}, and a {model_type} has no class token: leave it out")
+        # Overrides of layers may quantize some inputs all the same.
+        of_layers = [b if isinstance(b, int) else b.get("activation_bits") for b in (self.layer_bits or {}).values()]
+        if not {self.activation_bits, *of_layers} - {FULL_PRECISION_BITS, None}:
+            raise ValueError(
+                f"class_token_bits is {bits}, and activation_bits {FULL_PRECISION_BITS} leaves the inputs in floating"
+                f" point: choose activation_bits 2 to 8, or leave class_token_bits out"
+            )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -138,15 +154,6 @@ def check_activation_bits(name: str, bits: Any) -> None:
             f"{name} is {bits!r}: choose 2 to 8 (1 bit is for weights only), or {FULL_PRECISION_BITS} to leave it in"
             f" floating point"
         )
-
-
-def _check_class_token_bits(bits: int | None, model_type: str) -> None:
-    if bits is None:
-        return
-    if isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise ValueError(f"class_token_bits is {bits!r}: choose 2 to 8, or leave it out")
-    if model_type not in CLASS_TOKENS:
-        raise ValueError(f"class_token_bits is {bits}, and a {model_type} has no class token: leave it out")
 
 
 def _check_layer_bits(pattern: str, bits: Any) -> None:

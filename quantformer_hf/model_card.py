@@ -175,9 +175,10 @@ def _quantization_rows(config: QuantformerConfig) -> list[tuple[str, str, str]]:
         if allocated
         else (_bits(config.weight_bits), _bits(config.activation_bits))
     )
-    rows = [
-        ("linears of the blocks", weights, inputs),
-        *([("the same, at the class token", "", _bits(config.class_token_bits))] if config.class_token_bits else []),
+    rows = [("linears of the blocks", weights, inputs)]
+    if config.class_token_bits is not None:
+        rows.append(("their inputs at the class token, where quantized", "", _bits(config.class_token_bits)))
+    rows += [
         ("attention products: q, k, v and probabilities", "", _bits(config.attention_bits)),
         ("patch embedding", _bits(config.embedding_bits), _bits(config.embedding_bits)),
         ("classifier", _bits(config.classifier_bits), _bits(config.classifier_bits)),

@@ -157,6 +157,11 @@ def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
     return [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
 
 
+def searched_quantizers(model: nn.Module) -> list[GroupActivationQuantizer]:
+    """Those with an assignment of their own, in order: class tokens take over that of the other tokens."""
+    return [quantizer for quantizer in group_quantizers(model) if not isinstance(quantizer, ClassTokenQuantizer)]
+
+
 def group_quantizers(model: nn.Module) -> list[GroupActivationQuantizer]:
     """The activation quantizers whose channels are grouped."""
     return [module for module in model.modules() if isinstance(module, GroupActivationQuantizer)]

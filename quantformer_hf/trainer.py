@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, get_scheduler
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import FreezeGroupsCallback
-from .class_token import ClassTokenQuantizer
 from .image_trainer import ImageTrainer
 from .losses import (
     assignment_entropy,
@@ -27,7 +26,7 @@ from .losses import (
 from .model_card import add_to_model_card
 from .ops import scale_gradient
 from .pretrained import QuantformerPreTrainedModel
-from .quantize import blocks, group_quantizers
+from .quantize import blocks, searched_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .resumable_trainer import ResumableTrainer
 from .rotation import rotated
@@ -178,9 +177,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 features = rotated(features)
             terms["features"] = self.args.feature_weight * feature_distillation(outputs.hidden_states, features)
         if self.args.dm_weight > 0 and quantized.config.stage == "search":
-            # Those of class tokens have none of their own.
-            searched = [q for q in group_quantizers(quantized) if not isinstance(q, ClassTokenQuantizer)]
-            probabilities = [quantizer.assignment_probabilities() for quantizer in searched]
+            probabilities = [quantizer.assignment_probabilities() for quantizer in searched_quantizers(quantized)]
             terms["assignment"] = self.args.dm_weight * assignment_entropy(probabilities)
         terms |= self._more_terms()
         loss = torch.stack(list(terms.values())).sum()
@@ -323,7 +320,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             move_to_own_group(optimizer, scales, self.args.scale_learning_rate)
         if self._searches():
             logits = []
-            for quantizer in group_quantizers(model):
+            for quantizer in searched_quantizers(model):
                 shape = quantizer.scale.numel(), quantizer.channels
                 placeholder = nn.Parameter(torch.zeros(shape, device=quantizer.scale.device), requires_grad=False)
                 logits.append(getattr(quantizer, "assignment_logits", placeholder))

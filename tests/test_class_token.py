@@ -12,7 +12,8 @@ from quantformer_hf.class_token import ClassTokenQuantizer
 from quantformer_hf.expected_tensors import expected_tensors
 from quantformer_hf.exporters.traceable import TraceableActivation
 from quantformer_hf.inspect_checkpoint import format_report, inspect_checkpoint
-from quantformer_hf.kernels import fake_quantized, instruction_set, using
+from quantformer_hf.kernels import cuda, fake_quantized, instruction_set, using
+from quantformer_hf.kernels.plans import TokenPlan, plan_channels, plan_weight
 from quantformer_hf.layer_bits import check_same_bits
 from quantformer_hf.mixed_precision.candidates import grouped_quantizer
 from quantformer_hf.mixed_precision.cost import CostModel
@@ -229,11 +230,55 @@ def test_what_is_exported_is_what_is_computed():
         ({"class_token_bits": 1}, "class_token_bits is 1: choose 2 to 8"),
         ({"class_token_bits": 32}, "class_token_bits is 32: choose 2 to 8"),
         ({"class_token_bits": 3, "backbone_config": {"model_type": "swin"}}, "a swin has no class token: leave it out"),
+        ({"class_token_bits": 8, "activation_bits": 32}, "class_token_bits is 8, and activation_bits 32 leaves"),
+        (
+            {"class_token_bits": 8, "activation_bits": 32, "layer_bits": {"vit.layers.0.*": {"weight_bits": 2}}},
+            "class_token_bits is 8, and activation_bits 32 leaves",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         QuantformerConfig(**arguments)
+
+
+def test_it_may_be_quantized_where_some_layers_alone_are():
+    layers = {"vit.layers.0.*": {"activation_bits": 4}}
+    assert QuantformerConfig(activation_bits=32, class_token_bits=8, layer_bits=layers).class_token_bits == 8
+
+
+def test_a_group_that_is_empty_at_the_start_of_the_search_has_a_fitted_scale():
+    quantizer = quantizer_with_class_token(bits=4, class_bits=4)
+    quantizer.set_stage("pretrain", 1)
+    quantizer.class_token.set_stage("pretrain", 1)
+    x = 100 * torch.randn(64, 5, 6)
+    for part, seen in quantizer.parts(x):
+        observer = part.make_observer()
+        observer.add(seen)
+        part.calibrate(observer.quantiles())
+    quantizer.begin_search(2)
+    with torch.no_grad():
+        quantizer.assignment_logits[1] = -10
+        quantizer.class_token.begin_search(2)
+    # 15 steps over about 600.
+    assert (quantizer.class_token.scale > 10).all()
+
+
+def test_one_description_serves_all_tokens_of_a_layer_on_cuda(monkeypatch):
+    """`kernel_info()` asks why Triton may not serve them: no GPU is needed to tell that sums are too long."""
+    monkeypatch.setattr(cuda, "reason_against_device", lambda device: None)
+    weight = plan_weight(33026, 8, -128, 127, 0.5, torch.ones(3))
+    narrow, wide = (plan_channels(33026, torch.ones(1), torch.zeros(1), None, largest) for largest in (15, 255))
+    device = torch.device("cuda")
+    assert cuda.reason_against(weight, TokenPlan(narrow, narrow, 1), device) is None
+    assert "33028 channels" in cuda.reason_against(weight, TokenPlan(wide, narrow, 1), device)
+    assert "33028 channels" in cuda.reason_against(weight, TokenPlan(narrow, wide, 1), device)
+
+
+def test_plans_of_other_groups_do_not_go_together():
+    plans = [plan_channels(8, torch.ones(2), torch.zeros(2), torch.arange(8) // size, 3) for size in (4, 7)]
+    with pytest.raises(ValueError, match="both plans are to be made from one assignment"):
+        TokenPlan(*plans, 1)
 
 
 def test_a_quantized_model_keeps_its_bits():
@@ -247,7 +292,7 @@ def test_a_quantized_model_keeps_its_bits():
 def test_inspection_and_card_name_its_bits(tmp_path):
     make_quantized("vit", "finetune", bit_width=3, class_token_bits=6).pack().save_pretrained(tmp_path)
     assert "at the class token, the inputs of the blocks have 6." in format_report(inspect_checkpoint(tmp_path))
-    assert "| the same, at the class token |  | 6 bits |" in (tmp_path / "README.md").read_text()
+    assert "| their inputs at the class token, where quantized |  | 6 bits |" in (tmp_path / "README.md").read_text()
 
 
 def test_plans_follow_groups_that_change():

@@ -17,7 +17,7 @@ from .library import switched_off
 
 if TYPE_CHECKING:
     # They call the operators, which are registered with this module.
-    from .plans import ChannelPlan, WeightPlan
+    from .plans import ChannelPlan, TokenPlan, WeightPlan
 
 
 #: Of the oldest devices whose tensor cores triton drives with signed bytes.
@@ -42,11 +42,11 @@ def triton_kernels() -> ModuleType | None:
         return None
 
 
-def reason_against(weight: "WeightPlan", channels: "ChannelPlan", device: torch.device) -> str | None:
-    """Why the Triton kernels do not serve a layer on a CUDA device, or None where they do."""
-    return reason_against_device(device) or _reason_against_sums(
-        channels.group_ends, channels.largest, weight.largest_code, weight.multiplier, weight.addend
-    )
+def reason_against(weight: "WeightPlan", channels: "ChannelPlan | TokenPlan", device: torch.device) -> str | None:
+    """Why the Triton kernels do not serve a layer, or some tokens of it, on a CUDA device, or None where they do."""
+    integers = weight.largest_code, weight.multiplier, weight.addend
+    reasons = (_reason_against_sums(part.group_ends, part.largest, *integers) for part in channels.parts)
+    return reason_against_device(device) or next(filter(None, reasons), None)
 
 
 @functools.cache

@@ -47,6 +47,11 @@ class ChannelPlan(_Plan):
     def channels(self) -> int:
         return self.offset.numel()
 
+    @property
+    def parts(self) -> tuple["ChannelPlan", ...]:
+        """The plans of which it consists: this one."""
+        return (self,)
+
     @functools.cached_property
     def arguments(self) -> tuple:
         """Of `operators.quantize`, after x."""
@@ -112,6 +117,19 @@ class TokenPlan(_Plan):
     first: ChannelPlan
     others: ChannelPlan
     tokens: int
+
+    def __post_init__(self) -> None:
+        if self.first.group_ends != self.others.group_ends:
+            # The kernels read one order of channels for both.
+            raise ValueError(
+                f"the groups of the first tokens end at {self.first.group_ends}, and those of the others at"
+                f" {self.others.group_ends}: both plans are to be made from one assignment"
+            )
+
+    @property
+    def parts(self) -> tuple[ChannelPlan, ...]:
+        """The plans of which it consists: of the first tokens, and of all others."""
+        return self.first, self.others
 
     @property
     def source(self) -> Tensor:

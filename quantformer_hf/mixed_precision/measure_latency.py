@@ -83,11 +83,13 @@ def measure_latency(
     num_groups: int = 8,
     rounds: int = ROUNDS,
     device: str = "cpu",
+    class_token_bits: int | None = None,
 ) -> LatencyTable:
     """Time each shape of linear in `model` for one image at each pair of widths, and what else a forward pass takes.
 
     Each linear is a `PackedLinear` that quantizes its own input. The rest is the time of the whole packed model at
     `REFERENCE_BITS`, less the times of its linears there; zero if they, measured alone, take longer than all together.
+    So what a class token with bits of its own takes is counted there.
 
     Args:
         model: full-precision image classifier.
@@ -95,9 +97,10 @@ def measure_latency(
         num_groups: of the inputs' quantizers.
         rounds: times that each is run; their median counts.
         device: to measure on.
+        class_token_bits: as in `QuantformerConfig`.
     """
     quantized = QuantformerForImageClassification.from_full_precision(
-        model, bit_width=REFERENCE_BITS, num_groups=num_groups
+        model, bit_width=REFERENCE_BITS, num_groups=num_groups, class_token_bits=class_token_bits
     )
     space = SearchSpace.of(quantized.config, candidates)
     costs = CostModel(quantized.config, space)
@@ -145,6 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="latency.csv", help="the file to write (default: %(default)s)")
     parser.add_argument("--candidate_bits", type=int, nargs="+", default=list(CANDIDATE_BITS), help="widths to measure")
     parser.add_argument("--num_groups", type=int, default=8, help="groups of channels (default: %(default)s)")
+    parser.add_argument("--class_token_bits", type=int, help="of the models that the budgets are for (default: none)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each, of which the median counts")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
@@ -160,7 +164,8 @@ def run(arguments: Any) -> None:
     # Now, and not after minutes of measuring.
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.output).touch()
-    table = measure_latency(model, candidates, arguments.num_groups, arguments.rounds, arguments.device)
+    settings = arguments.num_groups, arguments.rounds, arguments.device, arguments.class_token_bits
+    table = measure_latency(model, candidates, *settings)
     table.write(arguments.output)
     rows = [[*str(key).rsplit(", ", 1), f"{time:.3f}"] for key, time in table.times.items()]
     rows.append(["everything else in the model", "", f"{table.rest:.3f}"])

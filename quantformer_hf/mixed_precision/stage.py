@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..arguments import RunArguments, StageArguments
 from ..augmentation import Collator
 from ..checkpointing import write_durably, writing
+from ..configuration_quantformer import QuantformerConfig
 from ..data import ImageData, load_image_data
 from ..grids import FULL_PRECISION_BITS
 from ..modeling_quantformer import QuantformerForImageClassification
@@ -86,7 +87,7 @@ class AllocationStage(StageRun):
         model, teacher, processor = self._build_model(data)
         space = SearchSpace.of(model.config, told.candidate_bits)
         if table is None and any(budget.unit == MILLISECONDS for budget in budgets):
-            table = self._measured_latency(teacher, model.config.num_groups)
+            table = self._measured_latency(teacher, model.config)
         costs = CostModel(model.config, space, table)
         check_budgets(costs, budgets)
         self._write(None)
@@ -112,13 +113,14 @@ class AllocationStage(StageRun):
             self._write(results)
         return results
 
-    def _measured_latency(self, full_precision: PreTrainedModel, num_groups: int) -> LatencyTable:
+    def _measured_latency(self, full_precision: PreTrainedModel, config: QuantformerConfig) -> LatencyTable:
         """Times on this CPU, which are left in the folder."""
         told = self.arguments.allocation
         logger.info("measuring linears on this machine's CPU; --latency_table takes the table of another one")
         table = None
         if PartialState().is_main_process:
-            table = measure_latency(full_precision, tuple(told.candidate_bits), num_groups)
+            settings = {"num_groups": config.num_groups, "class_token_bits": config.class_token_bits}
+            table = measure_latency(full_precision, tuple(told.candidate_bits), **settings)
             self.folder.mkdir(parents=True, exist_ok=True)
             table.write(self.folder / LATENCY_FILE)
         return broadcast_object_list([table])[0]

@@ -61,20 +61,24 @@ class ActivationWidthMixture(nn.Module):
         self.producer = quantizers[-1].producer
         self.quantizers = nn.ModuleList(quantizers)
         self.logits = nn.Parameter(torch.zeros(len(quantizers)))
-        self.register_buffer("qmax", torch.tensor([float(q.grid.qmax) for q in quantizers]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., channels)` in and out."""
+        """`(..., channels)` in and out; the class token is mixed by those candidates' quantizers that are its own."""
+        mixed = []
+        for parts in zip(*(quantizer.parts(x) for quantizer in self.quantizers), strict=True):
+            mixed.append(self._mix([quantizer for quantizer, _ in parts], parts[0][1]))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, -2)
+
+    def _mix(self, quantizers: list[GroupActivationQuantizer], x: Tensor) -> Tensor:
         scales, offsets = [], []
-        for quantizer in self.quantizers:
+        for quantizer in quantizers:
             factor = (x[0].numel() / quantizer.scale.numel() * quantizer.grid.qmax) ** -0.5
             index = quantizer.group_index.long()
             scales.append(scale_gradient(quantizer.scale, factor)[index])
             offsets.append(scale_gradient(quantizer.offset, factor)[index])
-        probabilities = self.logits.softmax(0)
-        return fake_quantize_widths(
-            x, torch.stack(scales), torch.stack(offsets), probabilities, self.qmax, self.producer
-        )
+        qmax = torch.tensor([float(quantizer.grid.qmax) for quantizer in quantizers], device=x.device)
+        parameters = torch.stack(scales), torch.stack(offsets), self.logits.softmax(0), qmax
+        return fake_quantize_widths(x, *parameters, self.producer)
 
 
 class WidthMixtures:

@@ -8,7 +8,7 @@ from test_cost import config_of
 from quantformer_hf.__main__ import main
 from quantformer_hf.mixed_precision.cost import CostModel
 from quantformer_hf.mixed_precision.latency_table import LatencyKey, LatencyTable
-from quantformer_hf.mixed_precision.measure_latency import measure_latency, packed_linear
+from quantformer_hf.mixed_precision.measure_latency import _packed, measure_latency, packed_linear
 from quantformer_hf.mixed_precision.search_space import SearchSpace
 from quantformer_hf.packed_layers import PackedLinear
 
@@ -111,3 +111,18 @@ def test_what_cannot_be_written_or_measured_is_said_before_anything_is_measured(
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="device is cuda, and torch finds no GPU"):
             main(["measure-latency", str(tmp_path / "model"), "--device", "cuda"])
+
+
+def test_the_whole_model_is_timed_with_its_class_token(tmp_path, monkeypatch):
+    timed = []
+
+    def packed(model, *arguments):
+        timed.append(model.config.class_token_bits)
+        return _packed(model, *arguments)
+
+    monkeypatch.setattr("quantformer_hf.mixed_precision.measure_latency._packed", packed)
+    make_full_precision("vit").save_pretrained(tmp_path / "model")
+    flags = ["--candidate_bits", "2", "--rounds", "1", "--output", str(tmp_path / "latency.csv")]
+    main(["measure-latency", str(tmp_path / "model"), *flags, "--class_token_bits", "8"])
+    main(["measure-latency", str(tmp_path / "model"), *flags])
+    assert timed == [8, None]

@@ -84,6 +84,23 @@ def test_a_mixture_that_is_certain_is_the_quantizer_of_that_width(backbone, weig
                 torch.testing.assert_close(mixture(x), quantizer(x))
 
 
+def test_the_class_token_is_mixed_by_its_own_quantizers():
+    _, space, mixtures = make_mixtures(class_token_bits=8)
+    with torch.no_grad():
+        for number in range(len(space.activation_bits)):
+            for mixture in mixtures.inputs.values():
+                mixture.logits.fill_(-1e4)[number] = 1e4
+                x = torch.randn(2, 5, mixture.quantizers[number].channels)
+                torch.testing.assert_close(mixture(x), mixture.quantizers[number](x))
+
+
+@pytest.mark.parametrize("class_token_bits", [None, 8])
+def test_everything_that_is_to_be_learned_has_a_gradient(class_token_bits):
+    model, _, mixtures = make_mixtures(class_token_bits=class_token_bits)
+    model.train()(pixel_values=make_batches()[0]).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in [*mixtures.logits(), *mixtures.scales()])
+
+
 def test_gradients_of_scales_and_weights_are_those_of_the_quantizer():
     model, space, mixtures = make_mixtures()
     name = next(iter(space.inputs))
