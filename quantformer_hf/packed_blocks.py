@@ -84,8 +84,9 @@ class PackedMlp(_OneJob):
         if not (isinstance(self.activation_fn, nn.Identity) and _are_packed(self.fc1, self.fc2)):
             return None
         between = self.fc2.channel_plan()
-        plans = self.fc1.plan(channels), between, self.fc2.plan(between)
-        return Mlp(*(plan.job for plan in plans)), plans
+        plans = self.fc1.plan(channels), self.fc2.plan(between)
+        (first, *kept), (second, *more) = plans[0].ordered_job(between), plans[1].ordered_job()
+        return Mlp(first, between.job, second), (*plans, between, *kept, *more)
 
 
 class PackedAttention(_OneJob):
@@ -134,7 +135,8 @@ class PackedAttention(_OneJob):
         if operands is None or not operands.query.packed or not _are_packed(*layers):
             return None
         between = self.o_proj.channel_plan()
-        plans = *(layer.plan(channels) for layer in layers[:3]), between, self.o_proj.plan(between)
+        plans = *(layer.plan(channels) for layer in layers[:3]), self.o_proj.plan(between)
+        *inputs, output = (plan.ordered_job() for plan in plans)
         of_scores, of_mix = operands.operands()
         sizes = {
             "heads": self.num_attention_heads,
@@ -142,12 +144,13 @@ class PackedAttention(_OneJob):
             "largest": operands.query.grid.qmax,
         }
         job = AttentionBlock(
-            *(plan.job for plan in plans[:3]),
+            *(job for job, _ in inputs),
             AttentionProbabilities(operands=of_scores.data_ptr(), scaling=self.scaling, **sizes),
             AttentionMix(operands=of_mix.data_ptr(), **sizes),
-            *(plan.job for plan in plans[3:]),
+            between.job,
+            output[0],
         )
-        return job, (*plans, of_scores, of_mix)
+        return job, (*plans, between, *inputs, output, of_scores, of_mix)
 
 
 class PackedBlock(_OneJob):

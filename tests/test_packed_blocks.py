@@ -11,6 +11,7 @@ from torch import nn
 from quantformer_hf.attention import capture_attention
 from quantformer_hf.kernels import instruction_set, using
 from quantformer_hf.packed_blocks import PACKED_FORMS, PLAIN_FORMS, PackedPlainBlock
+from quantformer_hf.packed_layers import PackedLinear
 
 
 needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the kernels were not built")
@@ -131,6 +132,32 @@ def test_a_job_follows_tensors_that_change(changed):
             module.weight.mul_(1.5)
         else:
             getattr(module, "weight_quantizer", module).scale.mul_(1.5)
+    after = logits(model, images)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, one_by_one(model, images))
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("class_token_bits", [None, 8])
+def test_weights_of_few_bits_lie_in_the_order_of_the_kernels_and_follow_their_codes(bits, class_token_bits):
+    arguments = {"weight_bits": bits, "activation_bits": 4, "class_token_bits": class_token_bits}
+    model = make_quantized("vit", "finetune", **arguments).pack()
+    images = make_batches()[0]
+    before = logits(model, images)
+    blocks = outermost(ran_as_one(model))
+    assert len(blocks) == 2
+    for block in blocks:
+        job = block._job.value[0]
+        attention, mlp = job.attention, job.mlp
+        for product in (attention.query, attention.key, attention.value, attention.output, mlp.first, mlp.second):
+            assert bool(product.ordered) == (bits <= 4)
+            if class_token_bits is not None:
+                assert product.first.contents.ordered == product.ordered
+        for layer in block.modules():
+            if isinstance(layer, PackedLinear):
+                codes = layer.weight_quantizer.codes
+                codes.copy_(codes.flip(0))
     after = logits(model, images)
     assert not torch.equal(before, after)
     assert torch.equal(after, one_by_one(model, images))

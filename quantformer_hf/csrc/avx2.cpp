@@ -126,6 +126,8 @@ struct Vectors {
   TARGET static Block repeat_byte(int value) { return _mm_set1_epi8(static_cast<char>(value)); }
   TARGET static Block add_bytes(Block a, Block b) { return _mm_add_epi8(a, b); }
   TARGET static Block both(Block a, Block b) { return _mm_and_si128(a, b); }
+  // Byte i of the table at b[i], of 0 to 15.
+  TARGET static Block look_up(Block table, Block b) { return _mm_shuffle_epi8(table, b); }
   // Of each two bytes together: what comes over from the other one has to be masked.
   TARGET static Block shift_right(Block a, int bits) { return _mm_srl_epi16(a, _mm_cvtsi32_si128(bits)); }
   TARGET static void decode_row(const uint8_t* packed, int bits, int64_t columns, uint8_t* codes);
@@ -194,8 +196,8 @@ TARGET void quantize(const float* x, const float* offset, const float* inverse, 
 
 const InstructionSet* avx2() {
   static const InstructionSet set = {
-      "avx2", 6, true, 255, kTiles<Bytes>, kTiles<Words>, unpack_bytes<Vectors>, unpack_words, quantize,
-      gelu, softmax, layer_norm, reorder<Vectors>};
+      "avx2", 6, true, 255, kTiles<Bytes>, kTiles<Words>, unpack_bytes<Vectors>, unpack_words,
+      unpack_ordered<Vectors>, quantize, gelu, softmax, layer_norm, reorder<Vectors>};
   return __builtin_cpu_supports("avx2") ? &set : nullptr;
 }
 

@@ -129,6 +129,7 @@ const InstructionSet* avx512() {
                                      kTiles<Words>,
                                      narrower->unpack_bytes,
                                      narrower->unpack_words,
+                                     narrower->unpack_ordered,
                                      quantize,
                                      gelu,
                                      softmax,

@@ -139,6 +139,25 @@ TARGET void unpack_bytes(const Panel& p, int8_t* panel) {
   }
 }
 
+template <typename V, int kBits>
+TARGET inline void spread(const uint8_t* codes, int64_t positions, typename V::Block weights, int8_t* panel) {
+  const auto mask = V::repeat_byte((1 << kBits) - 1);
+  for (int64_t k = 0; k < positions; k += 4, codes += 8 * kBits) {
+    for (int start = 0; start < 8; start += kBits) {
+      for (int at = 0; at < 8 * kBits; at += 16, panel += 16) {
+        V::store(panel, V::look_up(weights, V::both(V::shift_right(V::load(codes + at), start), mask)));
+      }
+    }
+  }
+}
+
+template <typename V>
+TARGET void unpack_ordered(const Ordered& o, int8_t* panel) {
+  uint8_t weights[16];
+  for (int code = 0; code < 16; ++code) weights[code] = static_cast<uint8_t>(code * o.multiplier + o.addend);
+  (o.bits == 2 ? spread<V, 2> : spread<V, 4>)(o.codes, o.positions, V::load(weights), panel);
+}
+
 // How vectors decode codes of up to 7 bits, eight at a time: a code lies in two neighbouring bytes, which a shuffle by
 // `places` brings together; it starts at bit `starts` of the two.
 struct Window {

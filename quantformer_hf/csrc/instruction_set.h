@@ -56,6 +56,15 @@ struct Panel {
   int64_t column_stride;
 };
 
+// Codes of one panel as bytes hold them, of few bits each: of each 4 positions of all outputs, 64 bytes of a panel, byte i
+// of a run of 8 * bits has the codes of those at i, i + run, i + 2 * run, ..., from its lowest bits on.
+struct Ordered {
+  const uint8_t* codes;    // `[positions / 4][8 * bits]`
+  int bits;                // 2 or 4
+  int multiplier, addend;  // as of `Panel`
+  int64_t positions;
+};
+
 inline int64_t panel_scratch_bytes(int64_t columns) { return 3 * (columns + 32) * kPanel; }
 
 // Rows whose channels are brought into order together.
@@ -80,6 +89,7 @@ struct InstructionSet {
   const TileFunction* words;      // the same; used where bytes would not fit
   void (*unpack_bytes)(const Panel&, int8_t* panel);
   void (*unpack_words)(const Panel&, int16_t* panel);
+  void (*unpack_ordered)(const Ordered&, int8_t* panel);
   // One row: codes = clamp(round((x - offset) * inverse), 0, largest), in the order of the channels.
   void (*quantize)(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes);
   // One row, see pointwise.h.

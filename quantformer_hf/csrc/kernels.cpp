@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <new>
 
 #include "scratch.h"
 #include "threads.h"
@@ -127,6 +128,15 @@ int quantformer_multiply_to_codes(const quantformer::Product* job, const Codes* 
   try {
     return quantformer::multiply_all(*job, then, threads, parallel_for);
   } catch (const std::exception&) {
+    return -1;
+  }
+}
+
+int quantformer_order_weights(const quantformer::Product* job, const Codes* then, int bits, uint8_t* ordered) {
+  try {
+    quantformer::order_weights(*job, then, bits, ordered);
+    return 0;
+  } catch (const std::bad_alloc&) {
     return -1;
   }
 }

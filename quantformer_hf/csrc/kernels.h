@@ -37,6 +37,9 @@ int quantformer_multiply(const quantformer::Product* job, int64_t threads, Paral
 int quantformer_multiply_to_codes(const quantformer::Product* job, const Codes* then, int64_t threads,
                                   ParallelFor parallel_for);
 
+// See `order_weights`: what such a job has for `ordered`, bits and order.
+int quantformer_order_weights(const quantformer::Product* job, const Codes* then, int bits, uint8_t* ordered);
+
 // Of one operand of an attention product.
 struct Operand {
   float scale, inverse, offset;

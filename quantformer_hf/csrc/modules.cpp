@@ -11,16 +11,10 @@
 namespace quantformer {
 namespace {
 
-// Not initialised.
-template <typename T>
-std::unique_ptr<T[]> buffer(int64_t count) {
-  return std::unique_ptr<T[]>(new T[count]);
-}
-
 int run_mlp(const Mlp& job, int64_t threads, ParallelFor parallel_for) {
   Product second = job.second;
   Codes between = job.between;
-  const auto codes = buffer<uint8_t>(job.first.rows * between.positions);
+  const auto codes = Pool::take<uint8_t>(job.first.rows * between.positions);
   between.codes = codes.get();
   second.x = codes.get();
   second.rows = job.first.rows;
@@ -71,9 +65,9 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   Product output = all ? job.output : of_first(job.output);
   Codes between = all ? job.between : of_first(job.between);
   const int64_t rows = job.query.rows, kept = mix.batch * mix.queries, width = mix.heads * mix.head_size;
-  const auto operands = buffer<uint8_t>(3 * rows * width);
-  const auto mixed = buffer<float>(kept * width);
-  const auto codes = buffer<uint8_t>(kept * between.positions);
+  const auto operands = Pool::take<uint8_t>(3 * rows * width);
+  const auto mixed = Pool::take<float>(kept * width);
+  const auto codes = Pool::take<uint8_t>(kept * between.positions);
   uint8_t *const query = operands.get(), *const key = query + rows * width, *const value = key + rows * width;
   const auto project_to = [&](const Product& linear, const Operand& operand, int64_t kept, uint8_t* codes) {
     return project(job, linear, operand, mix.largest, kept, codes, threads, parallel_for);
@@ -134,7 +128,7 @@ int64_t row_of(const Block& job, int64_t token) {
 int gather(const Block& job, const uint8_t* codes, int64_t threads, ParallelFor parallel_for, uint8_t* tokens) {
   const int64_t positions = job.before.positions;
   const auto zeros = std::make_unique<float[]>(job.before.channels);
-  const auto padding = buffer<uint8_t>(positions);
+  const auto padding = Pool::take<uint8_t>(positions);
   Codes of_padding = job.before;
   of_padding.x = zeros.get();
   of_padding.rows = 1;
@@ -156,9 +150,9 @@ int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
   const int64_t width = before.channels;
   // Of `before`, of attention, and of what comes after it.
   const int64_t rows = before.rows, tokens = attention.query.rows, kept = all ? rows : attention.mix.batch * queries;
-  const auto codes = buffer<uint8_t>(std::max(rows * before.positions, kept * after.positions));
-  const auto ordered = buffer<uint8_t>(job.order == nullptr ? 0 : tokens * before.positions);
-  const auto attended = buffer<float>((all ? tokens : kept) * width), hidden = buffer<float>(kept * width);
+  const auto codes = Pool::take<uint8_t>(std::max(rows * before.positions, kept * after.positions));
+  const auto ordered = Pool::take<uint8_t>(job.order == nullptr ? 0 : tokens * before.positions);
+  const auto attended = Pool::take<float>((all ? tokens : kept) * width), hidden = Pool::take<float>(kept * width);
   float* const y = job.mlp.second.y;
   mlp.second.y = y;
 

@@ -135,6 +135,7 @@ struct Vectors {
   static Block repeat_byte(int value) { return vdupq_n_u8(static_cast<uint8_t>(value)); }
   static Block add_bytes(Block a, Block b) { return vaddq_u8(a, b); }
   static Block both(Block a, Block b) { return vandq_u8(a, b); }
+  static Block look_up(Block table, Block b) { return vqtbl1q_u8(table, b); }
   static Block shift_right(Block a, int bits) { return vshlq_u8(a, vdupq_n_s8(static_cast<int8_t>(-bits))); }
   static void decode_row(const uint8_t* packed, int bits, int64_t columns, uint8_t* codes);
 };
@@ -196,15 +197,15 @@ bool has_dotprod() {
 const InstructionSet* neon() {
   // Without dot products, words are as fast as bytes: no code of activations is small enough for bytes.
   static const InstructionSet set = {
-      "neon", kTileRows, false, -1, nullptr, kWords, nullptr, unpack_words, quantize, gelu, softmax,
+      "neon", kTileRows, false, -1, nullptr, kWords, nullptr, unpack_words, nullptr, quantize, gelu, softmax,
       layer_norm, reorder<Vectors>};
   return &set;
 }
 
 const InstructionSet* neon_dotprod() {
   static const InstructionSet set = {
-      "neon_dotprod", kTileRows, false, 127, kBytes, kWords, unpack_bytes<Vectors>, unpack_words, quantize,
-      gelu, softmax, layer_norm, reorder<Vectors>};
+      "neon_dotprod", kTileRows, false, 127, kBytes, kWords, unpack_bytes<Vectors>, unpack_words,
+      unpack_ordered<Vectors>, quantize, gelu, softmax, layer_norm, reorder<Vectors>};
   return has_dotprod() ? &set : nullptr;
 }
 

@@ -65,6 +65,17 @@ void unpack(const Panel& p, W* panel) {
   }
 }
 
+void unpack_ordered(const Ordered& o, int8_t* panel) {
+  const int64_t run = 8 * o.bits;
+  const uint8_t* codes = o.codes;
+  for (int64_t k = 0; k < o.positions; k += 4, codes += run, panel += 4 * kPanel) {
+    for (int i = 0; i < 4 * kPanel; ++i) {
+      const int code = codes[i % run] >> i / run * o.bits & ((1 << o.bits) - 1);
+      panel[i] = static_cast<int8_t>(code * o.multiplier + o.addend);
+    }
+  }
+}
+
 void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes) {
   for (int64_t i = 0; i < n; ++i) {
     const float difference = x[i] - offset[i];
@@ -96,6 +107,7 @@ const InstructionSet* plain() {
                                      kTiles<int16_t, int16_t, 2>,
                                      unpack<int8_t, 4>,
                                      unpack<int16_t, 2>,
+                                     unpack_ordered,
                                      quantize,
                                      gelu,
                                      softmax,

@@ -20,7 +20,46 @@ inline void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
+// The output that is at a place, as many as there are or more where there is none.
+inline int64_t output_at(const int32_t* order, int64_t places, int64_t place) {
+  return order != nullptr && place < places ? int64_t{order[place]} : place;
+}
+
+int64_t places_of(const Product& p, const Codes* then) { return then == nullptr ? p.outputs : then->positions; }
+
+// The weights of the panel that begins at `place`, of which `rows` becomes a part.
+Panel panel_at(const Product& p, const int32_t* order, int64_t places, int64_t place, const uint8_t** rows,
+               uint8_t* scratch) {
+  for (int i = 0; i < kPanel; ++i) {
+    const int64_t output = output_at(order, places, place + i);
+    rows[i] = p.codes + (output >= p.outputs || p.by_column ? 0 : output * p.code_stride);
+  }
+  const int64_t outputs = std::min<int64_t>(kPanel, places - place);
+  return {rows, outputs, p.columns, p.bits, p.multiplier, p.addend, p.source, p.positions, scratch,
+          p.by_column ? p.codes + place : nullptr, p.code_stride};
+}
+
 }  // namespace
+
+void order_weights(const Product& p, const Codes* then, int bits, uint8_t* ordered) {
+  const InstructionSet& set = current().unpack_bytes == nullptr ? *plain() : current();
+  const int32_t* order = then == nullptr ? nullptr : then->source;
+  const int64_t places = places_of(p, then), run = 8 * bits;
+  std::vector<uint8_t> scratch(panel_scratch_bytes(p.columns));
+  std::vector<int8_t> panel(p.positions * kPanel);
+  for (int64_t place = 0; place < places; place += kPanel) {
+    const uint8_t* rows[kPanel];
+    set.unpack_bytes(panel_at(p, order, places, place, rows, scratch.data()), panel.data());
+    for (const int8_t* w = panel.data(); w != panel.data() + panel.size(); w += 4 * kPanel, ordered += run) {
+      std::fill_n(ordered, run, 0);
+      for (int i = 0; i < 4 * kPanel; ++i) {
+        // What means nothing may be any weight.
+        const int code = (w[i] - p.addend) / p.multiplier & ((1 << bits) - 1);
+        ordered[i % run] |= static_cast<uint8_t>(code << i / run * bits);
+      }
+    }
+  }
+}
 
 Plan plan(const Product& p, const InstructionSet& set) {
   const int64_t lowest = p.addend, highest = int64_t{p.largest_code} * p.multiplier + p.addend;
@@ -68,12 +107,9 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
       std::copy_n(p.x + r * p.x_stride, p.positions, wide + (r - first) * p.positions);
     }
   }
-  const int64_t places = then == nullptr ? p.outputs : then->positions;
-  const bool ordered = then != nullptr && then->source != nullptr;
-  // The output at a place, `p.outputs` or more where there is none.
-  const auto output_at = [&](int64_t place) {
-    return ordered && place < places ? int64_t{then->source[place]} : place;
-  };
+  const int64_t places = places_of(p, then);
+  const int32_t* const order = then == nullptr ? nullptr : then->source;
+  const bool prepared = p.ordered != nullptr && p.output_order == order && !plan.words;
   // A tile that was made beside its place, to where it belongs.
   const auto store = [&](int64_t row, int64_t rows, int64_t place, int64_t outputs) {
     for (int64_t r = 0; r < rows; ++r) std::copy_n(narrow + r * kPanel, outputs, p.y + (row + r) * p.y_stride + place);
@@ -94,11 +130,9 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
   };
   for (int64_t n = begin; n < end; ++n) {
     const int64_t place = n * kPanel, outputs = std::min<int64_t>(kPanel, places - place);
-    const uint8_t* rows_of[kPanel];
     for (int i = 0; i < kPanel; ++i) {
-      const int64_t output = output_at(place + i);
+      const int64_t output = output_at(order, places, place + i);
       const bool none = output >= p.outputs;
-      rows_of[i] = p.codes + (none || p.by_column ? 0 : output * p.code_stride);
       scale[i] = none ? 0 : p.scale[output];
       bias[i] = none ? 0 : p.bias[output];
       if (then == nullptr) continue;
@@ -110,18 +144,25 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
       offset[i] = offset[i - kPanel];
       inverse[i] = inverse[i - kPanel];
     }
-    const Panel packed = {rows_of, outputs, p.columns, p.bits, p.multiplier, p.addend, p.source, p.positions, unpacking,
-                          p.by_column ? p.codes + place : nullptr, p.code_stride};
-    if (plan.words) {
-      set.unpack_words(packed, panel);
-    } else {
-      set.unpack_bytes(packed, reinterpret_cast<int8_t*>(panel));
-    }
     // The next panel comes from far while this one is multiplied.
-    for (int i = 0; i < kPanel && !p.by_column; ++i) {
-      const int64_t next = output_at(place + kPanel + i);
-      for (int64_t byte = 0; next < p.outputs && byte < p.code_stride; byte += kLine) {
-        prefetch(p.codes + next * p.code_stride + byte);
+    if (prepared) {
+      const int64_t bytes = p.positions * kPanel * p.ordered_bits / 8;
+      const uint8_t* codes = p.ordered + n * bytes;
+      set.unpack_ordered({codes, p.ordered_bits, p.multiplier, p.addend, p.positions}, reinterpret_cast<int8_t*>(panel));
+      for (int64_t byte = 0; place + kPanel < places && byte < bytes; byte += kLine) prefetch(codes + bytes + byte);
+    } else {
+      const uint8_t* rows_of[kPanel];
+      const Panel packed = panel_at(p, order, places, place, rows_of, unpacking);
+      if (plan.words) {
+        set.unpack_words(packed, panel);
+      } else {
+        set.unpack_bytes(packed, reinterpret_cast<int8_t*>(panel));
+      }
+      for (int i = 0; i < kPanel && !p.by_column; ++i) {
+        const int64_t next = output_at(order, places, place + kPanel + i);
+        for (int64_t byte = 0; next < p.outputs && byte < p.code_stride; byte += kLine) {
+          prefetch(p.codes + next * p.code_stride + byte);
+        }
       }
     }
     const bool in_place = then == nullptr && outputs == kPanel;

@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace quantformer {
@@ -32,6 +33,72 @@ class Scratch {
   static constexpr size_t kLine = 64, kGaps = 16 * kLine;
   std::vector<uint8_t> memory_;
   size_t used_ = 0, left_ = 0;
+};
+
+// Memory that a call has for itself, and gives back to its thread, which keeps some for later calls: fresh pages cost more
+// than what small models do with them.
+class Pool {
+ public:
+  template <typename T>
+  struct Return {
+    int64_t bytes;
+    void operator()(T* memory) const { of_thread().give(reinterpret_cast<uint8_t*>(memory), bytes); }
+  };
+  template <typename T>
+  using Buffer = std::unique_ptr<T[], Return<T>>;
+
+  // Not initialised.
+  template <typename T>
+  static Buffer<T> take(int64_t count) {
+    auto [memory, bytes] = of_thread().find(count * static_cast<int64_t>(sizeof(T)));
+    return Buffer<T>(reinterpret_cast<T*>(memory), Return<T>{bytes});
+  }
+
+  ~Pool() {
+    for (const Block& block : blocks_) delete[] block.memory;
+  }
+
+ private:
+  struct Block {
+    uint8_t* memory;
+    int64_t bytes;
+  };
+
+  // Kept by one thread, at most.
+  static constexpr int64_t kMostBytes = int64_t{1} << 24;
+  static constexpr size_t kMostBlocks = 16;
+
+  static Pool& of_thread() {
+    thread_local Pool pool;
+    return pool;
+  }
+
+  // The smallest one that is large enough, or a new one.
+  Block find(int64_t bytes) {
+    size_t best = kMostBlocks;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      if (blocks_[i].bytes >= bytes && (best == kMostBlocks || blocks_[i].bytes < blocks_[best].bytes)) best = i;
+    }
+    if (best == kMostBlocks) return {new uint8_t[bytes], bytes};
+    const Block found = blocks_[best];
+    blocks_.erase(blocks_.begin() + best);
+    kept_ -= found.bytes;
+    return found;
+  }
+
+  void give(uint8_t* memory, int64_t bytes) noexcept {
+    if (blocks_.size() == kMostBlocks || kept_ + bytes > kMostBytes) {
+      delete[] memory;
+      return;
+    }
+    blocks_.push_back({memory, bytes});
+    kept_ += bytes;
+  }
+
+  Pool() { blocks_.reserve(kMostBlocks); }
+
+  std::vector<Block> blocks_;
+  int64_t kept_ = 0;
 };
 
 }  // namespace quantformer

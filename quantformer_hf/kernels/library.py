@@ -87,6 +87,9 @@ Product._fields_ = [
     ("y", c_void_p),
     ("y_stride", c_int64),
     ("by_column", c_int32),
+    ("ordered", c_void_p),
+    ("ordered_bits", c_int32),
+    ("output_order", c_void_p),
     ("first", POINTER(Product)),
     ("first_rows", c_int64),
     ("image_rows", c_int64),
@@ -224,6 +227,8 @@ def _load() -> ctypes.CDLL | None:
     for name, job in jobs.items():
         getattr(kernels, name).argtypes = [POINTER(job), c_int64, c_void_p]
         getattr(kernels, name).restype = c_int32
+    kernels.quantformer_order_weights.argtypes = [POINTER(Product), POINTER(Codes), c_int32, c_void_p]
+    kernels.quantformer_order_weights.restype = c_int32
     kernels.quantformer_instruction_set.restype = c_char_p
     kernels.quantformer_use_instruction_set.argtypes = [c_char_p]
     kernels.parallel_for = _parallel_for()

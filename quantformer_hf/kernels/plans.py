@@ -138,7 +138,10 @@ class TokenPlan(_Plan):
     @functools.cached_property
     def job(self) -> Codes:
         """As `ChannelPlan.job`, of all tokens."""
-        return _with_first(self.others.job, self.first.job, self.tokens)
+        first = Codes.from_buffer_copy(self.first.job)
+        # The same order, by which the kernels know that weights lie in it.
+        first.source = self.others.job.source
+        return _with_first(self.others.job, first, self.tokens)
 
     def quantize_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
         """As `ChannelPlan.quantize_norm`, of `(..., tokens, channels)`."""
@@ -156,7 +159,7 @@ class TokenPlan(_Plan):
 
 
 def _with_first(job: Codes | Product, first: Codes | Product, tokens: int) -> Codes | Product:
-    """A copy of `job` that leaves the first tokens of each image to `first`. It points to that, which the caller keeps."""
+    """A copy of `job` that leaves the first tokens of each image to `first`. It points to what both do, which is kept."""
     both = type(job).from_buffer_copy(job)
     both.first, both.first_rows = ctypes.pointer(first), tokens
     return both
@@ -206,6 +209,10 @@ class LinearPlan(_Plan):
         """The same for the kernel."""
         return operators.prepare_multiply(*self.arguments)
 
+    def ordered_job(self, then: "ChannelPlan | TokenPlan | None" = None) -> tuple[Product, object]:
+        """`job` with its weights in order too, for codes by `then`, and what has to be kept for it (`order_weights`)."""
+        return operators.order_weights(self.job, None if then is None else then.job)
+
     def __call__(self, codes: Tensor) -> Tensor:
         """`(..., positions)` to `(..., out)`, float32."""
         if operators.nobody_listens(codes) and library() is not None:
@@ -225,6 +232,13 @@ class TokenLinearPlan(_Plan):
     def job(self) -> Product:
         """As `LinearPlan.job`, of all tokens."""
         return _with_first(self.others.job, self.first.job, self.tokens)
+
+    def ordered_job(self, then: ChannelPlan | TokenPlan | None = None) -> tuple[Product, object]:
+        """As `LinearPlan.ordered_job`; the weights of all tokens are the same."""
+        job, ordered = self.others.ordered_job(then)
+        first = Product.from_buffer_copy(self.first.job)
+        first.ordered, first.ordered_bits, first.output_order = job.ordered, job.ordered_bits, job.output_order
+        return _with_first(job, first, self.tokens), (ordered, first)
 
     def __call__(self, codes: Tensor) -> Tensor:
         """`(..., tokens, positions)` to `(..., tokens, out)`, float32."""

@@ -139,7 +139,8 @@ struct Layer {
   Product product(float* y) const {
     return {x, shape.rows, layout.positions(), largest, weight.packed, weight.width, shape.outputs, shape.columns,
             weight.bits, (1 << weight.bits) - 1, weight.multiplier, weight.addend, source, layout.positions(),
-            layout.ends.data(), group_scales, shape.groups, scale, bias, y, shape.outputs, 0, nullptr, 0, 0};
+            layout.ends.data(), group_scales, shape.groups, scale, bias, y, shape.outputs, 0, nullptr, 0, nullptr, nullptr,
+            0, 0};
   }
 
   Shape shape;
@@ -219,12 +220,46 @@ int32_t backwards(int64_t begin, int64_t end, int64_t, void (*work)(int64_t, int
   return 0;
 }
 
+// The weights of a job in the order of its panels, where they have few enough bits.
+struct OrderedWeights {
+  OrderedWeights(const Product& job, const Codes* then)
+      : bits(job.bits <= 2 ? 2 : 4), few(job.bits <= 4), order(then == nullptr ? nullptr : then->source),
+        ordered(few ? (places(job, then) + kPanel - 1) / kPanel * job.positions * kPanel * bits / 8 : 0),
+        made(!few || quantformer_order_weights(&job, then, bits, ordered) == 0), zeros(job.outputs * job.code_stride) {
+    std::fill(zeros.begin(), zeros.end(), 0);
+  }
+
+  static int64_t places(const Product& job, const Codes* then) { return then == nullptr ? job.outputs : then->positions; }
+
+  // A job that knows of them. Where bytes serve, nothing else may be read: other codes are zeros.
+  Product of(Product job, const InstructionSet& set) const {
+    if (!few) return job;
+    job.ordered = ordered;
+    job.ordered_bits = bits;
+    job.output_order = order;
+    if (!plan(job, set).words) job.codes = zeros;
+    return job;
+  }
+
+  int bits;
+  bool few;
+  const int32_t* order;
+  Exact<uint8_t> ordered;
+  bool made;
+  Exact<uint8_t> zeros;
+};
+
 void test_layer(const InstructionSet& set, const Layer& layer) {
   for (int threads : {1, 3}) {
     Exact<float> y(layer.expected.size);
     const Product job = layer.product(y);
     const int status = quantformer_multiply(&job, threads, threads > 1 ? backwards : nullptr);
     check(status == 0 && same_bits(y, layer.expected), set, "multiply", layer.name);
+    const OrderedWeights weights(job, nullptr);
+    std::fill(y.begin(), y.end(), 0.0f);
+    const Product ordered = weights.of(job, set);
+    const bool ran = quantformer_multiply(&ordered, threads, threads > 1 ? backwards : nullptr) == 0;
+    check(weights.made && ran && same_bits(y, layer.expected), set, "multiply, ordered weights", layer.name);
   }
 }
 
@@ -442,6 +477,12 @@ void test_mlp(const InstructionSet& set, Random& random, int64_t rows, int64_t c
   last.x = codes;
   const bool stepped = quantformer_quantize(&between, 1, nullptr) == 0 && quantformer_multiply(&last, 1, nullptr) == 0;
   check(ran && stepped && same_bits(got, expected), set, "mlp", first.name);
+
+  const OrderedWeights one(job.first, &job.between), other(job.second, nullptr);
+  std::fill(got.begin(), got.end(), 0.0f);
+  const Mlp ordered = {one.of(job.first, set), job.between, other.of(job.second, set)};
+  const bool again = one.made && other.made && quantformer_mlp(&ordered, 3, backwards) == 0;
+  check(again && same_bits(got, expected), set, "mlp, ordered weights", first.name);
 }
 
 void test_attention_block(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, bool masked) {
