@@ -1,7 +1,7 @@
 """The last block of a ViT or DeiT, of which the classifier reads the class token alone: no other row is worked out there.
 
-That is most of the block. Whoever looks at the tokens that come out of it (hooks, `output_hidden_states`, a call of the
-encoder by itself) gets all of them.
+That is most of the block. Whoever looks at the tokens that come out of it (hooks, a `forward` in place of the class's own,
+`output_hidden_states`, a call of the encoder by itself) gets all of them.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .class_token import CLASS_TOKENS
+from .hooks import has_listener
 
 
 #: The block, and how many of its first tokens are read.
@@ -24,7 +25,7 @@ def classes_only(backbone: PreTrainedModel) -> Iterator[None]:
     kind = backbone.config.model_type
     encoder = getattr(backbone, kind)
     last = None
-    if kind in CLASS_TOKENS and not any(map(_is_heard, (encoder, encoder.layernorm))):
+    if kind in CLASS_TOKENS and encoder.layers and not any(map(_is_heard, (encoder, *encoder.layernorm.modules()))):
         last = encoder.layers[-1], CLASS_TOKENS[kind]
     token = _last.set(last)
     try:
@@ -40,4 +41,4 @@ def tokens_read(block: nn.Module, tokens: int) -> int:
 
 
 def _is_heard(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return has_listener(module) or bool(module._forward_pre_hooks) or "forward" in module.__dict__

@@ -150,7 +150,9 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
             (n // k for n, k in zip(x.shape[2:], self.kernel_size, strict=True)),
         )
         patches = x[..., : rows * height, : columns * width].reshape(*x.shape[:2], rows, height, columns, width)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, self.in_channels * height * width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(
+            x.shape[0], rows * columns, self.in_channels * height * width
+        )
         return self.infer(patches).transpose(1, 2).unflatten(2, (rows, columns))
 
 

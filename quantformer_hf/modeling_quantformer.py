@@ -145,6 +145,10 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             RuntimeError: a layer that was not calibrated.
         """
         return_dict = kwargs.pop("return_dict", None)
+        # What transformers asks for by the config, it asks for of a model's own.
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None and getattr(self.config, name):
+                kwargs[name] = True
         packed = self.config.stage == "packed"
         wants_states = kwargs.get("output_hidden_states") or self.backbone.config.output_hidden_states
         # A traced graph has all tokens.

@@ -18,6 +18,7 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from .attention import ATTENTION_IMPLEMENTATION
 from .classes_only import tokens_read
+from .hooks import has_listener
 from .kernels import ChannelPlan, Remembered, in_integers, operators
 from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Block, Mlp, check, library
 from .layers import QuantLayerNorm, quantize_first_argument
@@ -123,7 +124,7 @@ class PackedAttention(_OneJob):
     def maps_are_wanted(self, kwargs: dict) -> bool:
         """Whether somebody wants the probabilities. A hook on this module may be what records them for `transformers`."""
         return bool(
-            self._forward_hooks
+            has_listener(self)
             or kwargs.get("output_attentions")
             or getattr(self, "captured_attention", None) is not None
             or self.config._attn_implementation != ATTENTION_IMPLEMENTATION
@@ -286,7 +287,7 @@ def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:
     found = [inner for inner in module._modules.values() if inner is not None]
     for inner in found:
         own = inner.__dict__
-        if own["_forward_hooks"] or own["training"] or "forward" in own:
+        if own["training"] or "forward" in own or (own["_forward_hooks"] and has_listener(inner)):
             return None
         if own["_forward_pre_hooks"] and list(own["_forward_pre_hooks"].values()) != [quantize_first_argument]:
             return None

@@ -1,13 +1,23 @@
 """Kernels, whatever instructions this machine has, against plain torch and against exact arithmetic."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import make_batches, make_quantized
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantformer_hf.kernels import fake_quantized, instruction_set, library, operators, plans, reference, using
+from quantformer_hf.kernels import (
+    fake_quantized,
+    in_integers,
+    instruction_set,
+    library,
+    operators,
+    plans,
+    reference,
+    using,
+)
 from quantformer_hf.modeling_quantformer import StageError
 from quantformer_hf.packed_layers import PackedLayer
 from quantformer_hf.packing import pack_codes
@@ -288,6 +298,34 @@ def test_a_packed_model_compiles_and_exports_whole():
     }
     with torch.no_grad():
         assert torch.equal(exported.module()(pixel_values=batch).logits, expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_packed_model_takes_any_number_of_images(strict):
+    model = make_quantized("vit", "finetune").pack()
+    batch = torch.cat(make_batches())
+    sizes = {"pixel_values": {0: torch.export.Dim("images", min=1, max=64)}}
+    exported = torch.export.export(
+        model.backbone, (), {"pixel_values": batch[:4]}, dynamic_shapes=sizes, strict=strict
+    ).module()
+    for images in (batch[:4], batch[:3], batch):
+        with torch.no_grad():
+            assert torch.equal(exported(pixel_values=images).logits, logits(model, images))
+
+
+def test_floating_point_is_for_the_thread_that_asks():
+    def elsewhere(function):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function).result()
+
+    one, other = fake_quantized(), fake_quantized()
+    one.__enter__()
+    assert not in_integers()
+    assert elsewhere(in_integers)
+    elsewhere(other.__enter__)
+    one.__exit__(None, None, None)
+    assert in_integers()
+    assert elsewhere(in_integers)
 
 
 def test_a_trace_holds_the_operators():

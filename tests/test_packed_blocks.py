@@ -8,6 +8,7 @@ import torch
 from conftest import make_batches, make_quantized
 from torch import nn
 
+from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.attention import capture_attention
 from quantformer_hf.kernels import instruction_set, using
 from quantformer_hf.packed_blocks import PACKED_FORMS, PLAIN_FORMS, PackedPlainBlock
@@ -270,3 +271,67 @@ def test_who_listens_is_told_of_all_tokens(heard):
     assert torch.equal(logits(packed, images), expected)
     output = getattr(seen[-1], "last_hidden_state", seen[-1])
     assert output.shape[1] == 1 + (images.shape[-1] // packed.config.backbone_config.patch_size) ** 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_hooks_that_transformers_leaves_behind_cost_nothing(asked):
+    """They stay on the modules once somebody has asked for what lies between, before packing or after it."""
+    for when in ("before", "after"):
+        model = make_quantized("vit", "finetune")
+        images = make_batches()[0]
+        model = model if when == "before" else model.pack()
+        with torch.no_grad():
+            assert model(pixel_values=images, **{asked: True})[asked.removeprefix("output_")]
+        model = model.pack() if when == "before" else model
+        assert any(module._forward_hooks for module in model.modules())
+        expected = one_by_one(model, images)
+        for module in whole_modules(model):
+            module._job.forget()
+        assert torch.equal(logits(model, images), expected)
+        assert ran_as_one(model) == outermost(whole_modules(model))
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_outputs_asked_for_by_the_config_are_there(asked, tmp_path):
+    make_quantized("vit", "finetune").pack().save_pretrained(tmp_path)
+    images = make_batches()[0]
+    model = QuantformerForImageClassification.from_pretrained(tmp_path, **{asked: True})
+    name = asked.removeprefix("output_")
+    with torch.no_grad():
+        found, expected = (getattr(model(images, **told), name) for told in ({}, {asked: True}))
+        assert getattr(model(images, **{asked: False}), name) is None
+    assert len(found) == len(expected) > 0
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("patched", ["last block", "layernorm", "encoder", "inside of the layernorm"])
+def test_a_forward_in_place_of_the_classs_own_sees_all_tokens(patched):
+    """As accelerate puts one there."""
+    model = make_quantized("vit", "finetune").pack()
+    images = make_batches()[0]
+    expected = logits(model, images)
+    encoder = model.backbone.vit
+    if patched == "inside of the layernorm":
+        encoder.layernorm = nn.Sequential(encoder.layernorm)
+    module = {"last block": encoder.layers[-1], "encoder": encoder}.get(patched, encoder.layernorm)
+    seen = []
+
+    def see(output):
+        seen.append(getattr(output, "last_hidden_state", output).shape[1])
+        return output
+
+    if patched == "inside of the layernorm":
+        module[0].register_forward_hook(lambda module, arguments, output: see(output))
+    else:
+        own = module.forward
+        module.forward = lambda *arguments, **kwargs: see(own(*arguments, **kwargs))
+    assert torch.equal(logits(model, images), expected)
+    assert seen == [17]
+
+
+def test_a_model_without_blocks_runs():
+    model = make_quantized("vit", "finetune").pack()
+    model.backbone.vit.layers = nn.ModuleList()
+    assert logits(model, make_batches()[0]).isfinite().all()

@@ -52,7 +52,7 @@ class ChannelPlan(_Plan):
         """The plans of which it consists: this one."""
         return (self,)
 
-    @functools.cached_property
+    @property
     def arguments(self) -> tuple:
         """Of `operators.quantize`, after x."""
         in_order = self.source.numel() == self.channels and len(self.group_ends) == 1
@@ -198,7 +198,7 @@ class LinearPlan(_Plan):
     channels: ChannelPlan
     bias: Tensor
 
-    @functools.cached_property
+    @property
     def arguments(self) -> tuple:
         """Of `operators.multiply`, after the codes of the input."""
         scales = self.channels.group_scales, self.weight.scale, self.bias
