@@ -18,15 +18,19 @@ from transformers.utils import logging
 from quantformer_hf.arguments import RunArguments, StageArguments
 from quantformer_hf.bad_images import decode
 from quantformer_hf.checkpointing import check_writable, writing
-from quantformer_hf.configuration_quantformer import QuantformerConfig
+from quantformer_hf.classifiers import is_quantized, load_classifier
+from quantformer_hf.configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig
 from quantformer_hf.data import first, load_image_data
 from quantformer_hf.images import undecoded, with_crop
+from quantformer_hf.layer_bits import check_same_quantization
 from quantformer_hf.mixed_precision.allocation_file import ALLOCATION_FILE
 from quantformer_hf.mixed_precision.budget import format_cost
 from quantformer_hf.mixed_precision.stage import AllocationStage, check_later_stages
 from quantformer_hf.modeling_quantformer import StageError, build_backbone
+from quantformer_hf.pretrained import QuantformerPreTrainedModel
 from quantformer_hf.report import format_table, megabytes, weights_on_disk
-from quantformer_hf.stages import StageRun, delete_stage, load_classifier, make_trainer
+from quantformer_hf.run_history import history_in
+from quantformer_hf.stages import PACKED_FOLDER, StageRun, check_nothing_needed_is_deleted, make_trainer
 
 
 #: Held-out images that the end of a run classifies through `pipeline`.
@@ -53,11 +57,12 @@ def run_stages() -> None:
         evaluate_only(arguments)
         return
     if arguments.model.overwrite_output_dir:
-        for stage in arguments.model.stages:
-            delete_stage(output_dir, stage)
+        check_nothing_needed_is_deleted(run, arguments.model.stages, output_dir)
     if "allocate" in arguments.model.stages:
         check_later_stages(run, arguments.model.stages)
-    source, results = arguments.model.model_name_or_path, {}
+    source = arguments.model.model_name_or_path
+    # Of the stages that an earlier command ran.
+    results = {name: value for record in history_in(source) for name, value in record["results"].items()}
     for stage in arguments.model.stages:
         kind = AllocationStage if stage == "allocate" else StageRun
         stage_run = kind(run.for_stage(stage), source, output_dir)
@@ -71,7 +76,7 @@ def run_stages() -> None:
         print_allocation(results, stage_run.folder)
         return
     if stage == "finetune":
-        source = write_packed(source, output_dir / "packed")
+        source = write_packed(source, output_dir / PACKED_FOLDER)
     results["reloaded_accuracy"] = evaluate_checkpoint(source, run.for_stage(stage))["eval_accuracy"]
     if PartialState().is_main_process:
         (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
@@ -101,7 +106,12 @@ def evaluate_only(arguments: StageArguments) -> None:
     """`--stages` without a stage and `--do_eval`: the accuracy of `--model_name_or_path`, written and printed."""
     if not arguments.training.do_eval or arguments.model.model_name_or_path is None:
         raise ValueError("no stage to run: name some in --stages, or give --do_eval with --model_name_or_path")
-    results = evaluate_checkpoint(arguments.model.model_name_or_path, arguments)
+    name, asked = arguments.model.model_name_or_path, sorted(arguments.typed & set(QUANTIZATION_ARGUMENTS))
+    if asked and not is_quantized(name):
+        getLogger("quantformer_hf").warning(
+            f"{name} is evaluated as it is, in full precision, without {', '.join(asked)}"
+        )
+    results = evaluate_checkpoint(name, arguments)
     if PartialState().is_main_process:
         output_dir = Path(arguments.training.output_dir)
         (output_dir / "eval_results.json").write_text(json.dumps(results, indent=1))
@@ -113,6 +123,8 @@ def evaluate_checkpoint(name: str, arguments: StageArguments) -> dict[str, float
     """Load `name` as any user would and return its top-1 and top-5 accuracy on the validation images."""
     data = load_image_data(arguments.data, arguments.training.seed)
     model, processor = load_classifier(name, data, arguments.model)
+    if isinstance(model, QuantformerPreTrainedModel):
+        check_same_quantization(model.backbone, model.config, arguments.typed_quantization(), name)
     trainer = make_trainer(model, arguments.training, data, with_crop(processor, arguments.data.crop_pct))
     return {name: value for name, value in trainer.evaluate().items() if name.endswith("accuracy")}
 

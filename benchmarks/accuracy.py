@@ -25,12 +25,12 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from quantformer_hf.arguments import RunArguments
 from quantformer_hf.attention import ATTENTION_IMPLEMENTATION
+from quantformer_hf.classifiers import load_classifier
 from quantformer_hf.data import load_image_data
 from quantformer_hf.images import TransformedImages, with_crop
 from quantformer_hf.losses import logit_distillation
 from quantformer_hf.quantize import group_quantizers
 from quantformer_hf.report import bit_operations, distinct_levels, format_table
-from quantformer_hf.stages import load_classifier
 
 
 ROOT = Path(__file__).parents[1]

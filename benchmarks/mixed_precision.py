@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.arguments import RunArguments
 from quantformer_hf.checkpoints import load_full_precision
+from quantformer_hf.classifiers import load_classifier
 from quantformer_hf.data import load_image_data
 from quantformer_hf.images import calibration_batches, with_crop
 from quantformer_hf.mixed_precision.allocation import make_allocation, write_allocation
@@ -47,7 +48,6 @@ from quantformer_hf.mixed_precision.measure_latency import measure_latency
 from quantformer_hf.mixed_precision.pictures import draw_bits, draw_front
 from quantformer_hf.mixed_precision.search_space import SearchSpace
 from quantformer_hf.report import format_table
-from quantformer_hf.stages import load_classifier
 
 
 #: Bits whose costs are the budgets.

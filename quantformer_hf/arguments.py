@@ -25,6 +25,9 @@ from .training_args import QuantformerTrainingArguments
 RUN_STAGES = ("full_precision", "allocate", "pretrain", "search", "finetune")
 
 
+#: What no single stage can be told.
+WHOLE_RUN = {"preset", "stages", "model_name_or_path", "output_dir", "overwrite_output_dir"}
+
 #: What `--preset` may name: the files of `presets/`.
 PRESETS = ("ptq", "lightning", "best")
 
@@ -112,6 +115,8 @@ class ModelArguments:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name} is not JSON ({error}): {value}") from error
+        if self.reconstruction_samples < 0:
+            raise ValueError(f"reconstruction_samples is {self.reconstruction_samples}: choose 0 (off) or more")
         for stage in self.stages:
             if stage not in RUN_STAGES:
                 raise ValueError(f"unknown stage {stage!r}{nearest(stage, RUN_STAGES)}")
@@ -125,7 +130,12 @@ class ModelArguments:
 
 @dataclass
 class StageArguments:
-    """Everything that one stage is told."""
+    """Everything that one stage is told.
+
+    Attributes:
+        given: what was said, by the user or a preset.
+        typed: the names of what the user said.
+    """
 
     stage: str
     model: ModelArguments
@@ -133,6 +143,12 @@ class StageArguments:
     training: QuantformerTrainingArguments
     allocation: AllocationArguments
     given: dict[str, Any]
+    typed: frozenset[str]
+
+    def typed_quantization(self) -> dict[str, Any]:
+        """What the user, and no preset, said of how the model is quantized, and `layer_bits` wherever they come from."""
+        names = {*self.typed, "layer_bits"} & {*QUANTIZATION_ARGUMENTS, "image_size", "window_size"}
+        return {name: getattr(self.model, name) for name in names if getattr(self.model, name) is not None}
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, QuantformerTrainingArguments, AllocationArguments)
@@ -150,7 +166,8 @@ class RunArguments:
             ends in `.yaml` or `.yml` is the file.
 
     Raises:
-        ValueError: an unknown key in the file, or a value of the wrong type.
+        ValueError: an unknown key in the file, a value of the wrong type, or something said of one stage that holds for the
+            whole run.
         SystemExit: an unknown flag, as argparse does.
     """
 
@@ -174,6 +191,11 @@ class RunArguments:
             # A flag for all stages wins over the file's word on one.
             self.by_stage[stage] = {k: v for k, v in self.by_stage[stage].items() if k not in given}
             self.by_stage[stage].update(_given_flags(stage_flags))
+        for stage, values in self.by_stage.items():
+            for name in WHOLE_RUN & values.keys():
+                raise ValueError(f"{name} holds for the whole run: say it without '{stage}'")
+        self.typed = {stage: frozenset({*self.common, *values}) for stage, values in self.by_stage.items()}
+        self.typed[None] = frozenset(self.common)
         if self.common.get("preset") is not None:
             self._lay_under(self.common["preset"])
 
@@ -194,11 +216,18 @@ class RunArguments:
     def _read_file(self, path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        content = yaml.safe_load(path.read_text()) or {}
+        try:
+            content = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}: write 'key: value' lines")
         for key, value in content.items():
             if key in RUN_STAGES:
+                if not isinstance(value, dict | None):
+                    raise ValueError(
+                        f"{path}: {key} is {value!r}: write what holds in that stage as 'key: value' lines"
+                    )
                 _check_values(value or {}, f"{path}, section {key}")
                 self.by_stage[key] = dict(value or {})
             else:
@@ -212,7 +241,8 @@ class RunArguments:
     def for_stage(self, stage: str | None) -> StageArguments:
         """The arguments of one stage, or with None those common to all."""
         values = self.common | (self.by_stage[stage] if stage else {})
-        return StageArguments(stage, *HfArgumentParser(ARGUMENT_CLASSES).parse_dict(values), values)
+        parsed = HfArgumentParser(ARGUMENT_CLASSES).parse_dict(values)
+        return StageArguments(stage, *parsed, values, self.typed[stage])
 
 
 def _fields() -> dict[str, Any]:
@@ -228,11 +258,19 @@ def _check_values(values: dict[str, Any], source: str) -> None:
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"{source}: unknown key {key!r}{nearest(key, hints)}")
-        numbers = {int, float} & set(_alternatives(hints[key]))
-        if isinstance(value, str) and numbers and str not in _alternatives(hints[key]):
-            raise ValueError(
-                f"{source}: {key} is the string {value!r}: write a number, with a point (2.0e-4, not 2e-4)"
-            )
+        kinds = [typing.get_origin(hint) or hint for hint in _alternatives(hints[key])]
+        if value is None and type(None) not in kinds:
+            raise ValueError(f"{source}: {key} has no value: write one, or leave the line out")
+        if not isinstance(value, str) or str in kinds:
+            continue
+        ways = {
+            bool: "true or false, without quotes",
+            int: "a number, with a point (2.0e-4, not 2e-4)",
+            float: "a number, with a point (2.0e-4, not 2e-4)",
+            list: f"a list, [{value}]",
+        }
+        for kind in ways.keys() & set(kinds):
+            raise ValueError(f"{source}: {key} is the string {value!r}: write {ways[kind]}")
 
 
 def _alternatives(hint: Any) -> Iterable[Any]:

@@ -18,6 +18,9 @@ from .modeling_quantformer import QuantformerForImageClassification
 from .run_history import note_change
 
 
+#: What may differ in the configs of runs from one start.
+_OF_ONE_RUN = ("run_history", "full_precision_name_or_path", "transformers_version", "dtype", "_name_or_path")
+
 _WAY_OUT = "average runs that started from the same checkpoint"
 
 
@@ -51,7 +54,7 @@ def average_checkpoints(folders: Sequence[Path]) -> QuantformerForImageClassific
             stage nothing shows whether they did, and after it weights are codes, of which a mean is none.
 
     Raises:
-        ValueError: fewer than two, one of another stage, or different groups or other tensors.
+        ValueError: fewer than two, one of another stage, or other settings or groups.
         FileNotFoundError: no such checkpoint.
     """
     if len(folders) < 2:
@@ -60,14 +63,13 @@ def average_checkpoints(folders: Sequence[Path]) -> QuantformerForImageClassific
         stage = read_config(folder).stage
         if stage != "finetune":
             raise ValueError(f"{folder} is in the stage '{stage}': name the folder of its stage 'finetune'")
+    _check_same_settings(folders)
     model = QuantformerForImageClassification.from_pretrained(folders[0], dtype=torch.float32)
     own = model.state_dict()
     sums = {name: _addend(name, tensor).double() for name, tensor in own.items()}
     for folder in folders[1:]:
         other = QuantformerForImageClassification.from_pretrained(folder, dtype=torch.float32).state_dict()
-        for name in sorted(sums.keys() | other.keys()):
-            if name not in sums or name not in other or sums[name].shape != other[name].shape:
-                raise ValueError(f"{name} is not of the same shape in {folders[0]} and {folder}: {_WAY_OUT}")
+        for name in sums:
             addend = _addend(name, other[name])
             if not addend.is_floating_point() and not torch.equal(own[name], addend):
                 raise ValueError(f"{name} is not the same in {folders[0]} and {folder}: {_WAY_OUT}")
@@ -75,6 +77,15 @@ def average_checkpoints(folders: Sequence[Path]) -> QuantformerForImageClassific
     model.load_state_dict({name: (total / len(folders)).to(own[name].dtype) for name, total in sums.items()})
     note_change(model.config)
     return model
+
+
+def _check_same_settings(folders: Sequence[Path]) -> None:
+    """Raise ValueError where tensors of the same name would not mean the same."""
+    first, *others = ({k: v for k, v in read_config(f).to_dict().items() if k not in _OF_ONE_RUN} for f in folders)
+    for folder, other in zip(folders[1:], others, strict=True):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ValueError(f"{name} is not the same in {folders[0]} and {folder}: {_WAY_OUT}")
 
 
 def _addend(name: str, tensor: Tensor) -> Tensor:

@@ -116,8 +116,10 @@ class CheckpointReader:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in float32 or the integer type of the file."""
-        with safe_open(self.tensors[name].file, framework="numpy") as file:
-            return file.get_tensor(name)
+        # By torch, for numpy has no bfloat16.
+        with safe_open(self.tensors[name].file, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

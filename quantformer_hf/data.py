@@ -111,7 +111,8 @@ class DataArguments:
         for name in ("crop_scale", "crop_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose more than 0 and at most 1")
-        for name in ("train_samples_per_epoch", "shuffle_buffer_size", "max_train_samples", "max_eval_samples"):
+        counts = "train_samples_per_epoch", "shuffle_buffer_size", "max_train_samples", "max_eval_samples"
+        for name in (*counts, "calibration_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose at least 1")
         if self.train_samples_per_epoch is not None and not self.streaming:

@@ -55,27 +55,36 @@ def layer_bits_by_kind(kinds: Mapping[str, str], config: QuantformerConfig) -> d
     return bits
 
 
-def check_same_bits(backbone: nn.Module, config: QuantformerConfig, told: dict[str, Any], source: str) -> None:
-    """Raise ValueError, with the first layer, if the quantized model of `config` has other bits than `told` asks for.
+def check_same_quantization(backbone: nn.Module, config: QuantformerConfig, told: dict[str, Any], source: str) -> None:
+    """Raise ValueError if the quantized model of `config` is quantized otherwise than `told` asks for.
 
     Args:
         backbone: of the model.
-        told: fields of `QuantformerConfig`. Only `layer_bits` and `class_token_bits` are looked at.
+        told: quantization arguments that somebody gave, and image and window size. Groups are those to come where the model
+            has none yet.
         source: where the model comes from, for the message.
     """
-    wanted_token = told.get("class_token_bits")
-    if wanted_token not in (None, config.class_token_bits):
-        raise ValueError(
-            f"{source} has class_token_bits {config.class_token_bits}, and not {wanted_token}: start from the"
-            f" full-precision checkpoint, or leave out --class_token_bits"
-        )
+    wanted = {name: told[name] for name in told if name not in ("bit_width", "layer_bits")}
+    if "bit_width" in told:
+        wanted = {"weight_bits": told["bit_width"], "activation_bits": told["bit_width"]} | wanted
+    if config.stage == "pretrain":
+        wanted.pop("num_groups", None)
+    for name, value in wanted.items():
+        found = getattr(config if hasattr(config, name) else config.backbone_config, name, None)
+        if value not in (None, found):
+            raise ValueError(
+                f"{source} has {name} {found}, and not {value}: start from the full-precision checkpoint, or leave out"
+                f" --{name}"
+            )
     if not told.get("layer_bits"):
         return
-    wanted = resolve_layer_bits(backbone, QuantformerConfig.from_dict(config.to_dict() | told))
+    asked = resolve_layer_bits(
+        backbone, QuantformerConfig.from_dict(config.to_dict() | {"layer_bits": told["layer_bits"]})
+    )
     for name, found in resolve_layer_bits(backbone, config).items():
-        if found != wanted[name]:
+        if found != asked[name]:
             raise ValueError(
                 f"layer '{name}' of {source} has W{found.weight_bits}A{found.activation_bits}, and layer_bits asks for"
-                f" W{wanted[name].weight_bits}A{wanted[name].activation_bits}: start from the full-precision checkpoint, or"
+                f" W{asked[name].weight_bits}A{asked[name].activation_bits}: start from the full-precision checkpoint, or"
                 f" leave out --layer_bits"
             )

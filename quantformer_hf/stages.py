@@ -1,36 +1,28 @@
 """The stages of a run: each starts from what the one before it left, and can be interrupted and resumed."""
 
+import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-    TrainingArguments,
-    ViTImageProcessor,
-    set_seed,
-)
+from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 
-from .arguments import RUN_STAGES, ModelArguments, StageArguments
+from .arguments import RUN_STAGES, RunArguments, StageArguments
 from .augmentation import Collator, train_transform
 from .checkpointing import flush_tree, newest_checkpoint, write_durably, writing
-from .checkpoints import load_full_precision
-from .configuration_quantformer import QuantformerConfig
+from .classifiers import build_full_precision, is_quantized, load_classifier
+from .configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig
 from .data import ImageData, load_image_data
 from .estimate import Estimate
 from .images import TransformedImages, calibration_batches, with_crop
-from .layer_bits import check_same_bits
+from .layer_bits import check_same_quantization
 from .metrics import compute_metrics, rank_and_loss
 from .mixed_precision.allocation_file import BitAllocation
 from .model_card import write_model_card
@@ -48,6 +40,8 @@ NEUTRAL_ARGUMENTS = {
     "stages",
     "overwrite_output_dir",
     "output_dir",
+    # What counts is the checkpoint that the stage itself starts from.
+    "model_name_or_path",
     "disable_tqdm",
     "logging_steps",
     "logging_strategy",
@@ -66,6 +60,16 @@ NEUTRAL_ARGUMENTS = {
 }
 
 
+#: How a model in full precision becomes a quantized one, beside `QUANTIZATION_ARGUMENTS`.
+CALIBRATION_ARGUMENTS = ("calibration_samples", "reconstruction_samples", "centre_channels", "rotate_channels")
+
+#: Arguments that are paths of what is read.
+READ_PATHS = ("model_name_or_path", "teacher_name_or_path", "layer_bits", "latency_table", "dataset_dir")
+
+#: Beside the folders of the stages, the model of the last one as integer codes.
+PACKED_FOLDER = "packed"
+
+
 class StageRun:
     """One stage of a run in its folder, `<output_dir>/<stage>`.
 
@@ -81,6 +85,9 @@ class StageRun:
         self.source = source
         self.folder = output_dir / self.stage
         neutral = NEUTRAL_ARGUMENTS
+        if self.stage == "full_precision":
+            # What comes after it may be told otherwise.
+            neutral = neutral | {*QUANTIZATION_ARGUMENTS, *CALIBRATION_ARGUMENTS}
         if arguments.data.streaming:
             # Each worker reads its own part of a stream.
             neutral = neutral - {"dataloader_num_workers"}
@@ -97,12 +104,15 @@ class StageRun:
         """Results of this stage if an earlier run has completed it, else None.
 
         Raises:
-            ValueError: an earlier run left this folder with other arguments.
+            ValueError: an earlier run left this folder with other arguments, or from what is no longer there.
         """
         path = self.folder / STAGE_FILE
-        if not path.exists():
+        if self.arguments.model.overwrite_output_dir or not path.exists():
             return None
         earlier = json.loads(path.read_text())
+        if earlier["results"] is None and newest_checkpoint(self.folder) is None:
+            # It came to nothing that another command could spoil.
+            return None
         told = json.loads(json.dumps(self.told))
         for key in sorted(earlier["arguments"].keys() | told.keys()):
             before, now = earlier["arguments"].get(key), told.get(key)
@@ -118,7 +128,17 @@ class StageRun:
                     f"{self.folder} holds the stage '{self.stage}' of a run with {key}={before!r}, and this one has"
                     f" {now!r}: choose another --output_dir, or --overwrite_output_dir to delete it"
                 )
+        if earlier.get("source_digest") not in (None, self._source_digest()):
+            raise ValueError(
+                f"{self.folder} was made from {self.source}, which was made anew since: choose another --output_dir, or"
+                f" --overwrite_output_dir to delete what came of the old one"
+            )
         return earlier["results"]
+
+    def _source_digest(self) -> str | None:
+        """Of what the stage that made the source was told, and what came out; None where no stage did."""
+        path = None if self.source is None else Path(self.source) / STAGE_FILE
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
 
     def run(self) -> dict[str, float]:
         """Run the stage, or what is left of it, and return its results."""
@@ -126,7 +146,6 @@ class StageRun:
         if results is not None:
             logger.info(f"the stage '{self.stage}' is complete in {self.folder}")
             return results
-        self._write(None)
         arguments = self.arguments
         training = arguments.training
         training.output_dir = str(self.folder)
@@ -136,6 +155,7 @@ class StageRun:
             raise ValueError(f"the data set has no split {arguments.data.train_split!r}: name one by train_split")
         results = {}
         model, teacher, processor = self._build_model(data)
+        self._begin()
         history = history_in(self.source) or getattr(model.config, "run_history", None) or []
         trainer = make_trainer(
             model,
@@ -203,12 +223,11 @@ class StageRun:
         model, processor = load_classifier(self.source, data, arguments)
         processor = with_crop(processor, self.arguments.data.crop_pct)
         quantized = isinstance(model, QuantformerPreTrainedModel)
-        if quantized and self.stage in ("full_precision", "allocate", "pretrain"):
-            raise ValueError(f"{self.source} is quantized already: start it at the stage search or finetune")
+        if quantized:
+            self._check_follows(model.config)
+            check_same_quantization(model.backbone, model.config, self.arguments.typed_quantization(), self.source)
         if self.stage == "full_precision":
             return model, None, processor
-        if quantized:
-            check_same_bits(model.backbone, model.config, arguments.quantization_arguments(), self.source)
         batches = self._calibration_batches(data, processor)
         teacher = None
         if not quantized:
@@ -218,7 +237,7 @@ class StageRun:
             model.calibrate(batches(), arguments.centre_channels, arguments.rotate_channels)
             if self.stage in ("search", "finetune"):
                 model.begin_search()
-        elif self.stage == "search":
+        elif model.config.stage == "pretrain":
             model.begin_search(arguments.num_groups, batches())
         if self.stage == "finetune":
             if model.config.stage == "packed":
@@ -230,6 +249,25 @@ class StageRun:
         if self.arguments.training.needs_teacher and (teacher is None or arguments.teacher_name_or_path is not None):
             teacher = self._load_teacher(model, data)
         return model, teacher, processor
+
+    def _check_follows(self, config: QuantformerConfig) -> None:
+        """Raise ValueError where a model that is quantized already cannot go through this stage, or not as told."""
+        fitting = ("search", "finetune") if config.stage == "pretrain" else ("finetune",)
+        if self.stage not in fitting:
+            raise ValueError(
+                f"{self.source} is quantized already, in the stage '{config.stage}': start it at {' or '.join(fitting)}"
+            )
+        told = self.arguments.model
+        starts_here = self.source == told.model_name_or_path
+        if starts_here and "reconstruction_samples" in self.arguments.typed and told.reconstruction_samples > 0:
+            raise ValueError(
+                f"reconstruction_samples is {told.reconstruction_samples}, and {self.source} is quantized already: weights"
+                f" are refitted on the way from full precision; leave it out, or start there"
+            )
+        if starts_here and config.channels_rotated and not told.rotate_channels:
+            raise ValueError(
+                f"rotate_channels is False, and those of {self.source} are rotated: start from full precision"
+            )
 
     def _calibration_batches(self, data: ImageData, processor: BaseImageProcessor) -> partial:
         """A function that gives the calibration images anew at each call; `samples=` for more or fewer of them."""
@@ -254,6 +292,14 @@ class StageRun:
         except OSError as error:
             raise ValueError(f"the teacher {name!r} cannot be loaded: give --teacher_name_or_path ({error})") from error
 
+    def _begin(self) -> None:
+        """Take the folder, from which what an earlier run left is deleted where that is asked for."""
+        if self.arguments.model.overwrite_output_dir:
+            delete_folder(self.folder)
+            if self.stage == "finetune":
+                delete_folder(self.folder.with_name(PACKED_FOLDER))
+        self._write(None)
+
     def _write(self, results: dict[str, float] | None) -> None:
         """Write what the stage was told, and its results, in one step that cannot be left half done."""
         PartialState().wait_for_everyone()
@@ -262,88 +308,32 @@ class StageRun:
             if results is not None:
                 # Not before the model that they belong to.
                 flush_tree(self.folder)
-            write_durably(self.folder / STAGE_FILE, json.dumps({"arguments": self.told, "results": results}, indent=1))
+            written = {"arguments": self.told, "results": results, "source_digest": self._source_digest()}
+            write_durably(self.folder / STAGE_FILE, json.dumps(written, indent=1))
         PartialState().wait_for_everyone()
 
 
-def delete_stage(output_dir: Path, stage: str) -> None:
-    """Remove what an earlier run left of `stage`."""
-    if PartialState().is_main_process and (output_dir / stage).exists():
-        shutil.rmtree(output_dir / stage)
+def delete_folder(folder: Path) -> None:
+    """Remove what an earlier run left, if it did."""
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process and folder.exists():
+        shutil.rmtree(folder)
     PartialState().wait_for_everyone()
 
 
-def load_classifier(
-    name: str, data: ImageData, arguments: ModelArguments
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """An image classifier with the classes of the data set, in full precision (of any form) or quantized, and its processor.
-
-    Raises:
-        ValueError: other classes, and no leave to make a new classifier; or no image processor.
-    """
-    model, processor = _load(name, arguments)
-    if model.config.num_labels != len(data.label_names):
-        if not arguments.ignore_mismatched_sizes:
-            raise ValueError(
-                f"{name} has {model.config.num_labels} classes and the data set {len(data.label_names)}: give"
-                f" --ignore_mismatched_sizes for a new classifier"
-            )
-        model, processor = _load(name, arguments, **class_names(data), ignore_mismatched_sizes=True)
-    if processor is None:
-        raise ValueError(f"{name} has no image processor: save one beside it, such as ViTImageProcessor(size=...)")
-    return model, processor
-
-
-def is_quantized(name: str) -> bool:
-    """Whether `name` is a folder, or a repository of the hub, with a quantformer checkpoint."""
-    path = Path(name)
-    if path.exists():
-        config = path / "config.json"
-        return config.is_file() and json.loads(config.read_text()).get("model_type") == QuantformerConfig.model_type
-    try:
-        return isinstance(AutoConfig.from_pretrained(name), QuantformerConfig)
-    except (OSError, ValueError):
-        # No config of transformers' own: load_full_precision knows the other forms, and says what is wrong.
-        return False
-
-
-def _load(name: str, arguments: ModelArguments, **classes: Any) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
-    if is_quantized(name):
-        model = AutoModelForImageClassification.from_pretrained(name, **classes)
-        logger.info(f"{name}: quantformer checkpoint of the stage '{model.config.stage}'")
-        return model, AutoImageProcessor.from_pretrained(name)
-    checkpoint = load_full_precision(
-        name,
-        architecture=arguments.architecture if Path(name).is_file() else None,
-        image_size=arguments.image_size,
-        window_size=arguments.window_size,
-        **classes,
-    )
-    logger.info(f"{name}: {checkpoint.form}")
-    return checkpoint.model, checkpoint.processor
-
-
-def build_full_precision(
-    backbone_config: dict[str, Any] | None, data: ImageData
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A new classifier of `backbone_config` with the classes of the data set, and a processor for its image size."""
-    if backbone_config is None:
-        raise ValueError("the stage 'full_precision' needs --model_name_or_path or a backbone_config")
-    config = dict(backbone_config)
-    config = AutoConfig.for_model(config.pop("model_type", "vit"), **config, **class_names(data))
-    # AutoModel looks for a distilling DeiT by this field, and stumbles where it is None.
-    config.architectures = []
-    size = config.image_size
-    processor = ViTImageProcessor(size={"height": size, "width": size})
-    return AutoModelForImageClassification.from_config(config), processor
-
-
-def class_names(data: ImageData) -> dict[str, dict]:
-    """`id2label` and `label2id` of the data set."""
-    return {
-        "id2label": dict(enumerate(data.label_names)),
-        "label2id": {name: index for index, name in enumerate(data.label_names)},
-    }
+def check_nothing_needed_is_deleted(run: RunArguments, stages: Sequence[str], output_dir: Path) -> None:
+    """Raise ValueError where one of `stages` reads what `--overwrite_output_dir` would delete before."""
+    folders = [(output_dir / name).resolve() for name in (*stages, PACKED_FOLDER)]
+    for stage in stages:
+        given = run.for_stage(stage).given
+        for name in READ_PATHS:
+            value = given.get(name)
+            is_path = isinstance(value, str) and not value.lstrip().startswith("{")
+            if is_path and any(Path(value).resolve().is_relative_to(folder) for folder in folders):
+                raise ValueError(
+                    f"{name} is {value}, which --overwrite_output_dir would delete: choose another --output_dir, or leave it"
+                    f" out"
+                )
 
 
 def make_trainer(

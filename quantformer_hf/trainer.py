@@ -80,6 +80,14 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         teacher: PreTrainedModel | None = None,
         **kwargs,
     ):
+        if args.n_gpu > 1:
+            # Trainer would make threads of them, which share what is remembered of one device.
+            logger.warning(
+                "there are %d GPUs, and one process uses one of them: start `accelerate launch --num_processes %d` for all",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            args._n_gpu = 1
         if args.search_steps > 0:
             # After the freeze the assignment logits get no gradient, which DDP must not wait for.
             args.ddp_find_unused_parameters = True

@@ -120,6 +120,13 @@ def test_the_three_recipes_have_the_hyperparameters_of_the_reference():
         ),
         ("dataset_name: digits\nlearning_rate: 2e-4\n", "learning_rate is the string '2e-4': write a number"),
         ("- digits\n", "holds a list"),
+        ("stages: [pretrain\n", "is not YAML: while parsing"),
+        ("stages:\n", "stages has no value: write one, or leave the line out"),
+        ("max_steps:\n", "max_steps has no value"),
+        ("stages: finetune\n", r"stages is the string 'finetune': write a list, \[finetune\]"),
+        ('rotate_channels: "False"\n', "rotate_channels is the string 'False': write true or false"),
+        ("finetune: 3\n", "finetune is 3: write what holds in that stage"),
+        ("finetune: {stages: [search]}\n", "stages holds for the whole run: say it without 'finetune'"),
     ],
 )
 def test_a_wrong_file_is_explained(tmp_path, text, message):
@@ -133,6 +140,10 @@ def test_a_wrong_file_is_explained(tmp_path, text, message):
         (["--stages", "pretrian"], "unknown stage 'pretrian': did you mean 'pretrain'"),
         (["--stages", "search", "pretrain"], "name each once, in the order"),
         (["--layer_bits", "{classifier"], "layer_bits is not JSON"),
+        (["--calibration_samples", "0"], "calibration_samples is 0: choose at least 1"),
+        (["--reconstruction_samples", "-1"], "reconstruction_samples is -1: choose 0"),
+        (["--finetune.preset", "ptq"], "preset holds for the whole run: say it without 'finetune'"),
+        (["--search.output_dir", "x"], "output_dir holds for the whole run"),
     ],
 )
 def test_wrong_flags_are_explained(flags, message):

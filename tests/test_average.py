@@ -59,11 +59,13 @@ def test_bad_input_names_itself_and_the_way_out(runs, tmp_path):
     quantizer.group_index.copy_(quantizer.group_index.flip(0))
     models[1].save_pretrained(tmp_path / "regrouped")
     models[0].pack().save_pretrained(tmp_path / "packed")
+    make_quantized(stage="finetune", weight_quantizer="lsq_shifted").save_pretrained(tmp_path / "shifted")
     output = tmp_path / "mean"
     for given, said in (
         ([folders[0]], "alone has no mean"),
         ([folders[0], tmp_path / "packed"], "is in the stage 'packed'"),
-        ([folders[0], tmp_path / "other"], "is not of the same shape .* the same checkpoint"),
+        ([folders[0], tmp_path / "other"], "backbone_config is not the same .* the same checkpoint"),
+        ([folders[0], tmp_path / "shifted"], "weight_quantizer is not the same .* the same checkpoint"),
         ([folders[0], tmp_path / "regrouped"], "group_index is not the same .* the same checkpoint"),
         ([folders[0], tmp_path / "nowhere"], "nowhere does not exist"),
     ):

@@ -14,7 +14,7 @@ from quantformer_hf.exporters.traceable import TraceableActivation
 from quantformer_hf.inspect_checkpoint import format_report, inspect_checkpoint
 from quantformer_hf.kernels import cuda, fake_quantized, instruction_set, using
 from quantformer_hf.kernels.plans import TokenPlan, plan_channels, plan_weight
-from quantformer_hf.layer_bits import check_same_bits
+from quantformer_hf.layer_bits import check_same_quantization
 from quantformer_hf.mixed_precision.candidates import grouped_quantizer
 from quantformer_hf.mixed_precision.cost import CostModel
 from quantformer_hf.mixed_precision.search_space import SearchSpace
@@ -283,10 +283,10 @@ def test_plans_of_other_groups_do_not_go_together():
 
 def test_a_quantized_model_keeps_its_bits():
     model = make_quantized("vit", "pretrain", class_token_bits=4)
-    check_same_bits(model.backbone, model.config, {"class_token_bits": 4}, "somewhere")
-    check_same_bits(model.backbone, model.config, {}, "somewhere")
+    check_same_quantization(model.backbone, model.config, {"class_token_bits": 4}, "somewhere")
+    check_same_quantization(model.backbone, model.config, {}, "somewhere")
     with pytest.raises(ValueError, match="somewhere has class_token_bits 4, and not 8: start from the full-precision"):
-        check_same_bits(model.backbone, model.config, {"class_token_bits": 8}, "somewhere")
+        check_same_quantization(model.backbone, model.config, {"class_token_bits": 8}, "somewhere")
 
 
 def test_inspection_and_card_name_its_bits(tmp_path):

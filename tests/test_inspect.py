@@ -218,3 +218,12 @@ def test_a_damaged_packed_file_is_named(tmp_path):
     edit_tensors(tmp_path, lambda tensors: tensors[codes][0, 0].bitwise_xor_(1))
     with pytest.raises(ValueError, match="is damaged: its tensors, or the weight_quantizer"):
         inspect_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "search", "finetune"])
+def test_a_model_in_bfloat16_is_read(stage, tmp_path):
+    model = make_quantized("vit", stage)
+    model.save_pretrained(tmp_path / "wide")
+    model.bfloat16().save_pretrained(tmp_path / "narrow")
+    wide, narrow = (inspect_checkpoint(tmp_path / name) for name in ("wide", "narrow"))
+    assert format_report(narrow).splitlines()[0] == format_report(wide).splitlines()[0]

@@ -12,6 +12,15 @@ from quantformer_hf import QuantformerCallback, QuantformerTrainer, QuantformerT
 from quantformer_hf.quantize import blocks, group_quantizers
 
 
+def test_one_process_trains_on_one_gpu(tmp_path, caplog):
+    arguments = QuantformerTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2
+    trainer = QuantformerTrainer(make_quantized("vit"), arguments)
+    assert trainer.args.n_gpu == 1
+    assert "accelerate launch --num_processes 2" in caplog.text
+
+
 # Losses and the teacher
 
 

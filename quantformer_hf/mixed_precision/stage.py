@@ -85,12 +85,12 @@ class AllocationStage(StageRun):
         if data.train is None:
             raise ValueError(f"the data set has no split {self.arguments.data.train_split!r}: name one by train_split")
         model, teacher, processor = self._build_model(data)
+        self._begin()
         space = SearchSpace.of(model.config, told.candidate_bits)
         if table is None and any(budget.unit == MILLISECONDS for budget in budgets):
             table = self._measured_latency(teacher, model.config)
         costs = CostModel(model.config, space, table)
         check_budgets(costs, budgets)
-        self._write(None)
         losses = None
         if told.allocation_method == "edmips":
             losses = self._losses_by_gradient(model, teacher, processor, data, costs)

@@ -9,7 +9,7 @@ from test_cost import config_of, random_widths
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.inspect_checkpoint import inspect_checkpoint
-from quantformer_hf.layer_bits import check_same_bits
+from quantformer_hf.layer_bits import check_same_quantization
 from quantformer_hf.mixed_precision.allocation import make_allocation, write_allocation
 from quantformer_hf.mixed_precision.allocation_file import BitAllocation
 from quantformer_hf.mixed_precision.budget import Budget
@@ -107,9 +107,9 @@ def test_a_checkpoint_of_other_bits_is_not_taken_for_the_allocation(tmp_path):
     _, path = write(tmp_path)
     model = QuantformerForImageClassification(config_of("vit", bit_width=5))
     with pytest.raises(ValueError, match=r"layer 'vit.layers.0.attention.q_proj' of somewhere has W5A5, and"):
-        check_same_bits(model.backbone, model.config, {"layer_bits": path}, "somewhere")
+        check_same_quantization(model.backbone, model.config, {"layer_bits": path}, "somewhere")
     model = QuantformerForImageClassification(config_of("vit", layer_bits=path))
-    check_same_bits(model.backbone, model.config, {"layer_bits": path}, "somewhere")
+    check_same_quantization(model.backbone, model.config, {"layer_bits": path}, "somewhere")
 
 
 def test_the_card_says_which_bits_there_are_and_does_not_list_every_layer(tmp_path):

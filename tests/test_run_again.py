@@ -1,0 +1,167 @@
+"""Commands after others in the same folders: nothing is lost, nothing stale is taken for new, nothing is ignored."""
+
+import json
+import re
+import shutil
+
+import pytest
+from runs import run, same_weights, weights, write_recipe
+from transformers import AutoModelForImageClassification
+
+
+#: Two steps a stage.
+QUICK = {"num_train_epochs": 1, "max_train_samples": 32, "save_strategy": "no", "max_eval_samples": 16}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("again")
+    run(write_recipe(folder, **QUICK))
+    return folder / "out"
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of the finished run, and its recipe beside it."""
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def again(out, *flags, code=0, **changes):
+    """A command of the recipe in `out`; what it wrote to stderr."""
+    return run(write_recipe(out.parent, **QUICK | changes), *flags, code=code).stderr
+
+
+def results_of(out):
+    return json.loads((out / "all_results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--model_name_or_path", "{out}/finetune"],
+            "model_name_or_path is .*which --overwrite_output_dir would delete",
+        ),
+        (["--model_name_or_path", "{out}/packed"], "model_name_or_path is .*which --overwrite_output_dir would delete"),
+        (["--model_name_or_path", "{out}/search", "--bit_width", "9"], "weight_bits is 9|has weight_bits 4, and not 9"),
+        (["--model_name_or_path", "{out}/no_such"], "no_such"),
+    ],
+)
+def test_nothing_is_deleted_before_the_command_is_known_to_run(out, flags, said):
+    before = weights(out / "finetune")
+    flags = [flag.format(out=out) for flag in flags]
+    stderr = again(out, "--stages", "finetune", "--overwrite_output_dir", "True", *flags, code=1)
+    assert "Traceback" not in stderr
+    assert re.search(said, stderr), stderr
+    assert same_weights(before, weights(out / "finetune"))
+    assert (out / "packed" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_what_came_of_a_stage_that_was_made_anew_is_not_taken_for_complete(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "full_precision", out / "full_precision")
+    again(out, "--stages", "pretrain", "search", "finetune", "--model_name_or_path", out / "full_precision")
+    source = ["--model_name_or_path", str(out / "full_precision")]
+    again(out, "--stages", "pretrain", *source, "--overwrite_output_dir", "True", "--pretrain.max_steps", "3")
+    stages = ["--stages", "pretrain", "search", "finetune", *source, "--pretrain.max_steps", "3"]
+    stderr = again(out, *stages, code=1)
+    assert "search was made from" in stderr
+    assert "made anew since" in stderr
+    again(out, *stages, "--overwrite_output_dir", "True")
+    again(out, *stages)
+
+
+@pytest.mark.slow
+def test_a_refused_command_does_not_stand_in_the_way_of_its_correction(finished, tmp_path):
+    out = tmp_path / "out"
+    command = ["--stages", "finetune", "--model_name_or_path", str(finished / "full_precision")]
+    assert "weight_bits is 9" in again(out, *command, "--bit_width", "9", code=1)
+    assert "matches no layer" in again(out, *command, "--layer_bits", '{"vit.nothing": 3}', code=1)
+    again(out, *command, "--bit_width", "3")
+    assert AutoModelForImageClassification.from_pretrained(out / "packed").config.weight_bits == 3
+
+
+@pytest.mark.slow
+def test_full_precision_is_not_trained_again_for_other_bits(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "full_precision", out / "full_precision")
+    before = weights(out / "full_precision")
+    again(out, "--bit_width", "2", "--calibration_samples", "16")
+    assert same_weights(before, weights(out / "full_precision"))
+    assert AutoModelForImageClassification.from_pretrained(out / "packed").config.weight_bits == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "flags", "said"),
+    [
+        ("pretrain", ["--bit_width", "2"], "has weight_bits 4, and not 2: start from the full-precision checkpoint"),
+        ("pretrain", ["--attention_bits", "4"], "has attention_bits 8, and not 4"),
+        ("pretrain", ["--weight_quantizer", "statsq"], "has weight_quantizer auto, and not statsq"),
+        ("search", ["--num_groups", "2"], "has num_groups 4, and not 2"),
+        ("search", ["--image_size", "32"], "has image_size 16, and not 32"),
+        ("finetune", ["--reconstruction_samples", "16"], "is quantized already: weights are refitted on the way"),
+        ("finetune", ["--rotate_channels", "False"], "are rotated: start from full precision"),
+    ],
+)
+def test_what_a_quantized_checkpoint_cannot_become_is_refused(finished, tmp_path, source, flags, said):
+    command = ["--stages", "finetune", "--model_name_or_path", str(finished / source)]
+    assert said in again(tmp_path / "out", *command, *flags, code=1)
+    assert not (tmp_path / "out" / "finetune").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_says_what_it_does_not_look_at(finished, tmp_path):
+    command = ["--stages", "--do_eval", "--bit_width", "2", "--model_name_or_path"]
+    assert "has weight_bits 4, and not 2" in again(tmp_path / "out", *command, finished / "packed", code=1)
+    stderr = again(tmp_path / "out", *command, finished / "full_precision")
+    assert "is evaluated as it is, in full precision, without bit_width, num_groups" in stderr
+
+
+@pytest.mark.slow
+def test_groups_are_made_where_the_search_is_left_out(finished, tmp_path):
+    again(tmp_path / "out", "--stages", "pretrain", "finetune", "--model_name_or_path", finished / "full_precision")
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "finetune").config
+    assert (config.stage, config.num_groups) == ("finetune", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "stage", "way_out"),
+    [
+        ("packed", "pretrain", "finetune"),
+        ("packed", "search", "finetune"),
+        ("pretrain", "pretrain", "search or finetune"),
+    ],
+)
+def test_the_stage_at_which_a_quantized_checkpoint_goes_on_is_named(finished, tmp_path, source, stage, way_out):
+    command = ["--stages", stage, "--model_name_or_path", finished / source]
+    assert f"is quantized already, in the stage '{source}': start it at {way_out}" in again(
+        tmp_path / "out", *command, code=1
+    )
+
+
+@pytest.mark.slow
+def test_results_of_earlier_commands_stay(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "pretrain", out / "pretrain")
+    source = out / "pretrain"
+    again(out, "--stages", "search", "--model_name_or_path", source)
+    again(out, "--stages", "finetune", "--model_name_or_path", out / "search")
+    assert {"pretrain_accuracy", "search_accuracy", "frozen_accuracy", "finetune_accuracy"} <= results_of(out).keys()
+    assert results_of(out)["pretrain_accuracy"] == results_of(finished)["pretrain_accuracy"]
+
+
+@pytest.mark.slow
+def test_the_same_classes_in_another_order_are_refused(finished, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(finished / "full_precision")
+    names = [model.config.id2label[index] for index in range(10)]
+    model.config.id2label = dict(enumerate(reversed(names)))
+    model.config.label2id = {name: index for index, name in model.config.id2label.items()}
+    shutil.copytree(finished / "full_precision", tmp_path / "reversed")
+    model.save_pretrained(tmp_path / "reversed")
+    stderr = again(tmp_path / "out", "--stages", "--do_eval", "--model_name_or_path", tmp_path / "reversed", code=1)
+    assert "the same classes in another order (class 0 is '9' and '0')" in stderr
