@@ -8,7 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantformer_hf.kernels import LinearPlan, instruction_set, plan_channels, plan_linear, plan_weight
+from quantformer_hf.kernels import (
+    LinearPlan,
+    instruction_set,
+    operators,
+    plan_channels,
+    plan_linear,
+    plan_weight,
+)
 from quantformer_hf.kernels.library import check, library
 from quantformer_hf.packing import pack_codes
 from quantformer_hf.report import format_table
@@ -83,7 +90,9 @@ def product(shape: tuple[int, int, int], bits: int, groups: int) -> Callable[[],
     rows, inputs, outputs = shape
     plan = linear(inputs, outputs, bits, groups)
     codes: Tensor = plan.channels.quantize(torch.randn(rows, inputs))
-    return lambda: plan(codes)
+    # As in a transformer block. The tensors stay as long as what points into them.
+    job, kept = plan.ordered_job()
+    return lambda: (operators.run_multiply(job, codes), plan, kept)
 
 
 def ceiling_of(bits: int) -> Callable[[], object]:

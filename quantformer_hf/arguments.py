@@ -117,6 +117,9 @@ class ModelArguments:
                     raise ValueError(f"{name} is not JSON ({error}): {value}") from error
         if self.reconstruction_samples < 0:
             raise ValueError(f"reconstruction_samples is {self.reconstruction_samples}: choose 0 (off) or more")
+        if isinstance(self.stages, str):
+            # One in a file, without brackets.
+            self.stages = [self.stages]
         for stage in self.stages:
             if stage not in RUN_STAGES:
                 raise ValueError(f"unknown stage {stage!r}{nearest(stage, RUN_STAGES)}")
@@ -267,7 +270,6 @@ def _check_values(values: dict[str, Any], source: str) -> None:
             bool: "true or false, without quotes",
             int: "a number, with a point (2.0e-4, not 2e-4)",
             float: "a number, with a point (2.0e-4, not 2e-4)",
-            list: f"a list, [{value}]",
         }
         for kind in ways.keys() & set(kinds):
             raise ValueError(f"{source}: {key} is the string {value!r}: write {ways[kind]}")

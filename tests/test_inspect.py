@@ -226,4 +226,4 @@ def test_a_model_in_bfloat16_is_read(stage, tmp_path):
     model.save_pretrained(tmp_path / "wide")
     model.bfloat16().save_pretrained(tmp_path / "narrow")
     wide, narrow = (inspect_checkpoint(tmp_path / name) for name in ("wide", "narrow"))
-    assert format_report(narrow).splitlines()[0] == format_report(wide).splitlines()[0]
+    assert [layer.channels for layer in narrow.layers] == [layer.channels for layer in wide.layers]

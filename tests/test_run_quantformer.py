@@ -189,7 +189,7 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_earlier_stages_whole(fini
     folder, _ = finished
     before = weights(folder / "out" / "pretrain")
     cases = {
-        ("--stages", "finetune", "--model_name_or_path", folder / "out" / "pretrain"): "run model.begin_search() first",
+        ("--stages", "search", "--model_name_or_path", folder / "out" / "finetune"): "start it at finetune",
         ("--stages", "search"): "starts from a checkpoint",
         ("--stages", "pretrain", "--model_name_or_path", folder / "nowhere"): "nowhere",
     }
