@@ -69,7 +69,7 @@ class QuantformerConfig(PreTrainedConfig):
     attention_bits: int | None = 8
     embedding_bits: int = 8
     classifier_bits: int = 8
-    layer_bits: dict[str, Any] | str | None = None
+    layer_bits: dict[str, Any] | list | str | None = None
     num_groups: int = 8
     weight_quantizer: str = "auto"
     stage: str = "pretrain"
@@ -109,6 +109,9 @@ class QuantformerConfig(PreTrainedConfig):
             raise ValueError(f"num_groups is {self.num_groups}: choose 1 to 255")
         if isinstance(self.layer_bits, str):
             self.layer_bits = read_layer_bits(self.layer_bits, self)
+        if isinstance(self.layer_bits, list):
+            # As in files, see `to_dict`.
+            self.layer_bits = dict(self.layer_bits)
         for pattern, bits in (self.layer_bits or {}).items():
             _check_layer_bits(pattern, bits)
         self._check_class_token_bits()
@@ -118,6 +121,14 @@ class QuantformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # The wrapper and the model inside it must agree on the classes.
         backbone.id2label, backbone.label2id = self.id2label, self.label2id
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with `layer_bits` as a list of pairs: their order counts, and files sort the keys of
+        dictionaries."""
+        told = super().to_dict()
+        if told.get("layer_bits") is not None:
+            told["layer_bits"] = [list(pair) for pair in told["layer_bits"].items()]
+        return told
 
     def _check_class_token_bits(self) -> None:
         bits, model_type = self.class_token_bits, self.backbone_config.model_type

@@ -88,6 +88,9 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
     the model, and says which verb is missing when it comes out of order.
     """
 
+    #: `loss` is a mean over what one pass is given: Trainer is to divide by the number of accumulation steps.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: QuantformerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels

@@ -47,7 +47,8 @@ def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
     """The inverse of `pack`: floating-point weights that round to the codes."""
     bits = resolve_layer_bits(backbone, config)
     for name, layer in _named_weight_quantized_layers(backbone):
-        backbone.set_submodule(name, unpacked_form(layer, make_weight_quantizer(name, layer, bits[name], config)))
+        made = unpacked_form(layer, make_weight_quantizer(name, layer, bits[name], config))
+        backbone.set_submodule(name, made.train(layer.training))
     _mark_packed(backbone, False)
 
 

@@ -66,7 +66,11 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             super().save_pretrained(save_directory, **kwargs)
             return
         if self.config.stage == "packed":
-            getattr(self, DIGEST_NAME).copy_(digest_of_state(self.state_dict(), self.config.weight_quantizer))
+            state = kwargs.get("state_dict") or self.state_dict()
+            digest = digest_of_state(state, self.config.weight_quantizer)
+            getattr(self, DIGEST_NAME).copy_(digest)
+            if "state_dict" in kwargs:
+                kwargs["state_dict"] = state | {DIGEST_NAME: digest.to(self.device)}
         kwargs.setdefault("repo_id", Path(save_directory).name)
         variant = f"\\.{re.escape(kwargs['variant'])}" if kwargs.get("variant") else ""
         stale = rf"model(-\d{{5}}-of-\d{{5}})?{variant}\.safetensors(\.index{variant}\.json)?"

@@ -25,6 +25,7 @@ from .checkpointing import (
     write_durably,
     writing,
 )
+from .pretrained import QuantformerPreTrainedModel
 from .termination import TerminationCallback, ignore_sigterm
 
 
@@ -212,6 +213,31 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = unlogged["last_logged_step"]
         # The mean loss at the end is one over the steps of this call.
         self._total_loss_scalar -= unlogged["loss"]
+
+    def _load_best_model(self) -> None:
+        """As at the start of a resumed run, and for the same reason."""
+        if self._is_sharded():
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load through `from_pretrained`, which knows every layout of the names and checks what it finds.
+
+        Trainer's own way is `load_state_dict(strict=False)`, which restores nothing under another name and says so in a
+        warning at most.
+        """
+        if self._is_sharded():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.model if model is None else model
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        if isinstance(model, QuantformerPreTrainedModel):
+            model.follow_stage(saved.config)
+        model.load_state_dict(saved.state_dict())
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
 
 class _RestoreUnlogged(TrainerCallback):

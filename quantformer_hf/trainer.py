@@ -121,6 +121,8 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 "aux_weight, distillation_weight and feature_weight compare with a teacher: pass teacher=..., or set all"
                 " to 0"
             )
+        if quantized is not None and quantized.config.stage == "packed":
+            raise ValueError("integer codes cannot be trained: run model.unpack() first")
         if self.args.search_steps > 0 and (quantized is None or quantized.config.stage == "pretrain"):
             raise ValueError("search_steps needs a model in the stage 'search': run model.begin_search() first")
         with self._damped_gradients(quantized), stochastic_depth(self.model, self.args.drop_path_rate):
@@ -237,9 +239,6 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 f" weight of that term, and resume from the last checkpoint in {self.args.output_dir}"
             )
 
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def _quantized_model(self) -> QuantformerPreTrainedModel | None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model if isinstance(model, QuantformerPreTrainedModel) else None
@@ -345,6 +344,11 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
         search_steps = self.args.search_steps
+        if search_steps >= num_training_steps:
+            raise ValueError(
+                f"search_steps is {search_steps}, and the training has {num_training_steps}: leave steps to finetune after"
+                f" it, or set search_steps to -1"
+            )
         phases = []
         for steps in (search_steps, max(1, num_training_steps - search_steps)):
             scheduler = get_scheduler(
@@ -380,18 +384,3 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         self._term_sums = {name: torch.tensor(t, device=self.args.device) for name, t in unlogged["terms"].items()}
         self._term_count = unlogged["term_count"]
         self._last_shares = {name: torch.tensor(share) for name, share in unlogged["shares"].items()}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load through `from_pretrained`, which knows every layout of the names and checks what it finds.
-
-        Trainer's own way is `load_state_dict(strict=False)`, which restores nothing under another name and says so in a
-        warning at most.
-        """
-        if self._is_sharded():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        model = self.model if model is None else model
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-        if isinstance(model, QuantformerPreTrainedModel):
-            model.follow_stage(saved.config)
-        model.load_state_dict(saved.state_dict())

@@ -108,8 +108,19 @@ class QuantformerTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         for name in ("aux_weight", "dm_weight", "distillation_weight", "feature_weight", "task_weight"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")
+        for name in ("scale_learning_rate", "assignment_learning_rate", "finetune_learning_rate"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
+        if self.search_steps == 0:
+            raise ValueError("search_steps is 0: choose at least 1, or -1 to search to the end")
+        if self.search_steps > 0 and self.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise ValueError("search_steps has a schedule on each side, and reduce_lr_on_plateau none: choose another")
+        if self.finetune_learning_rate is not None and self.search_steps < 0:
+            raise ValueError(
+                "finetune_learning_rate is for after the freeze of search_steps: give both, or learning_rate"
+            )
         if self.distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature is {self.distillation_temperature}: choose more than 0")
         if not 0 < self.block_gradient_scale <= 1:

@@ -1,5 +1,6 @@
 """The five verbs, round trips, and what a quantized model emits."""
 
+import copy
 import json
 import re
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, ResNetConf
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.attention import attention_modules, capture_attention
+from quantformer_hf.inspect_checkpoint import inspect_checkpoint
 from quantformer_hf.kernels import fake_quantized
 from quantformer_hf.layers import QuantConv2d, QuantLayerNorm, QuantLinear
 from quantformer_hf.ops import attention as attention_ops
@@ -397,3 +399,33 @@ def test_a_missing_tensor_is_an_error(tmp_path):
     save_file({n: t for n, t in tensors.items() if n != name}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"missing: {re.escape(name)}"):
         AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+def test_the_order_of_layer_bits_outlives_the_file(tmp_path):
+    """Later entries win, and JSON files sort their keys."""
+    bits = {"vit.layers.0.*": 8, "*.mlp.fc1": 2}
+    model = make_quantized("vit", "finetune", layer_bits=bits)
+    model.save_pretrained(tmp_path / "finetune")
+    model.pack().save_pretrained(tmp_path / "packed")
+    for name in ("finetune", "packed"):
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / name)
+        assert list(loaded.config.layer_bits.items()) == list(bits.items())
+        assert loaded.backbone.vit.layers[0].mlp.fc1.weight_quantizer.grid.bits == 2
+        inspect_checkpoint(tmp_path / name)
+
+
+def test_an_unpacked_model_is_in_the_mode_that_the_packed_one_was_in():
+    model = make_quantized("vit", "finetune").pack()
+    for training in (False, True):
+        unpacked = copy.deepcopy(model).train(training).unpack()
+        assert all(module.training == training for module in unpacked.modules())
+
+
+def test_a_packed_file_of_other_tensors_can_be_loaded(tmp_path):
+    model = make_quantized("vit", "finetune").pack()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "backbone.vit.layers.0.mlp.fc1.bias"
+    state[name] += 1
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded.state_dict()[name], state[name])

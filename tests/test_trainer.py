@@ -4,12 +4,50 @@ import math
 
 import pytest
 import torch
-from conftest import make_full_precision, make_quantized
+from conftest import make_batches, make_full_precision, make_quantized
 from trainers import ALL_LOSSES, ONE_RUN, logged, make_trainer
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from quantformer_hf import QuantformerCallback, QuantformerTrainer, QuantformerTrainingArguments
 from quantformer_hf.quantize import blocks, group_quantizers
+
+
+@pytest.mark.parametrize("kind", [Trainer, QuantformerTrainer])
+def test_accumulated_steps_have_the_gradient_of_one(kind, tmp_path):
+    images = [{"pixel_values": image, "labels": index % 4} for index, image in enumerate(torch.cat(make_batches())[:8])]
+
+    def norm(batch, steps):
+        arguments = QuantformerTrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
+            use_cpu=True, report_to="none", logging_steps=1, save_strategy="no",
+        )  # fmt: skip
+        trainer = kind(make_quantized("vit", "finetune"), arguments, train_dataset=images)
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        return logs["loss"], logs["grad_norm"]
+
+    assert norm(2, 4) == pytest.approx(norm(8, 1), rel=1e-3)
+
+
+def test_the_best_model_in_full_precision_is_that_of_its_checkpoint(tmp_path):
+    trainer = make_trainer(
+        tmp_path, make_full_precision("vit"), max_steps=3, learning_rate=0.3, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_search_that_would_last_to_the_end_is_refused(tmp_path):
+    arguments = {"search_steps": 1000, "max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(ValueError, match="search_steps is 1000, and the training has"):
+        make_trainer(tmp_path, make_quantized("vit", "search"), **arguments).train()
+
+
+def test_integer_codes_are_not_trained(tmp_path):
+    with pytest.raises(ValueError, match=r"integer codes cannot be trained: run model\.unpack\(\) first"):
+        make_trainer(tmp_path, make_quantized("vit", "finetune").pack(), max_steps=1).train()
 
 
 def test_one_process_trains_on_one_gpu(tmp_path, caplog):
@@ -237,6 +275,14 @@ def test_search_steps_needs_a_model_that_searches(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"aux_weight": float("nan")}, "aux_weight is nan: choose 0"),
+        ({"scale_learning_rate": -0.1}, "scale_learning_rate is -0.1: choose 0 or more"),
+        ({"search_steps": 0}, "search_steps is 0: choose at least 1, or -1"),
+        ({"finetune_learning_rate": 1e-3}, "finetune_learning_rate is for after the freeze"),
+        (
+            {"search_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+            "reduce_lr_on_plateau none: choose another",
+        ),
         ({"aux_weight": -1.0}, "aux_weight is -1.0: choose 0"),
         (
             {
