@@ -50,7 +50,9 @@ PLAIN = [
 ONE_GROUP = ["--stages", "pretrain"]
 #: Inputs of the class token at the bits of patch embedding and classifier.
 CLASS_TOKEN = ["--class_token_bits", "8"]
-SEARCHED = ["--preset", "lightning", "--stages", "search", "finetune"]
+#: Attention maps held to the teacher's.
+ATTENTION = ["--aux_weight", "1"]
+SEARCHED = ["--preset", "lightning", "--stages", "search", "finetune", *ATTENTION]
 
 #: What each row tells `run_quantformer.py`.
 ROWS = {
@@ -63,8 +65,8 @@ ROWS = {
     "ours": ["--preset", "lightning"],
     "ours_class_token": ["--preset", "lightning", *CLASS_TOKEN],
     "ours_one_group": ["--preset", "lightning", *ONE_GROUP],
-    "ours_no_attention": ["--preset", "lightning", "--aux_weight", "0"],
-    "ours_fixed_degree": ["--preset", "lightning", "--pnorm", "2"],
+    "ours_attention": ["--preset", "lightning", *ATTENTION],
+    "ours_fixed_degree": ["--preset", "lightning", *ATTENTION, "--pnorm", "2"],
     "ours_no_features": ["--preset", "lightning", "--feature_weight", "0"],
     "ours_not_centred": ["--preset", "lightning", "--centre_channels", "False"],
     "ours_not_rotated": ["--preset", "lightning", "--rotate_channels", "False"],
