@@ -36,8 +36,8 @@ class EmaCallback(QuantformerCallback):
         self.average = ModelEmaV3(model, decay=self.decay)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # A resumed run has loaded its average already.
-        if self.average is None:
+        # A resumed run has loaded its average already. One that begins again may find that of a run that broke off.
+        if self.average is None or state.global_step == 0:
             self.start(model)
 
     def on_stage_switch(self, args, state, control, stage, model=None, **kwargs):

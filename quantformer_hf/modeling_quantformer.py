@@ -140,7 +140,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """
         Args:
             pixel_values: `(batch, channels, height, width)`.
-            labels: `(batch,)`, class indices. With them, `loss` is the cross-entropy.
+            labels: `(batch,)`, class indices. With them, `loss` is the cross-entropy, or what `problem_type` asks for.
             interpolate_pos_encoding: for images of another size than the model was made for.
 
         Raises:
@@ -162,16 +162,21 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             outputs = self.backbone(
                 pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
             )
-        loss = None
-        if labels is not None:
-            # On an accelerator this look would stop the pipeline each step: there the data collator looks.
-            if labels.device.type == "cpu":
-                check_labels(labels, self.num_labels)
-            loss = F.cross_entropy(outputs.logits.float(), labels)
+        loss = None if labels is None else self._loss(outputs.logits.float(), labels)
         result = ImageClassifierOutput(
             loss=loss, logits=outputs.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy; for several labels an image, or a number, what transformers takes for them."""
+        config = self.backbone.config
+        if config.problem_type not in (None, "single_label_classification") or config.num_labels == 1:
+            return self.backbone.loss_function(labels, logits, config)
+        # On an accelerator this look would stop the pipeline each step: there the data collator looks.
+        if labels.device.type == "cpu":
+            check_labels(labels, self.num_labels)
+        return F.cross_entropy(logits, labels)
 
     @classmethod
     def from_full_precision(cls, model: PreTrainedModel | str, **kwargs) -> Self:

@@ -91,6 +91,7 @@ class StageRun:
         if arguments.data.streaming:
             # Each worker reads its own part of a stream.
             neutral = neutral - {"dataloader_num_workers"}
+        self._neutral = neutral
         self.told = {k: v for k, v in arguments.given.items() if k not in neutral} | {"source": source}
         if isinstance(arguments.model.layer_bits, str):
             # Another allocation in a file of the same name is another run.
@@ -114,7 +115,8 @@ class StageRun:
             # It came to nothing that another command could spoil.
             return None
         told = json.loads(json.dumps(self.told))
-        for key in sorted(earlier["arguments"].keys() | told.keys()):
+        # What has become neutral since may still be written there.
+        for key in sorted((earlier["arguments"].keys() | told.keys()) - self._neutral):
             before, now = earlier["arguments"].get(key), told.get(key)
             if before != now and key == "global_batch":
                 raise ValueError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import IMAGE_SIZE, NUM_LABELS, make_full_precision, make_quantized
 from safetensors.torch import load_file
-from transformers import TrainerCallback, ViTImageProcessor
+from transformers import TrainerCallback, TrainerState, ViTImageProcessor
 
 from quantformer_hf import QuantformerTrainer, QuantformerTrainingArguments
 from quantformer_hf.augmentation import Collator, train_transform
@@ -104,6 +104,22 @@ def test_evaluation_during_training_sees_the_average():
     with callback.applied(model):
         assert torch.allclose(model.classifier.bias, before["classifier.bias"] + 0.5)
     assert torch.allclose(model.classifier.bias, before["classifier.bias"] + 1)
+
+
+def test_a_run_that_begins_again_begins_its_average_anew():
+    model, callback, state = make_quantized("vit"), EmaCallback(0.5), TrainerState()
+    # By a run that broke off.
+    callback.start(model)
+    left = callback.average
+    state.global_step = 2
+    callback.on_train_begin(None, state, None, model=model)
+    assert callback.average is left
+    state.global_step = 0
+    with torch.no_grad():
+        model.get_parameter("backbone.classifier.bias").add_(1)
+    callback.on_train_begin(None, state, None, model=model)
+    own = callback.average.module.get_parameter("backbone.classifier.bias")
+    assert torch.equal(own, model.get_parameter("backbone.classifier.bias"))
 
 
 def test_the_average_starts_anew_when_the_groups_are_frozen():

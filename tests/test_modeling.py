@@ -8,7 +8,13 @@ import pytest
 import torch
 from conftest import NUM_LABELS, make_batches, make_full_precision, make_quantized
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTForImageClassification,
+)
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.attention import attention_modules, capture_attention
@@ -16,7 +22,13 @@ from quantformer_hf.inspect_checkpoint import inspect_checkpoint
 from quantformer_hf.kernels import fake_quantized
 from quantformer_hf.layers import QuantConv2d, QuantLayerNorm, QuantLinear
 from quantformer_hf.ops import attention as attention_ops
-from quantformer_hf.quantize import activation_quantizers, bit_widths, group_quantizers, weight_quantized_layers
+from quantformer_hf.quantize import (
+    activation_quantizers,
+    bit_widths,
+    full_precision,
+    group_quantizers,
+    weight_quantized_layers,
+)
 from quantformer_hf.quantizers import GroupActivationQuantizer
 
 
@@ -429,3 +441,21 @@ def test_a_packed_file_of_other_tensors_can_be_loaded(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded.state_dict()[name], state[name])
+
+
+@pytest.mark.parametrize(
+    ("problem", "classes", "labels"),
+    [
+        ("multi_label_classification", 4, torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 1]])),
+        (None, 1, torch.tensor([0.5, -1.0])),
+        ("regression", 2, torch.tensor([[0.5, -1.0], [2.0, 0.0]])),
+    ],
+)
+def test_other_problems_have_the_loss_of_the_stock_model(problem, classes, labels):
+    config = copy.deepcopy(make_full_precision("vit").config)
+    config.num_labels, config.problem_type = classes, problem
+    stock = ViTForImageClassification(config).eval()
+    model = QuantformerForImageClassification.from_full_precision(stock)
+    images = make_batches()[0][:2]
+    with torch.no_grad(), full_precision(model):
+        torch.testing.assert_close(model(images, labels=labels).loss, stock(images, labels=labels).loss)

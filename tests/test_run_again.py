@@ -95,6 +95,17 @@ def test_full_precision_is_not_trained_again_for_other_bits(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_was_written_of_neutral_arguments_does_not_matter(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "full_precision", out / "full_precision")
+    path = out / "full_precision" / "stage.json"
+    written = json.loads(path.read_text())
+    written["arguments"] |= {"model_name_or_path": None, "bit_width": 8, "save_steps": 77}
+    path.write_text(json.dumps(written))
+    assert "the stage 'full_precision' is complete" in again(out, "--stages", "full_precision")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "flags", "said"),
     [
