@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import operators
 from .library import Codes, Product, library
+from .ordered_weights import order_weights
 
 
 T = TypeVar("T")
@@ -211,7 +212,7 @@ class LinearPlan(_Plan):
 
     def ordered_job(self, then: "ChannelPlan | TokenPlan | None" = None) -> tuple[Product, object]:
         """`job` with its weights in order too, for codes by `then`, and what has to be kept for it (`order_weights`)."""
-        return operators.order_weights(self.job, None if then is None else then.job)
+        return order_weights(self.job, None if then is None else then.job)
 
     def __call__(self, codes: Tensor) -> Tensor:
         """`(..., positions)` to `(..., out)`, float32."""
