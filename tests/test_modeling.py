@@ -1,16 +1,11 @@
 """The five verbs, round trips, and what a quantized model emits."""
 
 import copy
-import json
-import re
 
 import pytest
 import torch
 from conftest import NUM_LABELS, make_batches, make_full_precision, make_quantized
-from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
-    AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ViTForImageClassification,
@@ -18,7 +13,6 @@ from transformers import (
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.attention import attention_modules, capture_attention
-from quantformer_hf.inspect_checkpoint import inspect_checkpoint
 from quantformer_hf.kernels import fake_quantized
 from quantformer_hf.layers import QuantConv2d, QuantLayerNorm, QuantLinear
 from quantformer_hf.ops import attention as attention_ops
@@ -193,63 +187,6 @@ def test_one_bit_weights(backbone):
     assert logits(model, make_batches(1)[0]).isfinite().all()
 
 
-# Round trips
-
-
-@pytest.mark.parametrize("weight_quantizer", ["lsq", "lsq_shifted", "statsq", "minmax"])
-def test_a_saved_model_comes_back_bit_for_bit(backbone, stage, weight_quantizer, tmp_path):
-    model = make_quantized(backbone, stage, weight_quantizer=weight_quantizer)
-    model.concentration_degree.fill_(1.5)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert type(loaded) is QuantformerForImageClassification
-    assert loaded.config.stage == stage
-    assert torch.equal(logits(loaded, make_batches(1)[0]), logits(model, make_batches(1)[0]))
-    ours, theirs = dict(model.named_parameters()), dict(loaded.named_parameters())
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert all(ours[name].requires_grad == theirs[name].requires_grad for name in ours)
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_loaded_model_goes_on_through_the_stages(backbone, tmp_path):
-    model = make_quantized(backbone, "pretrain")
-    model.save_pretrained(tmp_path)
-    loaded = QuantformerForImageClassification.from_pretrained(tmp_path)
-    batch = make_batches(1)[0]
-    for verb in (lambda m: m.begin_search(4), lambda m: m.freeze_groups()):
-        assert torch.equal(logits(verb(loaded).eval(), batch), logits(verb(model).eval(), batch))
-
-
-def test_an_uncalibrated_model_stays_so_when_saved(tmp_path):
-    QuantformerForImageClassification.from_full_precision(make_full_precision()).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="was not calibrated"):
-        logits(QuantformerForImageClassification.from_pretrained(tmp_path), make_batches(1)[0])
-
-
-def test_scales_stay_in_float32_under_another_dtype(stage, tmp_path):
-    model = make_quantized(stage=stage)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for quantizer in group_quantizers(loaded):
-        assert quantizer.scale.dtype == quantizer.offset.dtype == torch.float32
-    assert loaded.backbone.vit.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
-    batch = make_batches(1)[0]
-    exact = logits(model, batch)
-    error = logits(loaded, batch.bfloat16()).float() - exact
-    assert error.std() < 0.3 * exact.std()
-
-
-def test_config_round_trip():
-    config = QuantformerConfig(
-        backbone_config=make_full_precision().config, bit_width=3, layer_bits={"classifier": 4}, num_groups=5
-    )
-    again = AutoConfig.for_model("quantformer", **{k: v for k, v in config.to_dict().items() if k != "model_type"})
-    assert again.to_dict() == config.to_dict()
-    assert (again.weight_bits, again.activation_bits, again.num_labels) == (3, 3, NUM_LABELS)
-    assert "bit_width" not in config.to_dict()
-
-
 def test_a_longer_name_wins_over_bit_width():
     config = QuantformerConfig(bit_width=3, activation_bits=6)
     assert (config.weight_bits, config.activation_bits) == (3, 6)
@@ -389,58 +326,11 @@ def test_labels_outside_the_classes_are_named():
         make_quantized()(make_batches(1)[0], labels=torch.tensor([0, 1, 7, 2]))
 
 
-def test_a_config_of_other_bits_is_found_out(tmp_path):
-    make_quantized(bit_width=4).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"activation_bits": 3}))
-    with pytest.raises(
-        ValueError, match=r"layer 'vit\.layers\.0.*' of the checkpoint .* has 4 bits, and its config says 3"
-    ):
-        AutoModelForImageClassification.from_pretrained(tmp_path)
-    path.write_text(json.dumps(config | {"weight_bits": 32}))
-    with pytest.raises(ValueError, match="does not fit its config"):
-        AutoModelForImageClassification.from_pretrained(tmp_path)
-
-
-def test_a_missing_tensor_is_an_error(tmp_path):
-    make_quantized(stage="finetune").save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith("group_index"))
-    save_file({n: t for n, t in tensors.items() if n != name}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"missing: {re.escape(name)}"):
-        AutoModelForImageClassification.from_pretrained(tmp_path)
-
-
-def test_the_order_of_layer_bits_outlives_the_file(tmp_path):
-    """Later entries win, and JSON files sort their keys."""
-    bits = {"vit.layers.0.*": 8, "*.mlp.fc1": 2}
-    model = make_quantized("vit", "finetune", layer_bits=bits)
-    model.save_pretrained(tmp_path / "finetune")
-    model.pack().save_pretrained(tmp_path / "packed")
-    for name in ("finetune", "packed"):
-        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / name)
-        assert list(loaded.config.layer_bits.items()) == list(bits.items())
-        assert loaded.backbone.vit.layers[0].mlp.fc1.weight_quantizer.grid.bits == 2
-        inspect_checkpoint(tmp_path / name)
-
-
 def test_an_unpacked_model_is_in_the_mode_that_the_packed_one_was_in():
     model = make_quantized("vit", "finetune").pack()
     for training in (False, True):
         unpacked = copy.deepcopy(model).train(training).unpack()
         assert all(module.training == training for module in unpacked.modules())
-
-
-def test_a_packed_file_of_other_tensors_can_be_loaded(tmp_path):
-    model = make_quantized("vit", "finetune").pack()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    name = "backbone.vit.layers.0.mlp.fc1.bias"
-    state[name] += 1
-    model.save_pretrained(tmp_path, state_dict=state)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(loaded.state_dict()[name], state[name])
 
 
 @pytest.mark.parametrize(
