@@ -11,6 +11,7 @@ from typing import Any, Self
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from transformers import PreTrainedConfig
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .backbone_layers import describe_backbone
 from .checkpoint_reader import CheckpointReader
@@ -45,6 +46,9 @@ ACCURACIES = {
     "frozen_accuracy": "freezing the groups",
     "finetune_accuracy": "finetune",
 }
+
+#: Kinds of layers (`backbone_layers.py`), in the order of the card's rows, and the words for them.
+KINDS = {"block": "linears of the blocks", "embedding": "patch embedding", "classifier": "classifier"}
 
 STAGE_TITLES = {UNRECORDED: "afterwards"}
 
@@ -138,6 +142,8 @@ def make_model_card(
         size=_size(Path(folder), config),
         recipes=[_recipe(record) for record in records],
         load_from=repo_id or "path/to/this/folder",
+        has_processor=(Path(folder) / IMAGE_PROCESSOR_NAME).is_file(),
+        image_size=backbone.image_size,
         paper_title=PAPER_TITLE,
         paper_doi=PAPER_DOI,
         paper_url=PAPER_URL,
@@ -148,62 +154,60 @@ def _bits(bits: int | None) -> str:
     return "floating point" if bits in (None, FULL_PRECISION_BITS) else f"{bits} bits" if bits > 1 else "1 bit"
 
 
-def _is_allocated(config: QuantformerConfig) -> bool:
-    """Whether `layer_bits` names each linear of the blocks, as a bit allocation does."""
-    layers = describe_backbone(config.backbone_config).layers
-    return {name for name, layer in layers.items() if layer.kind == "block"} <= set(config.layer_bits or ())
+def _widths_of(config: QuantformerConfig, what: str) -> dict[str, list[int]]:
+    """The different bits of the layers of each kind, ascending.
+
+    Args:
+        what: `weight_bits` or `activation_bits`.
+    """
+    backbone = describe_backbone(config.backbone_config)
+    widths: dict[str, set[int]] = {}
+    for name, of_layer in layer_bits(backbone, config).items():
+        widths.setdefault(backbone.layers[name].kind, set()).add(getattr(of_layer, what))
+    return {kind: sorted(found) for kind, found in widths.items()}
 
 
 def _widths(config: QuantformerConfig) -> str:
-    return "mixed precision" if _is_allocated(config) else f"W{config.weight_bits}A{config.activation_bits}"
-
-
-def _range(config: QuantformerConfig, what: str) -> str:
-    """The bits of the linears of the blocks in an allocation: `2 to 6 bits, by layer`."""
-    bits = {
-        getattr(width, what)
-        for name, width in layer_bits(describe_backbone(config.backbone_config), config).items()
-        if name in config.layer_bits
-    }
-    return _bits(bits.pop()) if len(bits) == 1 else f"{min(bits)} to {max(bits)} bits, by layer"
+    weights, inputs = (_widths_of(config, what)["block"] for what in ("weight_bits", "activation_bits"))
+    return f"W{weights[0]}A{inputs[0]}" if len(weights) == len(inputs) == 1 else "mixed precision"
 
 
 def _quantization_rows(config: QuantformerConfig) -> list[tuple[str, str, str]]:
-    allocated = _is_allocated(config)
-    weights, inputs = (
-        (_range(config, "weight_bits"), _range(config, "activation_bits"))
-        if allocated
-        else (_bits(config.weight_bits), _bits(config.activation_bits))
-    )
-    rows = [("linears of the blocks", weights, inputs)]
+    weights, inputs = (_widths_of(config, what) for what in ("weight_bits", "activation_bits"))
+    rows = [(words, _range(weights[kind]), _range(inputs[kind])) for kind, words in KINDS.items()]
+    between = [("attention products: q, k, v and probabilities", "", _bits(config.attention_bits))]
     if config.class_token_bits is not None:
-        rows.append(("their inputs at the class token, where quantized", "", _bits(config.class_token_bits)))
-    rows += [
-        ("attention products: q, k, v and probabilities", "", _bits(config.attention_bits)),
-        ("patch embedding", _bits(config.embedding_bits), _bits(config.embedding_bits)),
-        ("classifier", _bits(config.classifier_bits), _bits(config.classifier_bits)),
-    ]
-    for pattern, override in ({} if allocated else config.layer_bits or {}).items():
-        if not isinstance(override, dict):
-            override = {"weight_bits": override, "activation_bits": override}
-        # What an override does not name stays as the rows above, or an earlier override, have it.
-        widths = [_bits(override[name]) if name in override else "" for name in ("weight_bits", "activation_bits")]
-        rows.append((f"but `{pattern}`", *widths))
-    return rows
+        between.insert(0, ("their inputs at the class token, where quantized", "", _bits(config.class_token_bits)))
+    return [rows[0], *between, *rows[1:]]
+
+
+def _range(widths: list[int]) -> str:
+    """`4 bits`, `2 to 6 bits, by layer` or `8 bits or floating point, by layer`."""
+    if len(widths) == 1:
+        return _bits(widths[0])
+    quantized = [width for width in widths if width != FULL_PRECISION_BITS]
+    text = _bits(quantized[-1]) if len(quantized) == 1 else f"{quantized[0]} to {_bits(quantized[-1])}"
+    return f"{text}{' or floating point' if FULL_PRECISION_BITS in widths else ''}, by layer"
 
 
 def _groups(config: QuantformerConfig) -> str:
+    inputs = _widths_of(config, "activation_bits")["block"]
+    if inputs == [FULL_PRECISION_BITS]:
+        return ""
+    quantized = "quantized linear" if FULL_PRECISION_BITS in inputs else "linear"
     if config.stage == "pretrain":
-        return "The input channels of a linear share one scale and one offset."
+        return f"The input channels of a {quantized} share one scale and one offset."
     groups = "one group" if config.num_groups == 1 else f"{config.num_groups} groups"
     assigned = "softly assigned to" if config.stage == "search" else "assigned to"
     return (
-        f"The input channels of each linear of a block are {assigned} {groups}, each with a scale and an offset of its"
-        f" own."
+        f"The input channels of each {quantized} of a block are {assigned} {groups}, each with a scale and an offset of"
+        f" its own."
     )
 
 
 def _storage(config: QuantformerConfig) -> str:
+    if all(widths == [FULL_PRECISION_BITS] for widths in _widths_of(config, "weight_bits").values()):
+        return "The file holds the weights in floating point: none is quantized."
     if config.stage == "packed":
         return "The file holds the quantized weights as packed integer codes."
     return f"The file holds the weights in floating point, to be trained further (stage `{config.stage}`), not packed."
@@ -288,8 +292,8 @@ class ModelCardMixin:
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # transformers has just put a card of its own, or the one on the hub, where ours was; and while saving, the
-        # processor comes after the upload.
-        write_model_card(working_dir, self.config, repo_id=repo_id)
+        # processor comes after the upload. The card says how to load what is there.
         if self.image_processor is not None:
             self.image_processor.save_pretrained(working_dir)
+        write_model_card(working_dir, self.config, repo_id=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

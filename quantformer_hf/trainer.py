@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, get_scheduler
+from transformers import BaseImageProcessor, PreTrainedModel, get_scheduler
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import FreezeGroupsCallback
@@ -92,6 +92,9 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             # After the freeze the assignment logits get no gradient, which DDP must not wait for.
             args.ddp_find_unused_parameters = True
         super().__init__(model=model, args=args, **kwargs)
+        if isinstance(model, QuantformerPreTrainedModel) and isinstance(self.processing_class, BaseImageProcessor):
+            # Trainer saves it after the model, whose card tells of it.
+            model.image_processor = self.processing_class
         self.teacher = None
         if teacher is not None:
             teacher.set_attn_implementation(ATTENTION_IMPLEMENTATION)

@@ -1,9 +1,10 @@
 """The model card: what it states was so, and what was not measured is not stated."""
 
 import pytest
-from conftest import make_batches, make_full_precision, make_quantized
+import torch
+from conftest import IMAGE_SIZE, make_batches, make_full_precision, make_quantized
 from huggingface_hub import ModelCard
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from quantformer_hf import QuantformerForImageClassification, QuantformerTrainer, QuantformerTrainingArguments
 from quantformer_hf.model_card import MARK, add_to_model_card, write_model_card
@@ -82,15 +83,70 @@ def test_the_widths_of_every_part_are_stated(tmp_path):
     )
     text = saved_card(model, tmp_path).text
     for row in (
-        "| linears of the blocks | 1 bit | 3 bits |",
+        "# ViT mixed precision",
+        "| linears of the blocks | 1 to 8 bits, by layer | 3 to 8 bits, by layer |",
         "| attention products: q, k, v and probabilities |  | floating point |",
         "| patch embedding | 8 bits | 8 bits |",
         "| classifier | floating point | floating point |",
-        "| but `*.mlp.fc1` | 2 bits |  |",
-        "| but `vit.layers.0.attention.o_proj` | 8 bits | 8 bits |",
         "assigned to 4 groups",
     ):
         assert row in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "missing"),
+    [
+        (
+            {"layer_bits": {"*": 6}},
+            ["# ViT W6A6", "| linears of the blocks | 6 bits | 6 bits |", "| classifier | 6 bits | 6 bits |"],
+            "W4A4",
+        ),
+        (
+            {"activation_bits": 32},
+            ["# ViT W4A32", "| linears of the blocks | 4 bits | floating point |", "packed integer codes"],
+            "groups, each with a scale",
+        ),
+        (
+            {"layer_bits": {"*.mlp.fc2": {"activation_bits": 32}}},
+            [
+                "| linears of the blocks | 4 bits | 4 bits or floating point, by layer |",
+                "each quantized linear of a block",
+            ],
+            "W4A4",
+        ),
+        (
+            {"bit_width": 32, "attention_bits": 32, "embedding_bits": 32, "classifier_bits": 32},
+            ["# ViT W32A32", "The file holds the weights in floating point: none is quantized."],
+            "packed integer codes",
+        ),
+    ],
+)
+def test_a_card_claims_what_is_there(tmp_path, arguments, rows, missing):
+    text = saved_card(make_quantized("vit", "finetune", **arguments).pack(), tmp_path).text
+    for row in rows:
+        assert row in text
+    assert missing not in text
+
+
+def test_the_card_shows_how_to_load_what_is_there(tmp_path):
+    model = make_quantized("vit", "finetune")
+    without = saved_card(model, tmp_path / "without").text
+    code = without.split("```python\n")[1].split("```")[0]
+    assert "pipeline" not in code
+    assert "No image processor was saved" in without
+    names = {"pixel_values": make_batches(1)[0]}
+    exec(code.replace("path/to/this/folder", str(tmp_path / "without")), names)
+    assert torch.equal(names["logits"], model(make_batches(1)[0]).logits)
+    assert f"(batch, 3, {IMAGE_SIZE}, {IMAGE_SIZE})" in code
+
+    # A trainer saves it by itself, after the model.
+    arguments = QuantformerTrainingArguments(output_dir=str(tmp_path / "run"), report_to="none")
+    processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    QuantformerTrainer(model, arguments, processing_class=processor).save_model(tmp_path / "trained")
+    trained = (tmp_path / "trained" / "README.md").read_text()
+    assert 'pipeline("image-classification", model="path/to/this/folder")' in trained
+    assert "No image processor" not in trained
+    pipeline("image-classification", model=str(tmp_path / "trained"))
 
 
 def test_a_packed_model_keeps_its_results_and_states_both_sizes(tmp_path):
