@@ -20,6 +20,9 @@ BACKBONES = ("vit", "deit", "swin")
 #: The stages of a model's life, in order.
 STAGES = ("pretrain", "search", "finetune", "packed")
 
+#: A file has the group of a channel in a byte.
+MAX_GROUPS = 255
+
 
 @strict
 class QuantformerConfig(PreTrainedConfig):
@@ -105,8 +108,8 @@ class QuantformerConfig(PreTrainedConfig):
         check_activation_bits("classifier_bits", self.classifier_bits)
         if self.attention_bits is not None:
             check_activation_bits("attention_bits", self.attention_bits)
-        if not 1 <= self.num_groups <= 255:
-            raise ValueError(f"num_groups is {self.num_groups}: choose 1 to 255")
+        if not 1 <= self.num_groups <= MAX_GROUPS:
+            raise ValueError(f"num_groups is {self.num_groups}: choose 1 to {MAX_GROUPS}")
         if isinstance(self.layer_bits, str):
             self.layer_bits = read_layer_bits(self.layer_bits, self)
         if isinstance(self.layer_bits, list):
@@ -199,6 +202,13 @@ def check_quantization_arguments(arguments: dict[str, Any]) -> None:
     for name in arguments:
         if name not in QUANTIZATION_ARGUMENTS:
             raise TypeError(f"unknown quantization argument {name!r}{nearest(name, QUANTIZATION_ARGUMENTS)}")
+
+
+def check_no_misspelling(arguments: dict[str, Any]) -> None:
+    """Raise TypeError for what looks like a quantization argument and is none, among arguments of other kinds."""
+    for name in arguments:
+        if difflib.get_close_matches(name, QUANTIZATION_ARGUMENTS, n=1, cutoff=0.85):
+            raise TypeError(f"unknown argument {name!r}{nearest(name, QUANTIZATION_ARGUMENTS)}")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from .bad_images import BadImageTally
 from .callbacks import EpochCallback
 from .ema import EmaCallback
 from .images import TransformedImages
+from .modeling_quantformer import IGNORED_LABEL
 from .sampling import EpochSampler
 from .streaming import StreamedImages, StreamedTrainingImages, stream_loader
 from .training_args import QuantformerTrainingArguments
@@ -111,8 +112,12 @@ class ImageTrainer(Trainer):
         """As in Trainer; what the loader says of bad images goes to the tally, not to the model."""
         bad_images = inputs.pop("bad_images", ())
         if "labels" in inputs:
-            tally = self._train_tally if self.model.training else self._eval_tally
-            tally.add(len(inputs["labels"]), bad_images)
+            if self.model.training:
+                self._train_tally.add(len(inputs["labels"]), bad_images)
+            else:
+                # Rows without a label are bad images, or fill up a batch of a stream.
+                labelled = len(inputs["labels"]) - (inputs["labels"] == IGNORED_LABEL).sum().item()
+                self._eval_tally.add(labelled + len(bad_images), bad_images)
         return super()._prepare_inputs(inputs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

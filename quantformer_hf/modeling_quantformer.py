@@ -27,6 +27,7 @@ from .configuration_quantformer import (
     BACKBONES,
     QUANTIZATION_ARGUMENTS,
     QuantformerConfig,
+    check_no_misspelling,
     check_quantization_arguments,
 )
 from .packed_checkpoint import DIGEST_NAME
@@ -140,6 +141,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """
         Args:
             pixel_values: `(batch, channels, height, width)`.
+                Of an image with a value that is not finite, which quantizers would take for another one, logits are NaN.
             labels: `(batch,)`, class indices. With them, `loss` is the cross-entropy, or what `problem_type` asks for.
             interpolate_pos_encoding: for images of another size than the model was made for.
 
@@ -162,9 +164,13 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             outputs = self.backbone(
                 pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
             )
-        loss = None if labels is None else self._loss(outputs.logits.float(), labels)
+        logits = outputs.logits
+        if not torch.compiler.is_exporting():
+            finite = pixel_values.isfinite().flatten(1).all(1, keepdim=True)
+            logits = logits.masked_fill(~finite, torch.nan)
+        loss = None if labels is None else self._loss(logits.float(), labels)
         result = ImageClassifierOutput(
-            loss=loss, logits=outputs.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -199,6 +205,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         if isinstance(model, nn.Module):
             check_quantization_arguments(kwargs)
         else:
+            check_no_misspelling(kwargs)
             checkpoint = load_full_precision(model, **kwargs)
             logger.info(f"{model}: {checkpoint.form}")
             model, processor = checkpoint.model, checkpoint.processor
@@ -287,7 +294,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
         Raises:
             StageError: not calibrated, or not in the stage `pretrain`.
-            ValueError: more groups than some layer has channels.
+            ValueError: `num_groups` that is no number from 1 to 255, or more than some layer has channels.
         """
         self._require_stage("begin_search", "pretrain")
         if not self.config.calibrated:
@@ -376,6 +383,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             ("pack", "pretrain"): "run model.begin_search() and model.freeze_groups() first",
             ("pack", "search"): "run model.freeze_groups() first",
             ("pack", "packed"): "it is packed already",
+            ("kernel_info", "pretrain"): "run model.begin_search(), model.freeze_groups() and model.pack() first",
+            ("kernel_info", "search"): "run model.freeze_groups() and model.pack() first",
             ("kernel_info", "finetune"): "run model.pack() first",
             ("unpack", "pretrain"): "there is nothing to unpack",
             ("unpack", "search"): "there is nothing to unpack",

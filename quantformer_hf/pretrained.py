@@ -60,7 +60,15 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
 
         The default there is the layout of older releases, which `Trainer` cannot resume from. Everything is written
         beside its place and flushed first: a crash while saving leaves what was there before.
+
+        Raises:
+            ValueError: a `variant` of a packed model.
         """
+        if self.config.stage == "packed" and kwargs.get("variant"):
+            raise ValueError(
+                f"variant is {kwargs['variant']!r}, and variants share one config.json, which says the bits of packed codes:"
+                f" save each packed model in a folder, or push it as a revision, of its own"
+            )
         kwargs.setdefault("save_original_format", False)
         if not kwargs.get("is_main_process", True):
             super().save_pretrained(save_directory, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionOperands, attention_modules
 from .class_token import CLASS_TOKENS, ClassTokenQuantizer
-from .configuration_quantformer import QuantformerConfig
+from .configuration_quantformer import MAX_GROUPS, QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
 from .groups import channel_importance
@@ -222,7 +222,9 @@ def _shared_quantizer(producer: nn.Module) -> GroupActivationQuantizer | None:
 
 
 def check_num_groups(model: nn.Module, num_groups: int) -> None:
-    """Raise ValueError where a layer has fewer channels than there are groups."""
+    """Raise ValueError for what is no number of groups, or where a layer has fewer channels than that."""
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int) or not 1 <= num_groups <= MAX_GROUPS:
+        raise ValueError(f"num_groups is {num_groups!r}: choose 1 to {MAX_GROUPS}")
     for quantizer in group_quantizers(model):
         if num_groups > quantizer.channels:
             raise ValueError(
@@ -295,8 +297,8 @@ def observe(
                 seen[quantizer] = quantizer.observer.quantiles()
             except RuntimeError as error:
                 raise RuntimeError(
-                    f"layer '{quantizer.name}' cannot be calibrated: {error}. Give model.calibrate() batches of images"
-                    f" that run through the whole model"
+                    f"layer '{quantizer.name}' cannot be calibrated: {error}. Give batches of images that run through the"
+                    f" whole model"
                 ) from error
         return seen
     finally:

@@ -29,8 +29,8 @@ from .pretrained import QuantformerPreTrainedModel
 from .quantize import blocks, searched_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .resumable_trainer import ResumableTrainer
-from .rotation import rotated
 from .stochastic_depth import stochastic_depth
+from .teachers import check_teacher, hidden_states_for
 from .training_args import QuantformerTrainingArguments
 
 
@@ -115,8 +115,8 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         """As in Trainer.
 
         Raises:
-            ValueError: a loss that compares with a teacher, and no teacher; `search_steps`, and a model that does not
-                search.
+            ValueError: a loss that compares with a teacher, and no teacher, or one that cannot be compared; `search_steps`,
+                and a model that does not search.
         """
         quantized = self._quantized_model()
         if quantized is not None and self.args.needs_teacher and self.teacher is None:
@@ -124,6 +124,8 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 "aux_weight, distillation_weight and feature_weight compare with a teacher: pass teacher=..., or set all"
                 " to 0"
             )
+        if quantized is not None and self.args.needs_teacher:
+            check_teacher(quantized, self.accelerator.unwrap_model(self.teacher), self.args)
         if quantized is not None and quantized.config.stage == "packed":
             raise ValueError("integer codes cannot be trained: run model.unpack() first")
         if self.args.search_steps > 0 and (quantized is None or quantized.config.stage == "pretrain"):
@@ -185,9 +187,8 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 outputs.logits, taught.logits, self.args.distillation_temperature
             )
         if wants_features:
-            features = taught.hidden_states
-            if quantized.config.channels_rotated:
-                features = rotated(features)
+            teacher = self.accelerator.unwrap_model(self.teacher)
+            features = hidden_states_for(quantized, teacher, taught.hidden_states)
             terms["features"] = self.args.feature_weight * feature_distillation(outputs.hidden_states, features)
         if self.args.dm_weight > 0 and quantized.config.stage == "search":
             probabilities = [quantizer.assignment_probabilities() for quantizer in searched_quantizers(quantized)]

@@ -1,6 +1,7 @@
 """Images that cannot be decoded."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from quantformer_hf.images import TransformedImages, calibration_batches
 from quantformer_hf.metrics import compute_metrics, rank_and_loss
 from quantformer_hf.modeling_quantformer import IGNORED_LABEL
 from quantformer_hf.sampling import Draw
+from quantformer_hf.streaming import StreamedEvaluationImages
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
@@ -141,6 +143,29 @@ def test_the_trainer_reports_training_and_evaluation(workers, tmp_path, caplog):
     correct = metrics["eval_accuracy"] * 119
     assert correct == pytest.approx(round(correct))
     assert "1 of 120 evaluation images" in caplog.text
+
+
+def test_rows_that_fill_up_the_batches_of_a_stream_are_no_images(tmp_path, caplog):
+    data = write_images(tmp_path, 101, {4})
+    streamed = replace(data, validation=data.validation.to_iterable_dataset())
+    trainer = make_trainer(data, tmp_path / "out")
+    trainer.eval_dataset = StreamedEvaluationImages(
+        streamed, PROCESSOR, batch_size=64, num_processes=1, process_index=0
+    )
+    with caplog.at_level(logging.WARNING):
+        assert trainer.evaluate()["eval_skipped_images"] == 1
+    assert "1 of 101 evaluation images" in caplog.text
+    # More than 1 % of 101, and less of the 256 rows of the batch.
+    many = write_images(tmp_path, 101, {4, 5})
+    trainer.eval_dataset = StreamedEvaluationImages(
+        replace(many, validation=many.validation.to_iterable_dataset()),
+        PROCESSOR,
+        batch_size=256,
+        num_processes=1,
+        process_index=0,
+    )
+    with pytest.raises(BadImageError, match="2 of 101 evaluation images"):
+        trainer.evaluate()
 
 
 def test_error_stops_the_training(tmp_path):

@@ -195,6 +195,8 @@ def test_kernel_info_says_what_serves_each_layer(backbone):
     model = make_quantized(backbone, "finetune", layer_bits={"*.fc1": {"activation_bits": 32}})
     with pytest.raises(StageError, match=r"run model\.pack\(\) first"):
         model.kernel_info()
+    with pytest.raises(StageError, match=r"in 'pretrain': run model\.begin_search\(\), .* and model\.pack\(\) first"):
+        make_quantized(backbone).kernel_info()
     info = model.pack().kernel_info()
     assert len([name for name in info if not name.endswith("operands")]) == len(
         [m for m in model.modules() if isinstance(m, PackedLayer)]

@@ -278,6 +278,9 @@ def test_impossible_arguments_are_refused(arguments, message):
 def test_unknown_quantization_argument_names_the_nearest():
     with pytest.raises(TypeError, match="unknown quantization argument 'bitwidth': did you mean 'bit_width'"):
         QuantformerForImageClassification.from_full_precision(make_full_precision(), bitwidth=4)
+    # Among those for the loading of a checkpoint, too.
+    with pytest.raises(TypeError, match="unknown argument 'bitwidth': did you mean 'bit_width'"):
+        QuantformerForImageClassification.from_full_precision("user/model", bitwidth=4)
 
 
 def test_other_architectures_are_refused():
@@ -291,6 +294,14 @@ def test_other_architectures_are_refused():
 def test_more_groups_than_channels_at_the_search():
     with pytest.raises(ValueError, match="has only 32 channels"):
         make_quantized().begin_search(33)
+
+
+@pytest.mark.parametrize("number", [0, -1, 256, 2.5, True, "4"])
+def test_what_is_no_number_of_groups_at_the_search(number):
+    model = make_quantized()
+    with pytest.raises(ValueError, match=f"num_groups is {number!r}: choose 1 to 255"):
+        model.begin_search(number)
+    assert model.config.stage == "pretrain"
 
 
 def test_verbs_out_of_order_say_which_one_is_missing():
@@ -319,6 +330,20 @@ def test_calibration_that_reaches_no_layer_names_it_and_changes_nothing():
         model.calibrate([[1, 2]])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not model.config.calibrated
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_is_not_finite_has_no_class(backbone, stage, value):
+    model, images = make_quantized(backbone, stage), make_batches(1)[0]
+    with torch.no_grad():
+        expected = model(images).logits
+        images[1, 0, 3, 4] = value
+        logits = model(images).logits
+    assert logits[1].isnan().all()
+    assert torch.equal(logits[[0, 2, 3]], expected[[0, 2, 3]])
+    if stage == "finetune":
+        with torch.no_grad():
+            assert model.pack()(images).logits[1].isnan().all()
 
 
 def test_labels_outside_the_classes_are_named():

@@ -123,3 +123,9 @@ def test_a_packed_file_of_other_tensors_can_be_loaded(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded.state_dict()[name], state[name])
+
+
+def test_a_packed_model_has_no_variants(tmp_path):
+    with pytest.raises(ValueError, match=r"variant is 'w4', and variants share one config\.json"):
+        make_quantized(stage="finetune").pack().save_pretrained(tmp_path / "model", variant="w4")
+    assert not (tmp_path / "model").exists()
