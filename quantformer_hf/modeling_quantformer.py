@@ -166,7 +166,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             )
         logits = outputs.logits
         if not torch.compiler.is_exporting():
-            finite = pixel_values.isfinite().flatten(1).all(1, keepdim=True)
+            # Nor is their mean, which takes less time than looking at each.
+            finite = pixel_values.flatten(1).mean(1, keepdim=True).isfinite()
             logits = logits.masked_fill(~finite, torch.nan)
         loss = None if labels is None else self._loss(logits.float(), labels)
         result = ImageClassifierOutput(

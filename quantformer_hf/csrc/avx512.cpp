@@ -134,7 +134,8 @@ const InstructionSet* avx512() {
                                      gelu,
                                      softmax,
                                      layer_norm,
-                                     narrower->reorder};
+                                     narrower->reorder,
+                                     nullptr};
   return &set;
 }
 

@@ -80,6 +80,8 @@ struct Order {
   uint8_t* scratch;       // (stride + 1) * kBlock bytes
 };
 
+struct Pairs;
+
 struct InstructionSet {
   const char* name;
   int tile_rows;                  // at most kMostTileRows
@@ -98,6 +100,7 @@ struct InstructionSet {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y);
   // kBlock rows: out[row][position] = rows[row][source[position]], zero where that is `columns`.
   void (*reorder)(const Order&);
+  const Pairs* pairs;  // see pairs.h; null where multiplying is as fast
 };
 
 const InstructionSet* plain();

@@ -4,14 +4,20 @@
 #include <exception>
 #include <new>
 
+#include "pairs.h"
 #include "scratch.h"
 #include "threads.h"
+#include "writer.h"
 
 namespace quantformer {
 namespace {
 
 // Rows of one task, where there are fewer panels than threads could share.
 constexpr int64_t kTaskRows = 192;
+
+// Bits of a weight up to which it lies in the order of the kernels too. More would take more memory than the time that it saves
+// is worth; one of 3 bits takes 4.
+constexpr int kMostOrderedBits = 4;
 
 // Tasks for each thread, so that one that is held up does not hold up the others.
 constexpr int64_t kTasksPerThread = 4;
@@ -49,8 +55,10 @@ void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
 // All rows alike.
 int multiply_rows(const Product& job, const Codes* then, int64_t threads, ParallelFor parallel_for) {
   const InstructionSet& set = current();
+  const bool in_pairs = job.ordered != nullptr && job.ordered_bits == 0 && job.output_order == order_of(then);
+  if (in_pairs && takes_pairs(job, set)) return look_up(job, then, threads, parallel_for);
   const Plan made = plan(job, set);
-  const int64_t panels = divide_up(then == nullptr ? job.outputs : then->positions, kPanel);
+  const int64_t panels = divide_up(places_of(job, then), kPanel);
   if (panels == 0 || job.rows == 0) return 0;
   int64_t parts = std::max<int64_t>(1, std::min(job.rows / kTaskRows, divide_up(kTasksPerThread * threads, panels)));
   if (threads == 1) parts = 1;
@@ -132,9 +140,18 @@ int quantformer_multiply_to_codes(const quantformer::Product* job, const Codes* 
   }
 }
 
-int quantformer_order_weights(const quantformer::Product* job, const Codes* then, int bits, uint8_t* ordered) {
+int64_t quantformer_plan_order(quantformer::Product* job, const Codes* then) {
+  using namespace quantformer;
+  if (job->bits > kMostOrderedBits) return 0;
+  job->output_order = order_of(then);
+  job->ordered_bits = takes_pairs(*job, current()) ? 0 : job->bits <= 2 ? 2 : kMostOrderedBits;
+  if (job->ordered_bits == 0) return pairs_bytes(*job, then);
+  return divide_up(places_of(*job, then), kPanel) * kPanel * job->positions * job->ordered_bits / 8;
+}
+
+int quantformer_order_weights(const quantformer::Product* job, const Codes* then, uint8_t* ordered) {
   try {
-    quantformer::order_weights(*job, then, bits, ordered);
+    (job->ordered_bits == 0 ? quantformer::order_pairs : quantformer::order_panels)(*job, then, ordered);
     return 0;
   } catch (const std::bad_alloc&) {
     return -1;

@@ -37,8 +37,10 @@ int quantformer_multiply(const quantformer::Product* job, int64_t threads, Paral
 int quantformer_multiply_to_codes(const quantformer::Product* job, const Codes* then, int64_t threads,
                                   ParallelFor parallel_for);
 
-// See `order_weights`: what such a job has for `ordered`, bits and order.
-int quantformer_order_weights(const quantformer::Product* job, const Codes* then, int bits, uint8_t* ordered);
+// How the weights of such a job are to lie once more for the instruction set in use: `ordered_bits` and `output_order` are set.
+// Returns the bytes that takes, 0 where they are to stay as they are. Then: those bytes, what the job has for `ordered`.
+int64_t quantformer_plan_order(quantformer::Product* job, const Codes* then);
+int quantformer_order_weights(const quantformer::Product* job, const Codes* then, uint8_t* ordered);
 
 // Of one operand of an attention product.
 struct Operand {

@@ -198,7 +198,7 @@ const InstructionSet* neon() {
   // Without dot products, words are as fast as bytes: no code of activations is small enough for bytes.
   static const InstructionSet set = {
       "neon", kTileRows, false, -1, nullptr, kWords, nullptr, unpack_words, nullptr, quantize, gelu, softmax,
-      layer_norm, reorder<Vectors>};
+      layer_norm, reorder<Vectors>, nullptr};
   return &set;
 }
 

@@ -112,7 +112,8 @@ const InstructionSet* plain() {
                                      gelu,
                                      softmax,
                                      layer_norm,
-                                     reorder};
+                                     reorder,
+                                     nullptr};
   return &set;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "scratch.h"
+#include "writer.h"
 
 namespace quantformer {
 namespace {
@@ -20,13 +21,6 @@ inline void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-// The output that is at a place, as many as there are or more where there is none.
-inline int64_t output_at(const int32_t* order, int64_t places, int64_t place) {
-  return order != nullptr && place < places ? int64_t{order[place]} : place;
-}
-
-int64_t places_of(const Product& p, const Codes* then) { return then == nullptr ? p.outputs : then->positions; }
-
 // The weights of the panel that begins at `place`, of which `rows` becomes a part.
 Panel panel_at(const Product& p, const int32_t* order, int64_t places, int64_t place, const uint8_t** rows,
                uint8_t* scratch) {
@@ -41,15 +35,14 @@ Panel panel_at(const Product& p, const int32_t* order, int64_t places, int64_t p
 
 }  // namespace
 
-void order_weights(const Product& p, const Codes* then, int bits, uint8_t* ordered) {
+void order_panels(const Product& p, const Codes* then, uint8_t* ordered) {
   const InstructionSet& set = current().unpack_bytes == nullptr ? *plain() : current();
-  const int32_t* order = then == nullptr ? nullptr : then->source;
-  const int64_t places = places_of(p, then), run = 8 * bits;
+  const int64_t places = places_of(p, then), bits = p.ordered_bits, run = 8 * bits;
   std::vector<uint8_t> scratch(panel_scratch_bytes(p.columns));
   std::vector<int8_t> panel(p.positions * kPanel);
   for (int64_t place = 0; place < places; place += kPanel) {
     const uint8_t* rows[kPanel];
-    set.unpack_bytes(panel_at(p, order, places, place, rows, scratch.data()), panel.data());
+    set.unpack_bytes(panel_at(p, order_of(then), places, place, rows, scratch.data()), panel.data());
     for (const int8_t* w = panel.data(); w != panel.data() + panel.size(); w += 4 * kPanel, ordered += run) {
       std::fill_n(ordered, run, 0);
       for (int i = 0; i < 4 * kPanel; ++i) {
@@ -88,19 +81,14 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
   thread_local Scratch scratch;
   const int64_t tile_rows = set.tile_rows, tile_size = tile_rows * kPanel, wide_rows = plan.words ? last - first : 0;
   scratch.reserve(p.positions * kPanel * sizeof(int16_t) + panel_scratch_bytes(p.columns) +
-                  wide_rows * p.positions * sizeof(int16_t) + tile_size * (4 * sizeof(float) + sizeof(int32_t) + 1) +
-                  2 * kPanel * sizeof(float));
+                  wide_rows * p.positions * sizeof(int16_t) + tile_size * (sizeof(float) + sizeof(int32_t)) +
+                  Writer<kPanel>::scratch_bytes(tile_rows));
   auto panel = scratch.take<int16_t>(p.positions * kPanel);
   auto unpacking = scratch.take<uint8_t>(panel_scratch_bytes(p.columns));
   auto wide = scratch.take<int16_t>(wide_rows * p.positions);
   auto sums = scratch.take<float>(tile_size);
   auto carry = scratch.take<int32_t>(tile_size);
-  auto narrow = scratch.take<float>(tile_size);
-  auto scale = scratch.take<float>(kPanel);
-  auto bias = scratch.take<float>(kPanel);
-  // Of a tile, the same for each of its rows, and the tile as codes.
-  auto offset = scratch.take<float>(tile_size), inverse = scratch.take<float>(tile_size);
-  auto codes = scratch.take<uint8_t>(tile_size);
+  Writer<kPanel> writer(p, then, set, tile_rows, scratch);
 
   if (plan.words) {
     for (int64_t r = first; r < last; ++r) {
@@ -108,42 +96,11 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
     }
   }
   const int64_t places = places_of(p, then);
-  const int32_t* const order = then == nullptr ? nullptr : then->source;
-  const bool prepared = p.ordered != nullptr && p.output_order == order && !plan.words;
-  // A tile that was made beside its place, to where it belongs.
-  const auto store = [&](int64_t row, int64_t rows, int64_t place, int64_t outputs) {
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(narrow + r * kPanel, outputs, p.y + (row + r) * p.y_stride + place);
-  };
-  const auto store_codes = [&](int64_t row, int64_t rows, int64_t place, int64_t outputs) {
-    if (then->gelu) set.gelu(narrow, rows * kPanel, narrow);
-    set.quantize(narrow, offset, inverse, static_cast<float>(then->largest), rows * kPanel, codes);
-    const int64_t stride = then->stride == 0 ? then->positions : then->stride;
-    uint8_t* to = then->codes + row * stride + place;
-    for (int64_t r = 0; r < rows; ++r, to += stride) {
-      // A size that the compiler knows takes no call.
-      if (outputs == kPanel) {
-        std::copy_n(codes + r * kPanel, kPanel, to);
-      } else {
-        std::copy_n(codes + r * kPanel, outputs, to);
-      }
-    }
-  };
+  const int32_t* const order = order_of(then);
+  const bool prepared = p.ordered != nullptr && p.ordered_bits > 0 && p.output_order == order && !plan.words;
   for (int64_t n = begin; n < end; ++n) {
-    const int64_t place = n * kPanel, outputs = std::min<int64_t>(kPanel, places - place);
-    for (int i = 0; i < kPanel; ++i) {
-      const int64_t output = output_at(order, places, place + i);
-      const bool none = output >= p.outputs;
-      scale[i] = none ? 0 : p.scale[output];
-      bias[i] = none ? 0 : p.bias[output];
-      if (then == nullptr) continue;
-      // Zeros, which make code 0.
-      offset[i] = none ? 0 : then->offset[output];
-      inverse[i] = none ? 0 : then->inverse[output];
-    }
-    for (int64_t i = kPanel; then != nullptr && i < tile_size; ++i) {
-      offset[i] = offset[i - kPanel];
-      inverse[i] = inverse[i - kPanel];
-    }
+    const int64_t place = n * kPanel;
+    writer.begin(place);
     // The next panel comes from far while this one is multiplied.
     if (prepared) {
       const int64_t bytes = p.positions * kPanel * p.ordered_bits / 8;
@@ -165,23 +122,17 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
         }
       }
     }
-    const bool in_place = then == nullptr && outputs == kPanel;
     Tile tile = {plan.words ? static_cast<const void*>(wide) : p.x + first * p.x_stride,
                  plan.words ? p.positions : p.x_stride, panel, plan.segments.data(),
-                 static_cast<int64_t>(plan.segments.size()), scale, bias,
-                 in_place ? p.y + first * p.y_stride + place : narrow, in_place ? p.y_stride : kPanel, sums, carry};
+                 static_cast<int64_t>(plan.segments.size()), writer.scale(), writer.bias(), nullptr, writer.y_stride(), sums,
+                 carry};
     const int64_t x_step = tile_rows * tile.x_stride * (plan.words ? sizeof(int16_t) : 1);
     for (int64_t row = first; row < last; row += tile_rows) {
       const int64_t rows = std::min(tile_rows, last - row);
+      tile.y = writer.y(row);
       (plan.words ? set.words : set.bytes)[rows - 1](tile);
       tile.x = static_cast<const uint8_t*>(tile.x) + x_step;
-      if (in_place) {
-        tile.y += tile_rows * p.y_stride;
-      } else if (then == nullptr) {
-        store(row, rows, place, outputs);
-      } else {
-        store_codes(row, rows, place, outputs);
-      }
+      writer.end(row, rows);
     }
   }
 }

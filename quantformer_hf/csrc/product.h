@@ -36,8 +36,8 @@ struct Product {
   // Whether codes lie as `(columns, code_stride)`, a byte each, of whole panels: outputs beyond the last one are read.
   int32_t by_column;
 
-  // The same codes as `order_weights` puts them, or null: they take less time to unpack, and serve where what reads the
-  // outputs takes them in this order (null: as they are).
+  // The same codes once more, or null: so they take less time to unpack, and serve where what reads the outputs takes them in
+  // this order (null: as they are). As `order_panels` puts them, of so many bits, or `order_pairs` (0).
   const uint8_t* ordered;
   int ordered_bits;
   const int32_t* output_order;
@@ -55,9 +55,9 @@ struct Plan {
 
 Plan plan(const Product& product, const InstructionSet& set);
 
-// The weights of up to 4 bits in the order in which panels of bytes have them, and outputs in that in which `then` takes
-// them, where there is one: `(panels, positions / 4, 8 * bits)`, see `Ordered`.
-void order_weights(const Product& product, const Codes* then, int bits, uint8_t* ordered);
+// The weights in `ordered_bits`, 2 or 4, each, in the order in which panels of bytes have them, and outputs in that in which
+// `then` takes them, where there is one: `(panels, positions / 4, 8 * bits)`, see `Ordered`.
+void order_panels(const Product& product, const Codes* then, uint8_t* ordered);
 
 // Panels `begin` to `end` of kPanel outputs each, rows `first` to `last`. Threads call it side by side. Where there is a
 // `then` (`quantformer_multiply_to_codes`), a panel has kPanel of its positions, and each tile becomes codes while it is in

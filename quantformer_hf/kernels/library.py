@@ -215,6 +215,8 @@ def _load() -> ctypes.CDLL | None:
         kernels = ctypes.CDLL(found.origin)
         kernels.quantformer_job_bytes.restype = c_int64
         fits = kernels.quantformer_job_bytes() == sum(ctypes.sizeof(job) for job in jobs.values())
+        kernels.quantformer_plan_order.argtypes = [POINTER(Product), POINTER(Codes)]
+        kernels.quantformer_plan_order.restype = c_int64
     except (OSError, AttributeError):
         fits = False
     if not fits:
@@ -227,7 +229,7 @@ def _load() -> ctypes.CDLL | None:
     for name, job in jobs.items():
         getattr(kernels, name).argtypes = [POINTER(job), c_int64, c_void_p]
         getattr(kernels, name).restype = c_int32
-    kernels.quantformer_order_weights.argtypes = [POINTER(Product), POINTER(Codes), c_int32, c_void_p]
+    kernels.quantformer_order_weights.argtypes = [POINTER(Product), POINTER(Codes), c_void_p]
     kernels.quantformer_order_weights.restype = c_int32
     kernels.quantformer_instruction_set.restype = c_char_p
     kernels.quantformer_use_instruction_set.argtypes = [c_char_p]

@@ -1,4 +1,9 @@
-"""Weights of few bits once more, in the order in which the kernels read them."""
+"""Weights once more, in the order in which the kernels take them.
+
+Files have them row by row, in the order of the layers' inputs and as many bits as they need. Kernels want some rows
+together, inputs in groups and outputs as what comes next reads them: to put them so at each call costs up to a tenth of a
+model's time.
+"""
 
 import ctypes
 
@@ -8,32 +13,27 @@ from torch import Tensor
 from .library import Codes, Product, check, library
 
 
-#: Outputs whose weights the kernels unpack together: `kPanel` of `instruction_set.h`.
-PANEL = 16
-
-#: Bits of a weight up to which jobs have it in the order of the panels too.
-ORDERED_BITS = 4
-
-
-def order_weights(prepared: Product, then: Codes | None = None) -> tuple[Product, Tensor | None]:
-    """A copy of the job with its weights once more, in the order in which the kernels unpack them with the least work.
-
-    Weights of more than 4 bits are left alone: of them, a second copy would take more than the time it saves is worth. One
-    of 3 bits takes 4 there.
+def order_weights(
+    prepared: Product, then: Codes | None = None, shared: tuple[Product, Tensor | None] | None = None
+) -> tuple[Product, Tensor | None]:
+    """A copy of the job with its weights once more, in the order in which the instructions in use take them with the least
+    work: 2 or 4 bits each, of those of up to 4.
 
     Args:
         then: the codes that the outputs become; by default they are read as they are.
+        shared: what this gave for a job of the same weights, whose copy serves if it lies alike.
 
     Returns:
         The job, and what it points into beside what `prepared` does.
     """
-    job = Product.from_buffer_copy(prepared)
-    if job.bits > ORDERED_BITS:
+    job, reader = Product.from_buffer_copy(prepared), None if then is None else ctypes.byref(then)
+    size = library().quantformer_plan_order(ctypes.byref(job), reader)
+    if size == 0:
         return job, None
-    bits, places = 2 if job.bits <= 2 else ORDERED_BITS, job.outputs if then is None else then.positions
-    ordered = torch.empty(-(-places // PANEL), job.positions * PANEL * bits // 8, dtype=torch.uint8)
-    reader = None if then is None else ctypes.byref(then)
-    check(library().quantformer_order_weights(ctypes.byref(job), reader, bits, ordered.data_ptr()))
-    job.ordered, job.ordered_bits = ordered.data_ptr(), bits
-    job.output_order = None if then is None else then.source
+    if shared is not None and job.ordered_bits == shared[0].ordered_bits:
+        job.ordered = shared[0].ordered
+        return job, shared[1]
+    ordered = torch.empty(size, dtype=torch.uint8)
+    check(library().quantformer_order_weights(ctypes.byref(job), reader, ordered.data_ptr()))
+    job.ordered = ordered.data_ptr()
     return job, ordered

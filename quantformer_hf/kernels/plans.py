@@ -236,10 +236,10 @@ class TokenLinearPlan(_Plan):
 
     def ordered_job(self, then: ChannelPlan | TokenPlan | None = None) -> tuple[Product, object]:
         """As `LinearPlan.ordered_job`; the weights of all tokens are the same."""
-        job, ordered = self.others.ordered_job(then)
-        first = Product.from_buffer_copy(self.first.job)
-        first.ordered, first.ordered_bits, first.output_order = job.ordered, job.ordered_bits, job.output_order
-        return _with_first(job, first, self.tokens), (ordered, first)
+        reader = None if then is None else then.job
+        job, ordered = order_weights(self.others.job, reader)
+        first, own = order_weights(self.first.job, reader, shared=(job, ordered))
+        return _with_first(job, first, self.tokens), (ordered, own, first)
 
     def __call__(self, codes: Tensor) -> Tensor:
         """`(..., tokens, positions)` to `(..., tokens, out)`, float32."""

@@ -220,20 +220,17 @@ int32_t backwards(int64_t begin, int64_t end, int64_t, void (*work)(int64_t, int
   return 0;
 }
 
-// The weights of a job in the order of its panels, where they have few enough bits.
+// The weights of a job once more, in the order of the set in use, where they have few enough bits.
 struct OrderedWeights {
-  OrderedWeights(const Product& job, const Codes* then)
-      : bits(job.bits <= 2 ? 2 : 4), few(job.bits <= 4), order(then == nullptr ? nullptr : then->source),
-        ordered(few ? (places(job, then) + kPanel - 1) / kPanel * job.positions * kPanel * bits / 8 : 0),
-        made(!few || quantformer_order_weights(&job, then, bits, ordered) == 0), zeros(job.outputs * job.code_stride) {
+  OrderedWeights(Product job, const Codes* then)
+      : bytes(quantformer_plan_order(&job, then)), bits(job.ordered_bits), order(job.output_order), ordered(bytes),
+        made(bytes == 0 || quantformer_order_weights(&job, then, ordered) == 0), zeros(job.outputs * job.code_stride) {
     std::fill(zeros.begin(), zeros.end(), 0);
   }
 
-  static int64_t places(const Product& job, const Codes* then) { return then == nullptr ? job.outputs : then->positions; }
-
   // A job that knows of them. Where bytes serve, nothing else may be read: other codes are zeros.
   Product of(Product job, const InstructionSet& set) const {
-    if (!few) return job;
+    if (bytes == 0) return job;
     job.ordered = ordered;
     job.ordered_bits = bits;
     job.output_order = order;
@@ -241,8 +238,8 @@ struct OrderedWeights {
     return job;
   }
 
+  int64_t bytes;
   int bits;
-  bool few;
   const int32_t* order;
   Exact<uint8_t> ordered;
   bool made;
@@ -647,6 +644,12 @@ void test(const InstructionSet& set) {
   for (const Shape& shape : {Shape{3, 24, 16, 200}, {2, 1500, 5, 1}, {2, 1500, 5, 2}, {600, 12, 20, 2}, {0, 9, 9, 2},
                              {3, 9, 0, 2}, {3, 0, 9, 2}, {0, 0, 0, 1}}) {
     for (int bits : {1, 4, 8}) test_layer(set, Layer(random, shape, bits, bits == 1 ? 2 : bits, 1));
+  }
+  // Pairs: several panels and parts of one, groups of several runs, and one that is too long.
+  for (const Shape& shape : {Shape{9, 57, 200, 2}, {5, 300, 97, 2}, {131, 40, 96, 3}, {2, 3640, 33, 1}, {2, 3700, 33, 1}}) {
+    for (int bits : {1, 2}) {
+      for (int multiplier : {1, 2}) test_layer(set, Layer(random, shape, bits, 2, multiplier));
+    }
   }
   for (int bits : {2, 3, 4, 8}) {
     for (int first_bits : {2, 4, 8}) {
