@@ -81,14 +81,16 @@ class Writer {
     }
     if (then_->gelu) set_.gelu(narrow_, rows * kWidth, narrow_);
     set_.quantize(narrow_, offset_, inverse_, static_cast<float>(then_->largest), rows * kWidth, codes_);
-    const int64_t stride = then_->stride == 0 ? then_->positions : then_->stride;
+    const int64_t stride = then_->stride == 0 ? then_->positions : then_->stride, outputs = outputs_;
+    // Bytes that are written might be anything: what this class knows is not to be looked up after each.
+    const uint8_t* from = codes_;
     uint8_t* to = then_->codes + row * stride + place_;
-    for (int64_t r = 0; r < rows; ++r, to += stride) {
+    for (int64_t r = 0; r < rows; ++r, from += kWidth, to += stride) {
       // A size that the compiler knows takes no call.
-      if (outputs_ == kWidth) {
-        std::copy_n(codes_ + r * kWidth, kWidth, to);
+      if (outputs == kWidth) {
+        std::copy_n(from, kWidth, to);
       } else {
-        std::copy_n(codes_ + r * kWidth, outputs_, to);
+        std::copy_n(from, outputs, to);
       }
     }
   }
