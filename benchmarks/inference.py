@@ -57,7 +57,11 @@ def compare(arguments: argparse.Namespace) -> None:
     from _engines import available_engines, prepare
     from checkpoint_size import full_precision
 
-    engines = arguments.engines or available_engines()
+    available = available_engines()
+    engines = arguments.engines or available
+    missing = [engine for engine in engines if engine not in available]
+    if missing:
+        sys.exit(f"there is no engine {missing[0]!r} here: choose from {', '.join(map(repr, available))}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         print(describe_machine())

@@ -127,8 +127,10 @@ class QuantformerConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with `layer_bits` as a list of pairs: their order counts, and files sort the keys of
-        dictionaries."""
+        dictionaries. Where the full-precision model came from is said once, by a name that `push_to_hub` knows."""
         told = super().to_dict()
+        if isinstance(told.get("backbone_config"), dict):
+            told["backbone_config"].pop("_name_or_path", None)
         if told.get("layer_bits") is not None:
             told["layer_bits"] = [list(pair) for pair in told["layer_bits"].items()]
         return told

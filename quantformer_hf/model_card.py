@@ -4,14 +4,16 @@ What was not measured is not stated: a model without a run has no accuracy, and 
 is its own.
 """
 
-from collections.abc import Iterable
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from transformers import PreTrainedConfig
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from .backbone_layers import describe_backbone
 from .checkpoint_reader import CheckpointReader
@@ -281,6 +283,23 @@ def _recipe(record: dict[str, Any]) -> tuple[str, str]:
     return stage, ", ".join(told) or "none of them given"
 
 
+@contextlib.contextmanager
+def without_local_paths(path: Path) -> Iterator[None]:
+    """Inside the `with` block, the config at `path` does not tell where on this machine the full-precision model lies."""
+    before = path.read_text(encoding="utf-8")
+    config = json.loads(before)
+    name = "full_precision_name_or_path"
+    if config.get(name) is None or hub_id(config[name], bare=True) is not None:
+        yield
+        return
+    try:
+        path.write_text(json.dumps(config | {name: None}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        yield
+    finally:
+        # A folder that was saved and pushed at once keeps it: it is the default teacher.
+        path.write_text(before, encoding="utf-8")
+
+
 class ModelCardMixin:
     """What a model does so that its card goes where it goes, and claims no result that is not its own."""
 
@@ -296,4 +315,5 @@ class ModelCardMixin:
         if self.image_processor is not None:
             self.image_processor.save_pretrained(working_dir)
         write_model_card(working_dir, self.config, repo_id=repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        with without_local_paths(Path(working_dir) / CONFIG_NAME):
+            return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

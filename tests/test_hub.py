@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 import transformers.utils.hub
-from conftest import IMAGE_SIZE, make_batches, make_quantized
+from conftest import IMAGE_SIZE, make_batches, make_full_precision, make_quantized
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
+from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.model_card import MARK
 
 
@@ -120,6 +121,21 @@ def test_saving_with_push_to_hub_pushes_the_same_files(hub, model, tmp_path):
     assert hub.files("user/saved").keys() == hub.files(NAME).keys()
     assert hub.files("user/saved")["model.safetensors"] == hub.files(NAME)["model.safetensors"]
     assert (tmp_path / "tiny" / "README.md").exists()
+
+
+def test_local_paths_stay_at_home(hub, tmp_path):
+    make_full_precision("vit").save_pretrained(tmp_path / "secret")
+    model = QuantformerForImageClassification.from_full_precision(tmp_path / "secret")
+    model.push_to_hub(NAME)
+    assert not [name for name, content in hub.files(NAME).items() if b"secret" in content]
+    assert AutoConfig.from_pretrained(NAME).full_precision_name_or_path is None
+    # One that was saved and pushed at once knows its teacher.
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/saved")
+    assert not [name for name, content in hub.files("user/saved").items() if b"secret" in content]
+    assert AutoConfig.from_pretrained(tmp_path / "saved").full_precision_name_or_path == str(tmp_path / "secret")
+    model.config.full_precision_name_or_path = "user/full"
+    model.push_to_hub(NAME)
+    assert AutoConfig.from_pretrained(NAME).full_precision_name_or_path == "user/full"
 
 
 def test_our_card_goes_along_with_its_results_and_a_hand_written_one_stays(hub):
