@@ -58,7 +58,7 @@ def _prepare_onnx(model: nn.Module, folder: Path, images: torch.Tensor) -> None:
     # Swin's masks can be exported only by the attention that is written out.
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    torch.onnx.export(_Logits(model), (images,), full, dynamo=True, external_data=False, verbose=False)
+    torch.onnx.export(_Logits(model).eval(), (images,), full, dynamo=True, external_data=False, verbose=False)
     model.set_attn_implementation(implementation)
     quantization.quant_pre_process(str(full), str(prepared))
     quantization.quantize_dynamic(
