@@ -156,7 +156,35 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
         return self.infer(patches).transpose(1, 2).unflatten(2, (rows, columns))
 
 
-class QuantLayerNorm(nn.LayerNorm):
+class InferenceLayerNorm(nn.LayerNorm):
+    """LayerNorm that has the same bits on every CPU where it is asked for inference, as integers have."""
+
+    #: Whether it is part of a packed model.
+    packed = False
+
+    @classmethod
+    def from_float(cls, norm: nn.LayerNorm) -> Self:
+        """Take over the parameters of `norm`."""
+        layer = cls(norm.normalized_shape, eps=norm.eps, bias=norm.bias is not None, device="meta")
+        layer.weight, layer.bias = norm.weight, norm.bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., channels)` in and out."""
+        if not self.can_infer(x):
+            return super().forward(x)
+        return operators.call(operators.layer_norm, x, self.weight, self.bias, self.eps)
+
+    def can_infer(self, x: Tensor) -> bool:
+        """Whether this is inference."""
+        return (
+            x.dtype == torch.float32
+            and (self.weight is None or self.weight.dtype == torch.float32)
+            and (in_integers() if self.packed else infers(self))
+        )
+
+
+class QuantLayerNorm(InferenceLayerNorm):
     """LayerNorm whose output is quantized once for all the layers that read it (q, k and v; fc1; Swin's reduction)."""
 
     output_quantizer: ActivationQuantizer
@@ -167,29 +195,23 @@ class QuantLayerNorm(nn.LayerNorm):
     @classmethod
     def from_float(cls, norm: nn.LayerNorm, output_quantizer: ActivationQuantizer) -> Self:
         """Take over the parameters of `norm`."""
-        layer = cls(norm.normalized_shape, eps=norm.eps, bias=norm.bias is not None, device="meta")
-        layer.weight, layer.bias = norm.weight, norm.bias
+        layer = super().from_float(norm)
         layer.output_quantizer = output_quantizer
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., channels)` in and out; where it gives codes, `(..., positions)` uint8."""
         quantizer = self.output_quantizer
-        if not self.can_infer(x):
-            return quantize_for_readers(self, quantizer, super().forward(x))
-        norm = self.weight, self.bias, self.eps
-        if self.gives_codes:
-            return quantizer.to_codes(x, norm)
-        return quantizer(operators.call(operators.layer_norm, x, *norm))
+        if self.gives_codes and self.can_infer(x):
+            return quantizer.to_codes(x, (self.weight, self.bias, self.eps))
+        return quantize_for_readers(self, quantizer, super().forward(x))
 
     def can_infer(self, x: Tensor) -> bool:
-        """Whether this is inference in integers, whose LayerNorm has the same bits on every machine."""
+        """Whether this is inference, and its output is quantized to codes."""
         quantizer = self.output_quantizer
         return (
-            x.dtype == torch.float32
-            and (self.weight is None or self.weight.dtype == torch.float32)
+            super().can_infer(x)
             and quantizer.hard
-            and (in_integers() if quantizer.packed else infers(self))
             and quantizer.enabled
             and quantizer.calibrated
             and quantizer.observer is None

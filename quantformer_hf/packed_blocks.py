@@ -21,7 +21,7 @@ from .classes_only import tokens_read
 from .hooks import has_listener
 from .kernels import ChannelPlan, Remembered, in_integers, operators
 from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Block, Mlp, check, library
-from .layers import QuantLayerNorm, quantize_first_argument
+from .layers import InferenceLayerNorm, QuantLayerNorm, quantize_first_argument
 from .packed_layers import PackedLinear
 from .quantizers import ActivationQuantizer
 
@@ -189,7 +189,8 @@ class PackedBlock(_OneJob):
     def prepare(self, channels: None = None) -> Prepared | None:
         norms, reads = (self.layernorm_before, self.layernorm_after), self.reads()
         tensors = [tensor for norm in norms for tensor in norm.parameters(recurse=False)]
-        if reads is None or type(norms[1]) is not QuantLayerNorm or any(t.dtype != torch.float32 for t in tensors):
+        kinds = isinstance(norms[0], InferenceLayerNorm) and type(norms[1]) is QuantLayerNorm
+        if reads is None or not kinds or any(tensor.dtype != torch.float32 for tensor in tensors):
             return None
         (width,) = norms[0].normalized_shape
         before, after = reads.plan(width), norms[1].output_quantizer.plan(width)
@@ -197,7 +198,7 @@ class PackedBlock(_OneJob):
         if attention is None or mlp is None:
             return None
         prepared = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
-        job = Block(0, 0, *prepared, 0, 0, 0, before.job, attention[0], after.job, mlp[0])
+        job = Block(0, *prepared, 0, 0, 0, before.job, attention[0], after.job, mlp[0])
         return job, (before, after, attention[1], mlp[1])
 
 
@@ -234,8 +235,6 @@ class PackedWindowBlock(PackedBlock):
         if job is None or not fits:
             return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
         order, hidden = _windows(height, width, self.window_size, self.shift_size)
-        normed = self.layernorm_before(hidden_states)
-        job.normed = normed.data_ptr()
         job.order, job.image_tokens, job.image_rows = order.data_ptr(), len(order), hidden_states.shape[1]
         set_sizes(job.attention, len(hidden_states) * len(order) // area, area)
         if hidden is not None:

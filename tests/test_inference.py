@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_batches, make_quantized
 from test_kernels import available
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantformer_hf.kernels import (
@@ -13,8 +14,10 @@ from quantformer_hf.kernels import (
     in_integers,
     instruction_set,
     library,
+    reference,
     using,
 )
+from quantformer_hf.layers import InferenceLayerNorm
 from quantformer_hf.modeling_quantformer import StageError
 from quantformer_hf.packed_layers import PackedLayer
 
@@ -32,6 +35,25 @@ def test_packing_changes_no_bit_of_the_logits(backbone, bits, name):
     expected = logits(model, batch)
     with using(name):
         assert torch.equal(logits(model.pack(), batch), expected)
+
+
+@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_layer_norm_has_the_bits_of_the_reference(backbone, packed, name):
+    model = make_quantized(backbone, "finetune")
+    model = model.pack() if packed else model
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    plain = [norm for norm in norms if type(norm) is InferenceLayerNorm]
+    # Those whose output is not quantized: the last one, and Swin's before it is cut into windows.
+    assert len(plain) == (5 if backbone == "swin" else 1)
+    assert all(isinstance(norm, InferenceLayerNorm) for norm in norms)
+    for norm in plain:
+        x = torch.randn(3, 5, *norm.normalized_shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), using(name):
+            assert torch.equal(norm(x), reference.layer_norm(x, norm.weight, norm.bias, norm.eps))
+        if not packed:
+            # Training has gradients, and torch's arithmetic.
+            assert torch.equal(norm(x), nn.LayerNorm.forward(norm, x))
 
 
 def test_batch_size_and_threads_change_no_bit():

@@ -104,7 +104,6 @@ int quantformer_attention_block(const AttentionBlock* job, int64_t threads, Para
 // those given here. With fewer queries than keys (and no windows), y has the first rows of each image alone.
 struct Block {
   const float* x;       // `(rows, channels)`
-  const float* normed;  // LayerNorm(x) where the caller has made it, else null
   LayerNorm norm_before, norm_after;
   // Where attention reads windows: the row of each token within its image of `image_rows`, -1 for padding, which is zero.
   // Null: the rows as they are.

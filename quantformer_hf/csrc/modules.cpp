@@ -156,8 +156,8 @@ int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
   float* const y = job.mlp.second.y;
   mlp.second.y = y;
 
-  before.x = job.normed == nullptr ? job.x : job.normed;
-  before.norm = job.normed == nullptr ? &job.norm_before : nullptr;
+  before.x = job.x;
+  before.norm = &job.norm_before;
   before.codes = codes.get();
   before.image_rows = after.image_rows = mlp.first.image_rows = image_rows;
   if (quantformer_quantize(&before, threads, parallel_for) != 0) return -1;

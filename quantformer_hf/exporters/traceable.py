@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from ..attention import attention_modules
-from ..layers import QuantConv2d, QuantLayerNorm, QuantLinear
+from ..layers import InferenceLayerNorm, QuantConv2d, QuantLayerNorm, QuantLinear
 from ..ops import PRODUCERS, positive
 from ..packed_layers import PackedWeight
 from ..quantizers import ActivationQuantizer
@@ -151,7 +151,7 @@ class TraceableAttention(nn.Module):
         return torch.matmul(self.probabilities(probabilities), self.value(value)), probabilities
 
 
-def _plain_norm(layer: QuantLayerNorm) -> nn.LayerNorm:
+def _plain_norm(layer: InferenceLayerNorm) -> nn.LayerNorm:
     norm = nn.LayerNorm(layer.normalized_shape, eps=layer.eps, bias=layer.bias is not None, device="meta")
     norm.weight, norm.bias = layer.weight, layer.bias
     return norm
@@ -169,6 +169,8 @@ def make_traceable(backbone: nn.Module) -> None:
         elif isinstance(module, QuantLayerNorm):
             norm = nn.Sequential(_plain_norm(module), TraceableActivation(module.output_quantizer))
             backbone.set_submodule(name, norm)
+        elif isinstance(module, InferenceLayerNorm):
+            backbone.set_submodule(name, _plain_norm(module))
         elif isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer):
             # Swin's attention block, whose hook asks for it by this name. Its readers are no longer packed.
             module.input_quantizer, module.gives_codes = TraceableActivation(module.input_quantizer), False

@@ -166,7 +166,6 @@ class Block(Structure):
 
     _fields_ = [
         ("x", c_void_p),
-        ("normed", c_void_p),
         ("norm_before", LayerNorm),
         ("norm_after", LayerNorm),
         ("order", c_void_p),
