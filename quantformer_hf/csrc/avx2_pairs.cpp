@@ -193,13 +193,16 @@ TARGET void prepare(const uint8_t* codes, const PairGroup* groups, int64_t num_g
   }
   const int64_t pairs = (from - codes) / 2;
   const __m256i places = _mm256_set1_epi16(16 | 64 << 8);
+  // Codes that are too large, which nobody makes, must not lead out of the table.
+  constexpr uint8_t kTables = 0xf0;
+  const __m256i tables = _mm256_set1_epi8(static_cast<char>(kTables));
   int64_t k = 0;
   for (; k + 32 <= pairs; k += 32) {
     const __m256i low = _mm256_maddubs_epi16(load(codes + 2 * k), places);
     const __m256i high = _mm256_maddubs_epi16(load(codes + 2 * k + 32), places);
-    store(x + k, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+    store(x + k, _mm256_and_si256(_mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8), tables));
   }
-  for (; k < pairs; ++k) x[k] = static_cast<uint8_t>(16 * codes[2 * k] + 64 * codes[2 * k + 1]);
+  for (; k < pairs; ++k) x[k] = static_cast<uint8_t>(16 * codes[2 * k] + 64 * codes[2 * k + 1]) & kTables;
 }
 
 TARGET void unpack(const uint8_t* ordered, int64_t pairs, int64_t blocks, uint8_t* panel) {

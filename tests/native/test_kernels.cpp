@@ -260,6 +260,19 @@ void test_layer(const InstructionSet& set, const Layer& layer) {
   }
 }
 
+// Codes above the largest one give anything, and nothing else is read (which the address sanitizer sees).
+void test_codes_too_large(const InstructionSet& set, Random& random) {
+  const Layer layer(random, {9, 100, 100, 2}, 2, 2, 1);
+  Exact<float> y(layer.expected.size);
+  Exact<uint8_t> x(layer.x.size);
+  for (auto& code : x) code = static_cast<uint8_t>(random.integer(0, 255));
+  Product job = layer.product(y);
+  job.x = x;
+  const OrderedWeights weights(job, nullptr);
+  const Product ordered = weights.of(job, set);
+  check(quantformer_multiply(&ordered, 1, nullptr) == 0, set, "codes too large", layer.name);
+}
+
 // Codes that a product reads, of what another one gave.
 Codes codes_for(const Layer& reader, int64_t rows, const Exact<float>& offset, const Exact<float>& inverse, bool gelu) {
   return {nullptr, rows, reader.shape.columns, offset, inverse, reader.largest, gelu, reader.source,
@@ -652,6 +665,7 @@ void test(const InstructionSet& set) {
       for (int multiplier : {1, 2}) test_layer(set, Layer(random, shape, bits, 2, multiplier));
     }
   }
+  test_codes_too_large(set, random);
   for (int bits : {2, 3, 4, 8}) {
     for (int first_bits : {2, 4, 8}) {
       for (int64_t first_rows : {1, 2, 6}) test_first_rows(set, random, bits, first_bits, first_rows);
