@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoints import load_full_precision
+from ..kernels import operators
+from ..kernels.library import library
 from ..layers import QuantLinear
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..packed_layers import PackedLinear, packed_form
@@ -87,9 +89,9 @@ def measure_latency(
 ) -> LatencyTable:
     """Time each shape of linear in `model` for one image at each pair of widths, and what else a forward pass takes.
 
-    Each linear is a `PackedLinear` that quantizes its own input. The rest is the time of the whole packed model at
-    `REFERENCE_BITS`, less the times of its linears there; zero if they, measured alone, take longer than all together.
-    So what a class token with bits of its own takes is counted there.
+    Each linear quantizes its own input, and has its weights as in a block of a packed model. The rest is the time of the
+    whole packed model at `REFERENCE_BITS`, less the times of its linears there; zero if they, measured alone, take longer
+    than all together. So what a class token with bits of its own takes is counted there.
 
     Args:
         model: full-precision image classifier.
@@ -125,10 +127,16 @@ def measure_latency(
 
 
 def _on_noise(key: LatencyKey, device: str) -> Callable[[], Any]:
-    """A call of the packed linear of `key`."""
+    """A call of the packed linear of `key`, as the blocks of a packed model run it."""
     linear = packed_linear(key).to(device)
     x = torch.randn(1, key.rows, key.in_features, device=device)
-    return lambda: linear(x)
+    if not x.is_cpu or library() is None:
+        return lambda: linear(x)
+    # There blocks have the weights in the order of the kernels, in which W2A2 may be faster than anything else.
+    channels = linear.channel_plan()
+    job, kept = linear.plan(channels).ordered_job()
+    # With what the job points into.
+    return lambda: (operators.run_multiply(job, channels.quantize(x)), linear, kept)[0]
 
 
 def _packed(model: QuantformerForImageClassification, image: Tensor, device: str) -> Callable[[], Any]:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from conftest import make_full_precision
 from test_cost import config_of
+from test_kernels import available
 
 from quantformer_hf.__main__ import main
+from quantformer_hf.kernels import using
 from quantformer_hf.mixed_precision.cost import CostModel
 from quantformer_hf.mixed_precision.latency_table import LatencyKey, LatencyTable
-from quantformer_hf.mixed_precision.measure_latency import _packed, measure_latency, packed_linear
+from quantformer_hf.mixed_precision.measure_latency import _on_noise, _packed, measure_latency, packed_linear
 from quantformer_hf.mixed_precision.search_space import SearchSpace
 from quantformer_hf.packed_layers import PackedLinear
 
@@ -50,6 +52,18 @@ def test_what_is_timed_makes_no_plan_anew():
         plan = layer.plan(layer.channel_plan())
         layer(x)
         assert layer.plan(layer.channel_plan()) is plan
+
+
+@pytest.mark.parametrize("bits", [(2, 2), (3, 5), (4, 4), (8, 8)])
+@pytest.mark.parametrize("instructions", [None, *available()])
+def test_what_is_timed_gives_what_the_layer_does(bits, instructions):
+    key = LatencyKey(17, 32, 64, 4, *bits)
+    with torch.inference_mode(), using(instructions):
+        torch.manual_seed(0)
+        timed = _on_noise(key, "cpu")()
+        torch.manual_seed(0)
+        layer = packed_linear(key)
+        assert torch.equal(timed, layer(torch.randn(1, 17, 32)))
 
 
 def test_the_command_writes_what_is_read_again(tmp_path, capsys):
