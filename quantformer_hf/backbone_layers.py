@@ -1,6 +1,7 @@
 """The layers of a stock ViT, DeiT or Swin by name, shape and input, found without building the model."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -60,7 +61,7 @@ def _describe_vit(config: PreTrainedConfig) -> Backbone:
     parts = Backbone({}, [], {})
     _add_embedding(parts, root, config, width)
     special = 2 if root == "deit" else 1
-    patches = math.prod(i // p for i, p in zip(_pair(config.image_size), _pair(config.patch_size), strict=True))
+    patches = math.prod(i // p for i, p in zip(pair(config.image_size), pair(config.patch_size), strict=True))
     parts.others[f"{root}.embeddings.cls_token"] = (1, 1, width)
     if root == "deit":
         parts.others[f"{root}.embeddings.distillation_token"] = (1, 1, width)
@@ -101,7 +102,7 @@ def _describe_swin(config: PreTrainedConfig) -> Backbone:
 
 def _add_embedding(parts: Backbone, root: str, config: PreTrainedConfig, width: int) -> None:
     name = f"{root}.embeddings.patch_embeddings.projection"
-    shape = (width, config.num_channels, *_pair(config.patch_size))
+    shape = (width, config.num_channels, *pair(config.patch_size))
     parts.layers[name] = Layer("embedding", shape, True, f"{name}.input_quantizer")
 
 
@@ -122,5 +123,6 @@ def _add_norm(parts: Backbone, name: str, width: int) -> None:
     parts.others.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, of which a config may have one number for both."""
     return tuple(value) if isinstance(value, list | tuple) else (value, value)

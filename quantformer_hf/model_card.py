@@ -15,7 +15,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from .backbone_layers import describe_backbone
+from .backbone_layers import describe_backbone, pair
 from .checkpoint_reader import CheckpointReader
 from .configuration_quantformer import QuantformerConfig
 from .expected_tensors import layer_bits
@@ -145,7 +145,7 @@ def make_model_card(
         recipes=[_recipe(record) for record in records],
         load_from=repo_id or "path/to/this/folder",
         has_processor=(Path(folder) / IMAGE_PROCESSOR_NAME).is_file(),
-        image_size=backbone.image_size,
+        image_shape=", ".join(map(str, (backbone.num_channels, *pair(backbone.image_size)))),
         paper_title=PAPER_TITLE,
         paper_doi=PAPER_DOI,
         paper_url=PAPER_URL,

@@ -141,7 +141,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """
         Args:
             pixel_values: `(batch, channels, height, width)`.
-                Of an image with a value that is not finite, which quantizers would take for another one, logits are NaN.
+                Of an image with a value that is not finite, which quantizers would take for another one, logits are NaN
+                (in an exported graph they are not).
             labels: `(batch,)`, class indices. With them, `loss` is the cross-entropy, or what `problem_type` asks for.
             interpolate_pos_encoding: for images of another size than the model was made for.
 
@@ -165,10 +166,10 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
                 pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
             )
         logits = outputs.logits
-        if not torch.compiler.is_exporting():
+        if pixel_values.is_floating_point() and not torch.compiler.is_exporting():
             # Nor is their mean, which takes less time than looking at each.
             finite = pixel_values.flatten(1).mean(1, keepdim=True).isfinite()
-            logits = logits.masked_fill(~finite, torch.nan)
+            logits = logits.masked_fill(~finite.to(logits.device), torch.nan)
         loss = None if labels is None else self._loss(logits.float(), labels)
         result = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

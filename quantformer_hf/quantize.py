@@ -229,7 +229,7 @@ def _shared_quantizer(producer: nn.Module) -> GroupActivationQuantizer | None:
 def check_num_groups(model: nn.Module, num_groups: int) -> None:
     """Raise ValueError for what is no number of groups, or where a layer has fewer channels than that."""
     if isinstance(num_groups, bool) or not isinstance(num_groups, int) or not 1 <= num_groups <= MAX_GROUPS:
-        raise ValueError(f"num_groups is {num_groups!r}: choose 1 to {MAX_GROUPS}")
+        raise ValueError(f"num_groups is {num_groups!r}: choose an int from 1 to {MAX_GROUPS}")
     for quantizer in group_quantizers(model):
         if num_groups > quantizer.channels:
             raise ValueError(

@@ -1,45 +1,52 @@
 """Whether one model can teach another, and its hidden states as the other has them."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import attention_modules
+from .class_token import CLASS_TOKENS
 from .rotation import rotated
 from .training_args import QuantformerTrainingArguments
+
+
+#: What has to be alike in both models for each loss (`_facts`).
+ALIKE = {
+    "distillation_weight": ("number of classes",),
+    "aux_weight": ("heads of each attention block", "grid of patches, windows and special tokens"),
+    "feature_weight": ("channels of each attention block", "grid of patches, windows and special tokens"),
+}
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, arguments: QuantformerTrainingArguments) -> None:
     """Look, before anything runs, at what the losses of `arguments` compare.
 
     Raises:
-        ValueError: other classes, where logits are compared; another architecture, where attention maps or hidden states
-            are.
+        ValueError: other classes where logits are compared, other heads where attention maps are, other channels where
+            hidden states are; another number of blocks or tokens with either of these two.
     """
-    classes = student.config.num_labels, teacher.config.num_labels
-    if arguments.distillation_weight > 0 and len(set(classes)) == 2:
-        raise ValueError(
-            f"the model has {classes[0]} classes and the teacher {classes[1]}: distillation_weight compares their logits,"
-            f" so give a teacher of the same classes, or distillation_weight 0"
-        )
-    if arguments.aux_weight > 0 or arguments.feature_weight > 0:
-        own, others = _shapes(student), _shapes(teacher)
-        if own != others:
-            raise ValueError(
-                f"the model has attention blocks of {_words(own)}, and the teacher of {_words(others)}: aux_weight and"
-                f" feature_weight compare them block by block, so give a teacher of the same architecture, or 0 for both"
-            )
+    own, others = _facts(student), _facts(teacher)
+    for loss, names in ALIKE.items():
+        for name in names if getattr(arguments, loss) > 0 else ():
+            if own[name] != others[name]:
+                raise ValueError(
+                    f"{loss} needs a teacher with the model's {name}: the model has {own[name]}, and the teacher"
+                    f" {others[name]}; give another one, or {loss} 0"
+                )
 
 
-def _shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """Channels and heads of each attention block."""
-    return [(m.q_proj.out_features, m.num_attention_heads) for m in attention_modules(model)]
-
-
-def _words(shapes: Sequence[tuple[int, int]]) -> str:
-    different = ", ".join(f"{channels} channels in {heads} heads" for channels, heads in dict.fromkeys(shapes))
-    return f"{different} ({len(shapes)} blocks)" if shapes else "no known kind"
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    config = getattr(model.config, "backbone_config", model.config)
+    blocks = attention_modules(model)
+    sizes = [getattr(config, name, None) for name in ("image_size", "patch_size", "window_size")]
+    return {
+        "number of classes": model.config.num_labels,
+        "heads of each attention block": [block.num_attention_heads for block in blocks],
+        "channels of each attention block": [block.q_proj.out_features for block in blocks],
+        "grid of patches, windows and special tokens": [*sizes, CLASS_TOKENS.get(config.model_type)],
+    }
 
 
 def hidden_states_for(student: PreTrainedModel, teacher: PreTrainedModel, states: Sequence[Tensor]) -> Sequence[Tensor]:

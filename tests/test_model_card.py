@@ -4,7 +4,13 @@ import pytest
 import torch
 from conftest import IMAGE_SIZE, make_batches, make_full_precision, make_quantized
 from huggingface_hub import ModelCard
-from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from quantformer_hf import QuantformerForImageClassification, QuantformerTrainer, QuantformerTrainingArguments
 from quantformer_hf.model_card import MARK, add_to_model_card, write_model_card
@@ -138,6 +144,12 @@ def test_the_card_shows_how_to_load_what_is_there(tmp_path):
     exec(code.replace("path/to/this/folder", str(tmp_path / "without")), names)
     assert torch.equal(names["logits"], model(make_batches(1)[0]).logits)
     assert f"(batch, 3, {IMAGE_SIZE}, {IMAGE_SIZE})" in code
+
+    # Of other images, too.
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=2)
+    config.image_size, config.patch_size, config.num_channels = [16, 24], 8, 1
+    grey = QuantformerForImageClassification.from_full_precision(ViTForImageClassification(config))
+    assert "# (batch, 1, 16, 24), made as" in saved_card(grey, tmp_path / "grey").text
 
     # A trainer saves it by itself, after the model.
     arguments = QuantformerTrainingArguments(output_dir=str(tmp_path / "run"), report_to="none")

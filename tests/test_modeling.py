@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import NUM_LABELS, make_batches, make_full_precision, make_quantized
+from conftest import IMAGE_SIZE, NUM_LABELS, make_batches, make_full_precision, make_quantized
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
@@ -299,7 +299,7 @@ def test_more_groups_than_channels_at_the_search():
 @pytest.mark.parametrize("number", [0, -1, 256, 2.5, True, "4"])
 def test_what_is_no_number_of_groups_at_the_search(number):
     model = make_quantized()
-    with pytest.raises(ValueError, match=f"num_groups is {number!r}: choose 1 to 255"):
+    with pytest.raises(ValueError, match=f"num_groups is {number!r}: choose an int from 1 to 255"):
         model.begin_search(number)
     assert model.config.stage == "pretrain"
 
@@ -344,6 +344,23 @@ def test_an_image_that_is_not_finite_has_no_class(backbone, stage, value):
     if stage == "finetune":
         with torch.no_grad():
             assert model.pack()(images).logits[1].isnan().all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_may_be_bytes(packed):
+    model = make_quantized("vit", "finetune")
+    model = model.pack() if packed else model
+    images = torch.randint(256, (2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, model(images.float()).logits)
+
+
+def test_logits_may_be_on_another_device_than_images():
+    model = make_quantized("vit", "finetune")
+    hook = model.backbone.classifier.register_forward_hook(lambda module, arguments, output: output.to("meta"))
+    with torch.no_grad():
+        assert model(make_batches(1)[0]).logits.shape == (4, NUM_LABELS)
+    hook.remove()
 
 
 def test_labels_outside_the_classes_are_named():

@@ -68,8 +68,10 @@ bool takes_pairs(const Product& p, const InstructionSet& set) {
   if (set.pairs == nullptr || p.largest_x > 3 || p.bits > 2 || p.by_column || p.multiplier < 1 || p.multiplier > 2) {
     return false;
   }
-  const std::vector<PairGroup> groups = groups_of(p);
-  return std::all_of(groups.begin(), groups.end(), [](const PairGroup& group) { return group.pairs <= kMostPairs; });
+  for (int64_t g = 0, start = 0; g < p.groups; start = p.group_ends[g++]) {
+    if (p.group_ends[g] - start > 2 * kMostPairs) return false;
+  }
+  return true;
 }
 
 int64_t pairs_bytes(const Product& p, const Codes* then) {
