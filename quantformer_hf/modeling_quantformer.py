@@ -167,7 +167,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             )
         logits = outputs.logits
         if pixel_values.is_floating_point() and not torch.compiler.is_exporting():
-            # Nor is their mean, which takes less time than looking at each.
+            # One value that is not finite makes their mean so too, and one mean takes less time than a look at each value.
             finite = pixel_values.flatten(1).mean(1, keepdim=True).isfinite()
             logits = logits.masked_fill(~finite.to(logits.device), torch.nan)
         loss = None if labels is None else self._loss(logits.float(), labels)
