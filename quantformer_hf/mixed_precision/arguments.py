@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .budget import Budget, parse_budgets
+from .budget import Budget, UniformBudget, parse_budgets
 from .search_space import CANDIDATE_BITS, check_candidates
 
 
@@ -21,7 +21,8 @@ class AllocationArguments:
     budget: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "What the packed model may cost at most: 2.5MB, 30ms, 20GBitOps, or several that hold together."
+            "help": "What the packed model may cost at most: 2.5MB, 30ms, 20GBitOps, or several that hold together; W3A3 is"
+            " as many BitOps as with three bits everywhere, W3A3bytes and W3A3ms its bytes and time."
         },
     )
     allocation_method: str = field(
@@ -64,6 +65,6 @@ class AllocationArguments:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose {least} or more")
 
-    def budgets(self) -> list[Budget]:
+    def budgets(self) -> list[Budget | UniformBudget]:
         """`budget`, read."""
         return parse_budgets(self.budget)

@@ -1,4 +1,4 @@
-"""Budgets as people write them: `2.5MB`, `30ms`, `20GBitOps`."""
+"""Budgets as people write them: `2.5MB`, `30ms`, `20GBitOps`, `W3A3`."""
 
 import math
 import re
@@ -45,7 +45,10 @@ class Budget:
         """
         match = re.fullmatch(r"\s*((?:\d+(?:\.\d*)?|\.\d+)(?:e\d+)?)\s*([a-z]+)\s*", text.lower())
         if match is None or match[2] not in _BY_LOWER_CASE or not float(match[1]) > 0:
-            raise ValueError(f"budget is {text!r}: write a size, a time or an effort, such as 2.5MB, 30ms or 20GBitOps")
+            raise ValueError(
+                f"budget is {text!r}: write a size, a time or an effort, such as 2.5MB, 30ms or 20GBitOps, or the bits whose"
+                f" cost it is, such as W3A3 (BitOps), W3A3bytes or W3A3ms"
+            )
         unit, factor = _BY_LOWER_CASE[match[2]]
         return cls(unit, float(match[1]) * factor)
 
@@ -53,13 +56,34 @@ class Budget:
         return format_cost(self.unit, self.most)
 
 
-def parse_budgets(texts: Iterable[str]) -> list[Budget]:
+@dataclass(frozen=True)
+class UniformBudget:
+    """What a model may cost at most: as much as with the same bits in every layer (`cost.budget_in_numbers`).
+
+    Attributes:
+        unit: as in `Budget`.
+        weight_bits, activation_bits: 1 to 8, and 2 to 8.
+    """
+
+    unit: str
+    weight_bits: int
+    activation_bits: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Read `W3A3` or `W3A3BitOps`, `W3A3bytes` or `W3A3ms`; None where `text` is something else."""
+        units = {unit.lower(): unit for unit in (BYTES, BIT_OPERATIONS, MILLISECONDS)} | {"": BIT_OPERATIONS}
+        match = re.fullmatch(rf"\s*w([1-8])a([2-8])({'|'.join(units)})\s*", text.lower())
+        return None if match is None else cls(units[match[3]], int(match[1]), int(match[2]))
+
+
+def parse_budgets(texts: Iterable[str]) -> list[Budget | UniformBudget]:
     """All of `texts`, which are to hold together.
 
     Raises:
         ValueError: as `Budget.parse`, or two budgets of one unit.
     """
-    budgets = [Budget.parse(text) for text in texts]
+    budgets = [UniformBudget.parse(text) or Budget.parse(text) for text in texts]
     units = [budget.unit for budget in budgets]
     for unit in units:
         if units.count(unit) > 1:

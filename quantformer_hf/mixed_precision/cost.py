@@ -17,7 +17,7 @@ from ..packed_layers import PackedWeight
 from ..packing import LAYOUT_VERSION, packed_width
 from ..quantize import full_precision
 from ..report import Product, products
-from .budget import BIT_OPERATIONS, BYTES, MILLISECONDS
+from .budget import BIT_OPERATIONS, BYTES, MILLISECONDS, Budget, UniformBudget
 from .latency_table import LatencyTable
 from .search_space import SearchSpace, Widths
 
@@ -167,6 +167,21 @@ class CostModel:
             return {(w, a): latencies.milliseconds(name, *shape, w, a) for w, a in self.pairs()}
 
         return Cost(MILLISECONDS, latencies.rest, {name: times(name) for name in self.space.inputs})
+
+
+def budget_in_numbers(
+    budget: Budget | UniformBudget, config: QuantformerConfig, latencies: LatencyTable | None = None
+) -> Budget:
+    """`budget`, or what its bits cost in a model of `config`.
+
+    Raises:
+        ValueError: milliseconds, of bits that are not in `latencies`.
+    """
+    if isinstance(budget, Budget):
+        return budget
+    space = SearchSpace.of(config, (budget.weight_bits, budget.activation_bits))
+    cost = CostModel(config, space, latencies)[budget.unit]
+    return Budget(budget.unit, cost.total(space.uniform(budget.weight_bits, budget.activation_bits)))
 
 
 def _build(config: QuantformerConfig, space: SearchSpace, stage: str) -> QuantformerForImageClassification:

@@ -24,7 +24,7 @@ from ..stages import StageRun, images_to_train_on, make_trainer
 from .allocation import SETTINGS, make_allocation, mean_bits, write_allocation
 from .budget import BIT_OPERATIONS, MILLISECONDS, format_cost
 from .budget_search import BudgetSearch, check_budgets, check_refinement
-from .cost import CostModel
+from .cost import CostModel, budget_in_numbers
 from .latency_table import LatencyTable
 from .measure_latency import measure_latency
 from .pictures import BITS_PICTURE, FRONT_PICTURE, draw_bits, draw_front
@@ -75,7 +75,9 @@ class AllocationStage(StageRun):
             if getattr(self.arguments.model, name) == FULL_PRECISION_BITS:
                 raise ValueError(f"{name} is 32, and the stage 'allocate' chooses it from candidate_bits: leave it out")
         if told.allocation_method == "budget" and not budgets:
-            raise ValueError("the stage 'allocate' needs a budget: give --budget 2.5MB, 30ms, 20GBitOps, or several")
+            raise ValueError(
+                "the stage 'allocate' needs a budget: give --budget 2.5MB, 30ms, 20GBitOps, W3A3, or several"
+            )
         check_refinement(told.refine)
         table = LatencyTable.read(told.latency_table) if told.latency_table else None
         training = self.arguments.training
@@ -90,6 +92,7 @@ class AllocationStage(StageRun):
         if table is None and any(budget.unit == MILLISECONDS for budget in budgets):
             table = self._measured_latency(teacher, model.config)
         costs = CostModel(model.config, space, table)
+        budgets = [budget_in_numbers(budget, model.config, table) for budget in budgets]
         check_budgets(costs, budgets)
         losses = None
         if told.allocation_method == "edmips":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantformer_hf.mixed_precision.budget import Budget, format_cost, format_least, parse_budgets
+from quantformer_hf.mixed_precision.budget import Budget, UniformBudget, format_cost, format_least, parse_budgets
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,30 @@ def test_what_is_no_budget_is_refused(text):
         Budget.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "unit", "bits"),
+    [
+        ("W3A3", "BitOps", (3, 3)),
+        ("w4a8bitops", "BitOps", (4, 8)),
+        (" W1A2bytes", "bytes", (1, 2)),
+        ("W8A8ms", "ms", (8, 8)),
+    ],
+)
+def test_bits_are_read_as_the_budget_that_they_cost(text, unit, bits):
+    assert parse_budgets([text]) == [UniformBudget(unit, *bits)]
+
+
+@pytest.mark.parametrize("text", ["W3", "W9A3", "W3A1", "W0A2", "W3A3MB", "W3A3 W4A4"])
+def test_bits_that_no_model_has_are_no_budget(text):
+    with pytest.raises(ValueError, match="such as W3A3"):
+        parse_budgets([text])
+
+
 def test_two_budgets_of_one_unit_are_refused():
     with pytest.raises(ValueError, match="names bytes more than once"):
         parse_budgets(["2MB", "10ms", "1MiB"])
+    with pytest.raises(ValueError, match="names BitOps more than once"):
+        parse_budgets(["W3A3", "20GBitOps"])
 
 
 def test_a_cost_in_words_keeps_every_byte():

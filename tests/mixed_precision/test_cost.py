@@ -7,7 +7,8 @@ from conftest import BACKBONES, make_batches, make_full_precision, make_quantize
 
 from quantformer_hf import QuantformerConfig
 from quantformer_hf.layer_bits import LayerBits
-from quantformer_hf.mixed_precision.cost import CostModel
+from quantformer_hf.mixed_precision.budget import Budget, UniformBudget
+from quantformer_hf.mixed_precision.cost import CostModel, budget_in_numbers
 from quantformer_hf.mixed_precision.latency_table import LatencyKey, LatencyTable
 from quantformer_hf.mixed_precision.search_space import SearchSpace
 from quantformer_hf.report import bit_operations, weights_on_disk
@@ -45,6 +46,20 @@ def test_bytes_and_bit_operations_are_those_of_the_packed_model(backbone, argume
         folder = tmp_path / str(seed)
         model.pack().save_pretrained(folder)
         assert costs["bytes"].total(widths) == weights_on_disk(folder)
+
+
+@pytest.mark.parametrize("class_token_bits", [None, 8])
+def test_a_budget_in_bits_is_what_a_model_with_these_bits_costs(class_token_bits, tmp_path):
+    settings = {"class_token_bits": class_token_bits}
+    config = config_of("deit", **settings)
+    model = make_quantized("deit", "finetune", weight_bits=3, activation_bits=5, **settings)
+    operations = bit_operations(model, IMAGE)
+    model.pack().save_pretrained(tmp_path)
+    assert budget_in_numbers(UniformBudget("BitOps", 3, 5), config) == Budget("BitOps", operations)
+    assert budget_in_numbers(UniformBudget("bytes", 3, 5), config) == Budget("bytes", weights_on_disk(tmp_path))
+    assert budget_in_numbers(Budget("bytes", 7), config) == Budget("bytes", 7)
+    with pytest.raises(ValueError, match="needs measured times"):
+        budget_in_numbers(UniformBudget("ms", 3, 5), config)
 
 
 def test_the_search_space_ties_the_readers_of_one_tensor():
