@@ -53,8 +53,12 @@ ENGINES = {
     f"OpenVINO {openvino.__version__.partition('-')[0]}": run_openvino,
 }
 
-#: Operator sets by the engines that read them, and the most bits for which another set makes no other file.
-OPSETS = {21: (tuple(ENGINES), 8), 25: (tuple(ENGINES)[:1], 2)}
+#: Ways to export: the engines that read it, the most bits for which it makes another file, arguments.
+FILES = {
+    "opset 21": (tuple(ENGINES), 8, {}),
+    "opset 25": (tuple(ENGINES)[:1], 2, {"opset": 25}),
+    "exact": (tuple(ENGINES), 8, {"exact": True}),
+}
 
 
 def load_images(folder: Path, processor: BaseImageProcessor, count: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -83,7 +87,7 @@ def logits_of(run: Run, pixels: torch.Tensor) -> np.ndarray:
 def compare(model: QuantformerForImageClassification, pixels: torch.Tensor, labels: np.ndarray) -> list[list[str]]:
     """Rows of the table for a packed model."""
     bits = model.config.weight_bits
-    name = f"W{bits}A{model.config.activation_bits}"
+    width = f"W{bits}A{model.config.activation_bits}"
     expected = logits_of(run_model(model), pixels)
     rows = []
 
@@ -92,21 +96,21 @@ def compare(model: QuantformerForImageClassification, pixels: torch.Tensor, labe
         same = (logits.argmax(1) == expected.argmax(1)).sum()
         difference = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
         accuracies = [f"{100 * (found.argmax(1) == labels).mean():.1f}" for found in (expected, logits)]
-        rows.append([f"{name} {engine}", size, ratio, *accuracies, f"{same} of {len(labels)}", f"{difference:.1e}"])
+        rows.append([f"{width} {engine}", size, ratio, *accuracies, f"{same} of {len(labels)}", f"{difference:.1e}"])
         print("  ".join(rows[-1]), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "packed")
         packed = weights_on_disk(Path(folder) / "packed")
         add("PyTorch without oneDNN", run_model(model, with_onednn=False), megabytes(packed), "1.00")
-        for opset, (engines, most_bits) in OPSETS.items():
+        for name, (engines, most_bits, arguments) in FILES.items():
             if bits > most_bits:
                 continue
-            path = Path(folder) / f"opset{opset}.onnx"
-            export_onnx(model, path, opset)
+            path = Path(folder) / f"{name}.onnx"
+            export_onnx(model, path, **arguments)
             size = path.stat().st_size
             for engine in engines:
-                add(f"{engine}, opset {opset}", ENGINES[engine](path), megabytes(size), f"{size / packed:.2f}")
+                add(f"{engine}, {name}", ENGINES[engine](path), megabytes(size), f"{size / packed:.2f}")
     return rows
 
 

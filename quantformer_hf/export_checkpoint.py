@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=21,
         help="ONNX operator set: 21 (default), or 25 for weights of 1 and 2 bits in two bits, which OpenVINO does not read",
     )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="write the arithmetic of the packed model itself: ONNX Runtime gives its logits bit for bit, and is slower",
+    )
 
 
 def run(arguments: Any) -> None:
@@ -47,6 +52,6 @@ def run(arguments: Any) -> None:
     folder = Path(arguments.checkpoint)
     check_export(read_config(folder), arguments.output, arguments.opset)
     model = QuantformerForImageClassification.from_pretrained(folder, dtype=torch.float32)
-    export_onnx(model, arguments.output, arguments.opset)
+    export_onnx(model, arguments.output, arguments.opset, arguments.exact)
     written = arguments.output.stat().st_size
     print(f"{arguments.output}: {megabytes(written)}, from {megabytes(weights_on_disk(folder))} in {folder}")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import in_integers, infers, operators, plan_linear, plan_weight
+from .kernels import in_integers, infers, operators, plan_linear, plan_weight, reference
 from .ops import positive
 from .quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -182,6 +182,21 @@ class InferenceLayerNorm(nn.LayerNorm):
             and (self.weight is None or self.weight.dtype == torch.float32)
             and (in_integers() if self.packed else infers(self))
         )
+
+
+class InferenceMean(nn.AdaptiveAvgPool1d):
+    """Mean over the last dimension (Swin's over its tokens), with the same bits on every CPU as `InferenceLayerNorm`."""
+
+    #: Whether it is part of a packed model.
+    packed = False
+
+    def __init__(self):
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, channels, tokens)` to `(batch, channels, 1)`."""
+        infer = x.dtype == torch.float32 and (in_integers() if self.packed else infers(self))
+        return reference.mean(x) if infer else super().forward(x)
 
 
 class QuantLayerNorm(InferenceLayerNorm):

@@ -16,7 +16,7 @@ from .grids import FULL_PRECISION_BITS
 from .groups import channel_importance
 from .kernels import fake_quantized
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
-from .layers import InferenceLayerNorm, QuantConv2d, QuantLayerNorm, QuantLinear, quantize_first_argument
+from .layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNorm, QuantLinear, quantize_first_argument
 from .ops import PRODUCERS
 from .packed_blocks import choose_forms
 from .packed_layers import PackedLinear, packed_form
@@ -93,6 +93,8 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
     for name, module in list(backbone.named_modules()):
         if type(module) is nn.LayerNorm:
             backbone.set_submodule(name, InferenceLayerNorm.from_float(module))
+        elif type(module) is nn.AdaptiveAvgPool1d:
+            backbone.set_submodule(name, InferenceMean())
 
     if config.attention_bits not in (None, FULL_PRECISION_BITS):
         names = {module: name for name, module in backbone.named_modules()}
@@ -104,13 +106,13 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
 
 def connect_readers(backbone: nn.Module, packed: bool) -> None:
     """Tell each layer what quantizes the tensor that it reads, each producer whether its readers take codes, and
-    quantizers and LayerNorms whether they are part of a packed model."""
+    quantizers, LayerNorms and means whether they are part of a packed model."""
     for quantizer in activation_quantizers(backbone):
         quantizer.packed = packed
     for module in backbone.modules():
         if isinstance(module, ActivationQuantizer | AttentionOperands):
             module.forget_plans()
-        if isinstance(module, InferenceLayerNorm):
+        if isinstance(module, InferenceLayerNorm | InferenceMean):
             module.packed = packed
     readers = reading_layers(backbone)
     for quantizer, layers in readers.items():

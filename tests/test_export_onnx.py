@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKBONES, IMAGE_SIZE, make_batches, make_quantized
@@ -19,7 +20,8 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install '.
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install '.[test]'")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[test]'")
 
-from quantformer_hf.exporters.onnx import export_onnx  # noqa: E402  needs what is looked for above
+from quantformer_hf.exporters import exact  # noqa: E402  needs what is looked for above
+from quantformer_hf.exporters.onnx import export_onnx  # noqa: E402
 
 
 #: Each costs a trace of some seconds: every backbone at four bits, and every kind of code on the smallest.
@@ -38,8 +40,10 @@ def logits_of(model):
     return torch.cat([model(batch).logits for batch in make_batches()]).numpy()
 
 
-def run(path, batch_size):
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+def run(path, batch_size, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     batches = torch.cat(make_batches()).split(batch_size)
     return [session.run(["logits"], {"pixel_values": batch.numpy()})[0] for batch in batches]
 
@@ -94,6 +98,54 @@ def test_the_file_has_standard_operators_and_codes_in_their_narrowest_type(expor
     widths = (2, 4, 8) if content.opset_import[0].version == 25 else (4, 8)
     weights = [module.grid.bits for module in model.modules() if isinstance(module, PackedWeight)]
     assert stored == Counter(next(width for width in widths if width >= bits) for bits in weights)
+
+
+# The arithmetic of the packed model itself
+
+EXACT_CASES = {
+    "vit, 3 bits": {"backbone": "vit", "bit_width": 3},
+    "vit, 8 bits, sums in parts": {"backbone": "vit", "bit_width": 8},
+    "deit-distilled, 2 bits, half-shifted": {
+        "backbone": "deit-distilled",
+        "bit_width": 2,
+        "weight_quantizer": "statsq",
+    },
+    "deit, class token": {"backbone": "deit", "bit_width": 3, "class_token_bits": 8},
+    "swin": {"backbone": "swin", "weight_bits": 1, "activation_bits": 5},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXACT_CASES)
+def test_an_exact_file_gives_the_logits_of_the_packed_model_bit_for_bit(case, tmp_path, monkeypatch):
+    if "parts" in case:
+        # The small model's sums are below what floats hold.
+        monkeypatch.setattr(exact, "EXACT_FLOAT32", 2**17)
+    model = make_quantized(stage="finetune", **EXACT_CASES[case])
+    model.save_pretrained(tmp_path / "checkpoint")
+    path = tmp_path / "model.onnx"
+    main(["export", "onnx", str(tmp_path / "checkpoint"), "--output", str(path), "--exact"])
+    onnx.checker.check_model(path, full_check=True)
+    expected = logits_of(model.pack())
+    for batch_size in (3, 8):
+        assert np.array_equal(np.concatenate(run(path, batch_size)), expected)
+    unoptimized = run(path, 8, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    assert np.array_equal(np.concatenate(unoptimized), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"activation_bits": 32}, "vit.layers.0.attention.q_proj"),
+        ({"attention_bits": None}, "vit.layers.0.attention"),
+        ({"classifier_bits": 32}, "classifier"),
+    ],
+)
+def test_an_exact_file_of_floating_point_is_refused(arguments, name, tmp_path):
+    model = make_quantized(stage="finetune", **arguments)
+    with pytest.raises(ValueError, match=f"'{name}'.*floating point.*export without it"):
+        export_onnx(model, tmp_path / "model.onnx", exact=True)
+    assert not list(tmp_path.iterdir())
 
 
 # One export each

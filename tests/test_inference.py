@@ -17,7 +17,7 @@ from quantformer_hf.kernels import (
     reference,
     using,
 )
-from quantformer_hf.layers import InferenceLayerNorm
+from quantformer_hf.layers import InferenceLayerNorm, InferenceMean
 from quantformer_hf.modeling_quantformer import StageError
 from quantformer_hf.packed_layers import PackedLayer
 
@@ -54,6 +54,20 @@ def test_every_layer_norm_has_the_bits_of_the_reference(backbone, packed, name):
         if not packed:
             # Training has gradients, and torch's arithmetic.
             assert torch.equal(norm(x), nn.LayerNorm.forward(norm, x))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_mean_of_swins_tokens_has_the_bits_of_the_reference(packed):
+    model = make_quantized("swin", "finetune")
+    model = model.pack() if packed else model
+    (mean,) = (module for module in model.modules() if isinstance(module, InferenceMean))
+    x = torch.randn(3, 16, 49, generator=torch.Generator().manual_seed(0))
+    plain = nn.AdaptiveAvgPool1d(1)(x)
+    torch.testing.assert_close(plain, reference.mean(x))
+    with torch.no_grad():
+        assert torch.equal(mean(x), reference.mean(x))
+    if not packed:
+        assert torch.equal(mean(x), plain)
 
 
 def test_batch_size_and_threads_change_no_bit():

@@ -3,15 +3,23 @@
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    DeduplicateInitializersPass,
+    LiftConstantsToInitializersPass,
+)
 from torch import Tensor, nn
 
+from ..attention import attention_modules
 from ..configuration_quantformer import QuantformerConfig
 from ..modeling_quantformer import QuantformerForImageClassification
+from ..packed_layers import PackedLayer
+from .exact import TRANSLATIONS
 from .traceable import DEQUANTIZE_VERSION, TraceableWeight, make_traceable
 
 
@@ -32,7 +40,10 @@ class _Logits(nn.Module):
 
 
 def export_onnx(
-    model: QuantformerForImageClassification, path: str | os.PathLike, opset: int = DEQUANTIZE_VERSION
+    model: QuantformerForImageClassification,
+    path: str | os.PathLike,
+    opset: int = DEQUANTIZE_VERSION,
+    exact: bool = False,
 ) -> None:
     """Write `model` to `path`: `pixel_values` `(batch, channels, height, width)` to `logits` `(batch, classes)`, float32.
 
@@ -44,9 +55,11 @@ def export_onnx(
         path: of the file, which must not be there yet. Folders are made.
         opset: 21, which ONNX Runtime and OpenVINO read: weights of 1 to 4 bits take four in the file, those of 5 to 8
             eight. 25 stores weights of 1 and 2 bits in two; OpenVINO (2026.4) does not read it.
+        exact: write the arithmetic of the packed model operator by operator (`exporters/exact.py`): ONNX Runtime then gives
+            its logits bit for bit, and takes longer. Weights take their bits, whatever the operator set.
 
     Raises:
-        ValueError: groups that are not frozen, or another operator set.
+        ValueError: groups that are not frozen, another operator set, or `exact` of a model that computes in floating point.
         FileExistsError: the file is there.
         ImportError: `onnx` or `onnxscript` is not installed.
     """
@@ -55,9 +68,14 @@ def export_onnx(
     traceable = copy.deepcopy(model).cpu().float().eval()
     if traceable.config.stage == "finetune":
         traceable.pack()
-    make_traceable(traceable.backbone)
-    program = _trace(traceable, opset)
-    narrow_weights(program.model, traceable, opset)
+    if exact:
+        _check_integers(traceable.backbone)
+        program = _trace(traceable, opset, TRANSLATIONS)
+        _shorten(program.model)
+    else:
+        make_traceable(traceable.backbone)
+        program = _trace(traceable, opset)
+        narrow_weights(program.model, traceable, opset)
     program.model.metadata_props.update(_metadata(model))
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +101,9 @@ def check_export(config: QuantformerConfig, path: Path, opset: int) -> None:
 
 
 @torch.no_grad()
-def _trace(model: QuantformerForImageClassification, opset: int) -> torch.onnx.ONNXProgram:
+def _trace(
+    model: QuantformerForImageClassification, opset: int, translations: dict[Callable, Callable] | None = None
+) -> torch.onnx.ONNXProgram:
     config = model.config.backbone_config
     size = config.image_size
     # A batch of one would be taken for a constant.
@@ -97,6 +117,9 @@ def _trace(model: QuantformerForImageClassification, opset: int) -> torch.onnx.O
         opset_version=opset,
         dynamo=True,
         verbose=False,
+        custom_translation_table=translations,
+        # It takes minutes where thousands of nodes stand for an operator each, and engines do it again.
+        optimize=translations is None,
     )
     # Where each node was traced, which is longer than the packed weights of a small model, and names this machine's paths.
     ClearMetadataAndDocStringPass()(program.model)
@@ -105,6 +128,36 @@ def _trace(model: QuantformerForImageClassification, opset: int) -> torch.onnx.O
     for value in (*graph.inputs, *graph.initializers.values(), *made):
         value.metadata_props.clear()
     return program
+
+
+def _check_integers(backbone: nn.Module) -> None:
+    """Raise ValueError where a layer or an attention block of a packed model computes in floating point."""
+    plain = [
+        name
+        for name, layer in backbone.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not (isinstance(layer, PackedLayer) and layer.can_infer())
+    ]
+    blocks = attention_modules(backbone)
+    plain += [name for name, module in backbone.named_modules() if module in blocks and not hasattr(module, "operands")]
+    if plain:
+        raise ValueError(
+            f"exact: '{plain[0]}' ({len(plain)} in all) computes in floating point, whose sums differ from engine to"
+            f" engine in their last digit: export without it, or a model whose weights, activations, attention products,"
+            f" patch embedding and classifier all have 8 bits or fewer"
+        )
+
+
+def _shorten(model: ir.Model) -> None:
+    """Leave out, in place, what thousands of nodes need not say: equal constants, names, types and shapes in between."""
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    DeduplicateInitializersPass()(model)
+    for number, node in enumerate(model.graph):
+        node.name = None
+        for place, value in enumerate(node.outputs):
+            if not value.is_graph_output():
+                value.name, value.shape = f"{number}.{place}", None
+                # Codes, which are bytes in torch, are floats here.
+                value.type = None
 
 
 def narrow_weights(model: ir.Model, traceable: nn.Module, opset: int) -> None:

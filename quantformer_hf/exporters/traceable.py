@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from ..attention import attention_modules
-from ..layers import InferenceLayerNorm, QuantConv2d, QuantLayerNorm, QuantLinear
+from ..layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNorm, QuantLinear
 from ..ops import PRODUCERS, positive
 from ..packed_layers import PackedWeight
 from ..quantizers import ActivationQuantizer
@@ -171,6 +171,8 @@ def make_traceable(backbone: nn.Module) -> None:
             backbone.set_submodule(name, norm)
         elif isinstance(module, InferenceLayerNorm):
             backbone.set_submodule(name, _plain_norm(module))
+        elif isinstance(module, InferenceMean):
+            backbone.set_submodule(name, nn.AdaptiveAvgPool1d(1))
         elif isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer):
             # Swin's attention block, whose hook asks for it by this name. Its readers are no longer packed.
             module.input_quantizer, module.gives_codes = TraceableActivation(module.input_quantizer), False

@@ -1,6 +1,6 @@
 """Integer arithmetic of quantized models: kernels for CPUs, and the same in plain torch."""
 
-from . import operators
+from . import operators, reference
 from .arithmetic import fake_quantized, in_integers, infers
 from .info import describe_device, describe_layer
 from .library import instruction_set, using
@@ -22,5 +22,6 @@ __all__ = [
     "plan_channels",
     "plan_linear",
     "plan_weight",
+    "reference",
     "using",
 ]

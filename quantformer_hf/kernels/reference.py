@@ -17,6 +17,13 @@ from ..packing import unpack_codes
 #: Integers up to here are exact in float32.
 EXACT_FLOAT32 = 2**24
 
+#: Coefficients, highest power first: of 2^f in `exponential`, and of what GELU's tail is the 16th power of.
+EXPONENTIAL_POLYNOMIAL = (1.3276471771e-3, 9.6755413327e-3, 5.5507132742e-2, 2.4022119724e-1, 6.9314696706e-1, 1.0)
+ERROR_POLYNOMIAL = (
+    *(5.3829750000e-6, 4.8890635643e-5, 3.8003575000e-5, 3.2776263241e-3),
+    *(2.1141006150e-2, 4.9867346967e-2, 1.0),
+)
+
 
 def quantize(
     x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool = False
@@ -35,35 +42,30 @@ def exponential(x: Tensor) -> Tensor:
     x = torch.where(x > -124.0, x, -124.0)
     n = x.round()
     f = x - n
-    p = f * 1.3276471771e-3 + 9.6755413327e-3
-    p = p * f + 5.5507132742e-2
-    p = p * f + 2.4022119724e-1
-    p = p * f + 6.9314696706e-1
-    p = p * f + 1.0
+    p = _polynomial(f, EXPONENTIAL_POLYNOMIAL)
     return p * ((n.int() + 127) << 23).view(torch.float32)
 
 
 def gelu_of(x: Tensor) -> Tensor:
     """`x Φ(x)`, float32, in the order of `csrc/pointwise.h`."""
-    size = x.abs()
-    p = size * 5.3829750000e-6 + 4.8890635643e-5
-    p = p * size + 3.8003575000e-5
-    p = p * size + 3.2776263241e-3
-    p = p * size + 2.1141006150e-2
-    p = p * size + 4.9867346967e-2
-    p = p * size + 1.0
+    p = _polynomial(x.abs(), ERROR_POLYNOMIAL)
     for _ in range(4):
         p = p * p
     tail = 0.5 * p.reciprocal()
     return x * torch.where(x < 0, tail, 1.0 - tail)
 
 
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    p = x * coefficients[0] + coefficients[1]
+    for coefficient in coefficients[2:]:
+        p = p * x + coefficient
+    return p
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
     """See `operators.layer_norm`, in the order of `csrc/pointwise.h`."""
-    share = 1 / x.shape[-1]
-    difference = x - _row_sums(x) * share
-    variance = _row_sums(difference * difference) * share
-    variance = variance + epsilon
+    difference = x - mean(x)
+    variance = mean(difference * difference) + epsilon
     # On CPUs torch takes the root by MKL, which does not round it correctly.
     root = variance.double().sqrt().float() if variance.is_cpu else variance.sqrt()
     y = difference * root.reciprocal()
@@ -75,6 +77,11 @@ def softmax(x: Tensor) -> Tensor:
     """Over the last dimension, float32, in the order of `csrc/pointwise.h`."""
     powers = exponential(x - x.amax(-1, keepdim=True))
     return powers * _row_sums(powers).reciprocal()
+
+
+def mean(x: Tensor) -> Tensor:
+    """Over the last dimension, which stays, with one element."""
+    return _row_sums(x) * (1 / x.shape[-1])
 
 
 def _row_sums(x: Tensor) -> Tensor:
@@ -151,7 +158,7 @@ def attention_scores(
     """What the softmax of attention takes, less what is the same for all keys of a query: it does not see that."""
     of_query, of_key = operands
     query, key = _operand(query, of_query, largest), _centred(_operand(key, of_key, largest), largest)
-    products = exact_product(query, key, largest * _middle(largest)) * (of_query[0] * of_key[0] * scaling)
+    products = exact_product(query, key, largest * middle(largest)) * (of_query[0] * of_key[0] * scaling)
     scores = products + (key.float().sum(-1) * (of_query[2] * of_key[0] * scaling)).unsqueeze(-2)
     return scores if mask is None else scores + mask
 
@@ -160,8 +167,8 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
     """See `operators.attention_mix`."""
     of_weights, of_value = operands
     weights, value = _operand(probabilities, of_weights, largest), _centred(_operand(value, of_value, largest), largest)
-    value_offset = of_value[2] + _middle(largest) * of_value[0]
-    products = exact_product(weights, value.transpose(-2, -1), largest * _middle(largest))
+    value_offset = of_value[2] + middle(largest) * of_value[0]
+    products = exact_product(weights, value.transpose(-2, -1), largest * middle(largest))
     products = products * (of_weights[0] * of_value[0])
     constant = value.shape[-2] * (of_weights[2] * value_offset)
     of_columns = value.float().sum(-2) * (of_weights[2] * of_value[0]) + constant
@@ -169,14 +176,14 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
     return (products + of_columns.unsqueeze(-2) + of_rows.unsqueeze(-1)).transpose(1, 2).contiguous()
 
 
-def _middle(largest: int) -> int:
+def middle(largest: int) -> int:
     """What is taken off the codes of one operand of a product: they are then signed bytes, and its offset is greater by
     so many scales."""
     return (largest + 1) // 2
 
 
 def _centred(codes: Tensor, largest: int) -> Tensor:
-    return codes.short() - _middle(largest)
+    return codes.short() - middle(largest)
 
 
 def _operand(x: Tensor, operand: Tensor, largest: int) -> Tensor:

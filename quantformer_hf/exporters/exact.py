@@ -1,0 +1,216 @@
+"""The operators of a packed model in standard operators of ONNX, with the roundings of `kernels/reference.py`.
+
+What `torch.onnx` is to put in the place of each (`TRANSLATIONS`). Codes are floats here, all of them integers that floats
+hold. An engine that runs the operators as they stand gives the logits of the packed model bit for bit; ONNX Runtime does,
+whatever its level of optimization. Three forms that look simpler are not exact there or elsewhere (ONNX Runtime 1.32 and
+OpenVINO 2026.4, measured 2026-11-28):
+
+- `1 / x`, with which ONNX Runtime turns `y * (1 / x)` into `y / x`. Here it is `0.5 / x * 2`, which rounds like it.
+- A sum of products in float64, which OpenVINO makes of float32. Here it is int32.
+- BitShift of uint8, whose results OpenVINO rounds up. Here codes are unpacked by division.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import FLOAT
+from onnxscript import opset21 as op
+
+from ..kernels.reference import ERROR_POLYNOMIAL, EXACT_FLOAT32, EXPONENTIAL_POLYNOMIAL, largest_weight, middle
+
+
+#: A value of the graph, to `torch.onnx`, which reads these annotations and has no word for one of any type.
+Value = TypeVar("Value", bound=FLOAT)
+
+
+def quantize(x: Value, offset: Value, inverse: Value, source: Value | None, largest: int, gelu: bool = False) -> Value:
+    """As `reference.quantize`, for images and weights without NaN."""
+    x = gelu_of(x) if gelu else x
+    codes = op.Round(op.Clip(op.Mul(op.Sub(x, offset), inverse), _floats(0), _floats(largest)))
+    if source is None:
+        return codes
+    return op.Gather(op.Pad(codes, _integers([0, 1]), None, _integers([-1])), source, axis=-1)
+
+
+def layer_norm(x: Value, weight: Value | None, bias: Value | None, epsilon: float) -> Value:
+    """As `reference.layer_norm`."""
+    channels = x.shape[-1]
+    share = _floats(1 / channels)
+    difference = op.Sub(x, op.Mul(_row_sums(x, channels), share))
+    variance = op.Mul(_row_sums(op.Mul(difference, difference), channels), share)
+    variance = op.Cast(op.Add(variance, _floats(epsilon)), to=ir.DataType.DOUBLE)
+    y = op.Mul(difference, _inverse(op.Cast(op.Sqrt(variance), to=ir.DataType.FLOAT)))
+    y = y if weight is None else op.Mul(y, weight)
+    return y if bias is None else op.Add(y, bias)
+
+
+def multiply(
+    codes: Value,
+    weight: Value,
+    columns: int,
+    bits: int,
+    largest_code: int,
+    multiplier: int,
+    addend: int,
+    source: Value,
+    group_ends: Sequence[int],
+    group_scales: Value,
+    largest: int,
+    scale: Value,
+    bias: Value,
+) -> Value:
+    """As `reference.multiply`. Of the weight the file has the packed bits; engines unpack them when they load it."""
+    outputs, groups = weight.shape[0], len(group_ends)
+    integers = op.Add(op.Mul(_unpack(weight, bits, columns), _floats(multiplier)), _floats(addend))
+    integers = op.Gather(op.Pad(integers, _integers([0, 1]), None, _integers([1])), source, axis=1)
+    integers = op.Transpose(integers, perm=[1, 0])
+    # A scale for each output: one that is a scalar goes into the MatMul, which may then round each part of its sum.
+    scales = op.Expand(op.Unsqueeze(group_scales, _integers([1])), _integers([groups, outputs]))
+    largest_product = largest * largest_weight(largest_code, multiplier, addend)
+    sums, start = None, 0
+    for group, end in enumerate(group_ends):
+        if end > start:
+            operands = _part(codes, start, end, -1), _part(integers, start, end, 0)
+            part = _exact_product(*operands, end - start, largest_product)
+            part = op.Mul(part, _part(scales, group, group + 1, 0))
+            sums = part if sums is None else op.Add(sums, part)
+        start = end
+    return op.Add(op.Mul(sums, scale), bias)
+
+
+def attention_probabilities(
+    query: Value, key: Value, mask: Value | None, operands: Value, largest: int, scaling: float
+) -> Value:
+    """As `reference.attention_probabilities`."""
+    (query_scale, query_inverse, query_offset), (key_scale, key_inverse, key_offset) = _operands(operands)
+    width, keys = query.shape[-1], key.shape[-2]
+    query = quantize(query, query_offset, query_inverse, None, largest)
+    key = op.Sub(quantize(key, key_offset, key_inverse, None, largest), _floats(middle(largest)))
+    products = _exact_product(query, op.Transpose(key, perm=[0, 1, 3, 2]), width, largest * middle(largest))
+    products = op.Mul(products, op.Mul(op.Mul(query_scale, key_scale), _floats(scaling)))
+    of_keys = op.Mul(op.Mul(query_offset, key_scale), _floats(scaling))
+    of_keys = op.Mul(op.ReduceSum(key, _integers([-1]), keepdims=0), of_keys)
+    scores = op.Add(products, op.Unsqueeze(of_keys, _integers([-2])))
+    return _softmax(scores if mask is None else op.Add(scores, mask), keys)
+
+
+def attention_mix(probabilities: Value, value: Value, operands: Value, largest: int) -> Value:
+    """As `reference.attention_mix`."""
+    (weight_scale, weight_inverse, weight_offset), (value_scale, value_inverse, value_offset) = _operands(operands)
+    keys = value.shape[-2]
+    weights = quantize(probabilities, weight_offset, weight_inverse, None, largest)
+    value = op.Sub(quantize(value, value_offset, value_inverse, None, largest), _floats(middle(largest)))
+    value_offset = op.Add(value_offset, op.Mul(_floats(middle(largest)), value_scale))
+    products = _exact_product(weights, value, keys, largest * middle(largest))
+    products = op.Mul(products, op.Mul(weight_scale, value_scale))
+    of_columns = op.Mul(op.ReduceSum(value, _integers([-2]), keepdims=1), op.Mul(weight_offset, value_scale))
+    of_columns = op.Add(of_columns, op.Mul(_floats(keys), op.Mul(weight_offset, value_offset)))
+    of_rows = op.Mul(op.ReduceSum(weights, _integers([-1]), keepdims=1), op.Mul(weight_scale, value_offset))
+    return op.Transpose(op.Add(op.Add(products, of_columns), of_rows), perm=[0, 2, 1, 3])
+
+
+#: For `torch.onnx.export`.
+TRANSLATIONS: dict[Callable, Callable] = {
+    torch.ops.quantformer.quantize.default: quantize,
+    torch.ops.quantformer.layer_norm.default: layer_norm,
+    torch.ops.quantformer.multiply.default: multiply,
+    torch.ops.quantformer.attention_probabilities.default: attention_probabilities,
+    torch.ops.quantformer.attention_mix.default: attention_mix,
+}
+
+
+def exponential(x: Value) -> Value:
+    """As `reference.exponential`."""
+    x = op.Max(op.Mul(x, _floats(math.log2(math.e))), _floats(-124))
+    n = op.Round(x)
+    power = op.Gather(_floats(2.0 ** np.arange(-124, 1)), op.Cast(op.Add(n, _floats(124)), to=ir.DataType.INT64))
+    return op.Mul(_polynomial(op.Sub(x, n), EXPONENTIAL_POLYNOMIAL), power)
+
+
+def gelu_of(x: Value) -> Value:
+    """As `reference.gelu_of`."""
+    p = _polynomial(op.Abs(x), ERROR_POLYNOMIAL)
+    for _ in range(4):
+        p = op.Mul(p, p)
+    tail = op.Div(_floats(0.5), p)
+    return op.Mul(x, op.Where(op.Less(x, _floats(0)), tail, op.Sub(_floats(1), tail)))
+
+
+def _softmax(x: Value, width: int) -> Value:
+    powers = exponential(op.Sub(x, op.ReduceMax(x, _integers([-1]), keepdims=1)))
+    return op.Mul(powers, _inverse(_row_sums(powers, width)))
+
+
+def _polynomial(x: Value, coefficients: Sequence[float]) -> Value:
+    p = _floats(coefficients[0])
+    for coefficient in coefficients[1:]:
+        p = op.Add(op.Mul(p, x), _floats(coefficient))
+    return p
+
+
+def _inverse(x: Value) -> Value:
+    return op.Mul(op.Div(_floats(0.5), x), _floats(2))
+
+
+def _row_sums(x: Value, width: int) -> Value:
+    """As `reference.row_sums`, of rows of `width`."""
+    if width % 8:
+        x = op.Pad(x, _integers([0, -width % 8]), None, _integers([-1]))
+    lanes = -(-width // 8)
+    total, *others = op.Split(x, axis=-1, num_outputs=lanes) if lanes > 1 else [x]
+    for part in others:
+        total = op.Add(total, part)
+    for _ in range(3):
+        total = op.Add(*op.Split(total, axis=-1, num_outputs=2))
+    return total
+
+
+def _exact_product(x: Value, weight: Value, width: int, largest: int) -> Value:
+    """`x @ weight` of integers, exact before it is rounded to float32.
+
+    Args:
+        x: `(..., rows, width)`.
+        weight: `(..., width, columns)`.
+        largest: magnitude of any product of two of their elements.
+    """
+    exact = EXACT_FLOAT32 // largest
+    if width <= exact:
+        return op.MatMul(x, weight)
+    total = None
+    for start in range(0, width, exact):
+        end = min(start + exact, width)
+        part = op.Cast(op.MatMul(_part(x, start, end, -1), _part(weight, start, end, -2)), to=ir.DataType.INT32)
+        total = part if total is None else op.Add(total, part)
+    return op.Cast(total, to=ir.DataType.FLOAT)
+
+
+def _unpack(packed: Value, bits: int, columns: int) -> Value:
+    """As `packing.unpack_codes`: `(rows, columns)`."""
+    rows, width = packed.shape
+    bytes_ = op.Unsqueeze(op.Cast(packed, to=ir.DataType.FLOAT), _integers([-1]))
+    shifted = op.Floor(op.Mul(bytes_, _floats(0.5 ** np.arange(8))))
+    stream = op.Sub(shifted, op.Mul(op.Floor(op.Mul(shifted, _floats(0.5))), _floats(2)))
+    stream = _part(op.Reshape(stream, _integers([rows, width * 8])), 0, columns * bits, 1)
+    stream = op.Mul(op.Reshape(stream, _integers([rows, columns, bits])), _floats(2.0 ** np.arange(bits)))
+    return op.ReduceSum(stream, _integers([-1]), keepdims=0)
+
+
+def _operands(operands: Value) -> list[list[Value]]:
+    """Scale, its inverse and offset of both."""
+    return [[op.Gather(op.Gather(operands, _integers(row)), _integers(i)) for i in range(3)] for row in range(2)]
+
+
+def _part(x: Value, start: int, end: int, axis: int) -> Value:
+    return op.Slice(x, _integers([start]), _integers([end]), _integers([axis]))
+
+
+def _floats(value: float | np.ndarray) -> Value:
+    return op.Constant(value=ir.tensor(np.asarray(value, np.float32)))
+
+
+def _integers(value: int | Sequence[int]) -> Value:
+    return op.Constant(value=ir.tensor(np.asarray(value, np.int64)))
