@@ -16,8 +16,17 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 #: Needs nothing but this package.
 TORCH = ("torch fp32 eager", "torch fp32 compiled", "ours W4A4", "ours W3A3", "ours W2A2")
-ONNXRUNTIME = ("ONNX Runtime fp32", "ONNX Runtime int8 QDQ", "ONNX Runtime int8 dynamic", "ONNX Runtime our W4A4 file")
+ONNXRUNTIME = (
+    "ONNX Runtime fp32",
+    "ONNX Runtime int8 QDQ",
+    "ONNX Runtime int8 dynamic",
+    "ONNX Runtime our W4A4 file",
+    "ONNX Runtime our W4A4 file, exact",
+)
 OPENVINO = ("OpenVINO fp32", "OpenVINO int8", "OpenVINO our W4A4 file")
+
+#: The ONNX file that an engine runs, by the last word of its name.
+FILES = {"fp32": "fp32", "QDQ": "qdq", "int8": "qdq", "dynamic": "dynamic", "file": "ours", "exact": "exact"}
 
 
 def available_engines() -> list[str]:
@@ -49,12 +58,16 @@ def _prepare_onnx(model: nn.Module, folder: Path, images: torch.Tensor) -> None:
 
     from quantformer_hf.exporters.onnx import export_onnx
 
+    ours, exact = _onnx(folder, images, "ours"), _onnx(folder, images, "exact")
+    if not exact.exists():
+        packed = QuantformerForImageClassification.from_full_precision(model, bit_width=4)
+        packed.calibrate([images[:2]]).begin_search(8).freeze_groups().pack()
+        ours.unlink(missing_ok=True)
+        export_onnx(packed, ours)
+        export_onnx(packed, exact, exact=True)
     full, prepared = _onnx(folder, images, "fp32"), _onnx(folder, images, "prepared")
     if full.exists():
         return
-    packed = QuantformerForImageClassification.from_full_precision(model, bit_width=4)
-    packed.calibrate([images[:2]]).begin_search(8).freeze_groups().pack()
-    export_onnx(packed, _onnx(folder, images, "ours"))
     # Swin's masks can be exported only by the attention that is written out.
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -102,7 +115,7 @@ def load(engine: str, folder: Path, images: np.ndarray, threads: int) -> Run:
     """The model as `engine` runs it, on `threads` threads."""
     if engine in TORCH:
         return _load_torch(engine, folder, threads)
-    kind = {"fp32": "fp32", "QDQ": "qdq", "int8": "qdq", "dynamic": "dynamic", "file": "ours"}[engine.split()[-1]]
+    kind = FILES[engine.split()[-1]]
     path = str(_onnx(folder, images, kind))
     if engine in OPENVINO:
         import openvino

@@ -144,8 +144,14 @@ def quantformer_attention(
     return output.transpose(1, 2).contiguous(), probabilities
 
 
+def quantformer_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+    """As `eager_mask`, but None where no token is hidden: an exported graph would add zeros to the scores of each block."""
+    skip = attention_mask is None and kwargs.get("allow_is_bidirectional_skip", False)
+    return None if skip else eager_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
 AttentionInterface.register(ATTENTION_IMPLEMENTATION, quantformer_attention)
-AttentionMaskInterface.register(ATTENTION_IMPLEMENTATION, eager_mask)
+AttentionMaskInterface.register(ATTENTION_IMPLEMENTATION, quantformer_mask)
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

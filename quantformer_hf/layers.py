@@ -180,7 +180,7 @@ class InferenceLayerNorm(nn.LayerNorm):
         return (
             x.dtype == torch.float32
             and (self.weight is None or self.weight.dtype == torch.float32)
-            and (in_integers() if self.packed else infers(self))
+            and _is_inference(self)
         )
 
 
@@ -195,8 +195,12 @@ class InferenceMean(nn.AdaptiveAvgPool1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, channels, tokens)` to `(batch, channels, 1)`."""
-        infer = x.dtype == torch.float32 and (in_integers() if self.packed else infers(self))
+        infer = x.dtype == torch.float32 and _is_inference(self)
         return reference.mean(x) if infer else super().forward(x)
+
+
+def _is_inference(module: InferenceLayerNorm | InferenceMean) -> bool:
+    return in_integers() if module.packed else infers(module)
 
 
 class QuantLayerNorm(InferenceLayerNorm):

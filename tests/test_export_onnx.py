@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKBONES, IMAGE_SIZE, make_batches, make_quantized
-from transformers import ViTConfig, ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.__main__ import main
 from quantformer_hf.packed_layers import PackedWeight
+from quantformer_hf.quantize import group_quantizers
 from quantformer_hf.report import weights_on_disk
 
 
@@ -92,6 +93,9 @@ def test_the_file_has_standard_operators_and_codes_in_their_narrowest_type(expor
     onnx.checker.check_model(path, full_check=True)
     content = onnx.load(path)
     assert [(opset.domain, opset.version) for opset in content.opset_import] in ([("", 21)], [("", 25)])
+    if model.config.backbone_config.model_type != "swin":
+        # As transformers would make a mask that hides nothing.
+        assert "Range" not in {node.op_type for node in content.graph.node}
     codes = {node.input[0] for node in content.graph.node if node.op_type == "DequantizeLinear"}
     bits = {onnx.TensorProto.INT2: 2, onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}
     stored = Counter(bits[tensor.data_type] for tensor in content.graph.initializer if tensor.name in codes)
@@ -115,6 +119,15 @@ EXACT_CASES = {
 }
 
 
+def assert_exact(model, path):
+    """The file's logits are those of the packed model, however the engine optimizes it, and however large batches are."""
+    expected = logits_of(model)
+    for batch_size in (1, 3, 8):
+        assert np.array_equal(np.concatenate(run(path, batch_size)), expected)
+    unoptimized = run(path, 8, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    assert np.array_equal(np.concatenate(unoptimized), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EXACT_CASES)
 def test_an_exact_file_gives_the_logits_of_the_packed_model_bit_for_bit(case, tmp_path, monkeypatch):
@@ -126,11 +139,49 @@ def test_an_exact_file_gives_the_logits_of_the_packed_model_bit_for_bit(case, tm
     path = tmp_path / "model.onnx"
     main(["export", "onnx", str(tmp_path / "checkpoint"), "--output", str(path), "--exact"])
     onnx.checker.check_model(path, full_check=True)
-    expected = logits_of(model.pack())
-    for batch_size in (3, 8):
-        assert np.array_equal(np.concatenate(run(path, batch_size)), expected)
-    unoptimized = run(path, 8, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    assert np.array_equal(np.concatenate(unoptimized), expected)
+    assert_exact(model.pack(), path)
+
+
+def make_odd_model(**arguments):
+    """One block, one class, an odd number of channels, a group without channels, and more tokens than ONNX Runtime adds up
+    at once."""
+    sizes = {"hidden_size": 36, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 50}
+    torch.manual_seed(0)
+    vit = ViTForImageClassification(
+        ViTConfig(image_size=IMAGE_SIZE, patch_size=1, num_labels=1, **sizes, **arguments)
+    ).eval()
+    model = QuantformerForImageClassification.from_full_precision(vit, bit_width=3).calibrate(make_batches(1))
+    model.begin_search(5).freeze_groups()
+    for quantizer in group_quantizers(model):
+        quantizer.group_index[quantizer.group_index == 1] = 3
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_an_exact_file_leaves_an_engine_nothing_to_merge(tmp_path):
+    model = make_odd_model().pack()
+    path = tmp_path / "model.onnx"
+    export_onnx(model, path, opset=25, exact=True)
+    assert_exact(model, path)
+    # Scales that become part of a product are multiplied into each part of a long sum.
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    assert not {"Gemm", "MatMulNBits", "LayerNormalization", "Gelu"} & {node.op_type for node in nodes}
+    # A transposition may be merged.
+    factors = {a.f for node in nodes if node.op_type == "FusedMatMul" for a in node.attribute if a.name == "alpha"}
+    assert factors <= {1.0}
+
+
+@pytest.mark.slow
+def test_an_exact_file_has_the_tensors_of_now(tmp_path):
+    model = make_quantized(stage="finetune").pack()
+    logits_of(model)
+    with torch.no_grad():
+        model.backbone.classifier.bias.add_(1)
+    export_onnx(model, tmp_path / "model.onnx", exact=True)
+    assert_exact(model, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +197,11 @@ def test_an_exact_file_of_floating_point_is_refused(arguments, name, tmp_path):
     with pytest.raises(ValueError, match=f"'{name}'.*floating point.*export without it"):
         export_onnx(model, tmp_path / "model.onnx", exact=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_exact_file_of_another_activation_function_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'vit.layers.0.mlp.activation_fn'.*GELU or ReLU"):
+        export_onnx(make_odd_model(hidden_act="silu"), tmp_path / "model.onnx", exact=True)
 
 
 # One export each

@@ -2,12 +2,14 @@
 
 What `torch.onnx` is to put in the place of each (`TRANSLATIONS`). Codes are floats here, all of them integers that floats
 hold. An engine that runs the operators as they stand gives the logits of the packed model bit for bit; ONNX Runtime does,
-whatever its level of optimization. Three forms that look simpler are not exact there or elsewhere (ONNX Runtime 1.32 and
+whatever its level of optimization. Forms that look simpler are not exact there or elsewhere (ONNX Runtime 1.32 and
 OpenVINO 2026.4, measured 2026-11-28):
 
 - `1 / x`, with which ONNX Runtime turns `y * (1 / x)` into `y / x`. Here it is `0.5 / x * 2`, which rounds like it.
-- A sum of products in float64, which OpenVINO makes of float32. Here it is int32.
-- BitShift of uint8, whose results OpenVINO rounds up. Here codes are unpacked by division.
+- A product of integers in floats, and then its scale, which ONNX Runtime multiplies into each part of a long sum. Here
+  sums are made int32 first.
+- A sum of products in float64, of which OpenVINO makes float32. Here long sums have parts that floats hold.
+- BitShift of bytes, whose results OpenVINO rounds up. Here the file has a weight's codes unpacked (`onnx.narrow_codes`).
 """
 
 import math
@@ -28,7 +30,7 @@ Value = TypeVar("Value", bound=FLOAT)
 
 
 def quantize(x: Value, offset: Value, inverse: Value, source: Value | None, largest: int, gelu: bool = False) -> Value:
-    """As `reference.quantize`, for images and weights without NaN."""
+    """As `reference.quantize`, of finite x."""
     x = gelu_of(x) if gelu else x
     codes = op.Round(op.Clip(op.Mul(op.Sub(x, offset), inverse), _floats(0), _floats(largest)))
     if source is None:
@@ -63,20 +65,17 @@ def multiply(
     scale: Value,
     bias: Value,
 ) -> Value:
-    """As `reference.multiply`. Of the weight the file has the packed bits; engines unpack them when they load it."""
-    outputs, groups = weight.shape[0], len(group_ends)
-    integers = op.Add(op.Mul(_unpack(weight, bits, columns), _floats(multiplier)), _floats(addend))
+    """As `reference.multiply`, of the weight's codes unpacked: `(outputs, columns)`."""
+    integers = op.Add(op.Mul(op.Cast(weight, to=ir.DataType.FLOAT), _floats(multiplier)), _floats(addend))
     integers = op.Gather(op.Pad(integers, _integers([0, 1]), None, _integers([1])), source, axis=1)
     integers = op.Transpose(integers, perm=[1, 0])
-    # A scale for each output: one that is a scalar goes into the MatMul, which may then round each part of its sum.
-    scales = op.Expand(op.Unsqueeze(group_scales, _integers([1])), _integers([groups, outputs]))
     largest_product = largest * largest_weight(largest_code, multiplier, addend)
     sums, start = None, 0
     for group, end in enumerate(group_ends):
         if end > start:
             operands = _part(codes, start, end, -1), _part(integers, start, end, 0)
             part = _exact_product(*operands, end - start, largest_product)
-            part = op.Mul(part, _part(scales, group, group + 1, 0))
+            part = op.Mul(part, _part(group_scales, group, group + 1, 0))
             sums = part if sums is None else op.Add(sums, part)
         start = end
     return op.Add(op.Mul(sums, scale), bias)
@@ -125,7 +124,9 @@ TRANSLATIONS: dict[Callable, Callable] = {
 
 def exponential(x: Value) -> Value:
     """As `reference.exponential`."""
-    x = op.Max(op.Mul(x, _floats(math.log2(math.e))), _floats(-124))
+    x = op.Mul(x, _floats(math.log2(math.e)))
+    # Max would let NaN through, for which there is no power.
+    x = op.Where(op.Greater(x, _floats(-124)), x, _floats(-124))
     n = op.Round(x)
     power = op.Gather(_floats(2.0 ** np.arange(-124, 1)), op.Cast(op.Add(n, _floats(124)), to=ir.DataType.INT64))
     return op.Mul(_polynomial(op.Sub(x, n), EXPONENTIAL_POLYNOMIAL), power)
@@ -157,7 +158,7 @@ def _inverse(x: Value) -> Value:
 
 
 def _row_sums(x: Value, width: int) -> Value:
-    """As `reference.row_sums`, of rows of `width`."""
+    """As `reference.mean` adds up, of rows of `width`."""
     if width % 8:
         x = op.Pad(x, _integers([0, -width % 8]), None, _integers([-1]))
     lanes = -(-width // 8)
@@ -178,25 +179,14 @@ def _exact_product(x: Value, weight: Value, width: int, largest: int) -> Value:
         largest: magnitude of any product of two of their elements.
     """
     exact = EXACT_FLOAT32 // largest
-    if width <= exact:
-        return op.MatMul(x, weight)
     total = None
     for start in range(0, width, exact):
         end = min(start + exact, width)
-        part = op.Cast(op.MatMul(_part(x, start, end, -1), _part(weight, start, end, -2)), to=ir.DataType.INT32)
+        whole = (start, end) == (0, width)
+        operands = (x, weight) if whole else (_part(x, start, end, -1), _part(weight, start, end, -2))
+        part = op.Cast(op.MatMul(*operands), to=ir.DataType.INT32)
         total = part if total is None else op.Add(total, part)
     return op.Cast(total, to=ir.DataType.FLOAT)
-
-
-def _unpack(packed: Value, bits: int, columns: int) -> Value:
-    """As `packing.unpack_codes`: `(rows, columns)`."""
-    rows, width = packed.shape
-    bytes_ = op.Unsqueeze(op.Cast(packed, to=ir.DataType.FLOAT), _integers([-1]))
-    shifted = op.Floor(op.Mul(bytes_, _floats(0.5 ** np.arange(8))))
-    stream = op.Sub(shifted, op.Mul(op.Floor(op.Mul(shifted, _floats(0.5))), _floats(2)))
-    stream = _part(op.Reshape(stream, _integers([rows, width * 8])), 0, columns * bits, 1)
-    stream = op.Mul(op.Reshape(stream, _integers([rows, columns, bits])), _floats(2.0 ** np.arange(bits)))
-    return op.ReduceSum(stream, _integers([-1]), keepdims=0)
 
 
 def _operands(operands: Value) -> list[list[Value]]:

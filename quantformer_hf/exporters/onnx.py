@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from ..attention import attention_modules
 from ..configuration_quantformer import QuantformerConfig
 from ..modeling_quantformer import QuantformerForImageClassification
+from ..pack import prepare_inference
 from ..packed_layers import PackedLayer
+from ..packing import unpack_codes
+from ..quantize import connect_readers
 from .exact import TRANSLATIONS
 from .traceable import DEQUANTIZE_VERSION, TraceableWeight, make_traceable
 
@@ -56,7 +59,7 @@ def export_onnx(
         opset: 21, which ONNX Runtime and OpenVINO read: weights of 1 to 4 bits take four in the file, those of 5 to 8
             eight. 25 stores weights of 1 and 2 bits in two; OpenVINO (2026.4) does not read it.
         exact: write the arithmetic of the packed model operator by operator (`exporters/exact.py`): ONNX Runtime then gives
-            its logits bit for bit, and takes longer. Weights take their bits, whatever the operator set.
+            its logits of finite images bit for bit, and takes longer. Weights take 4 or 8 bits, whatever the operator set.
 
     Raises:
         ValueError: groups that are not frozen, another operator set, or `exact` of a model that computes in floating point.
@@ -70,7 +73,11 @@ def export_onnx(
         traceable.pack()
     if exact:
         _check_integers(traceable.backbone)
+        # What layers remember is of before the copy, or of before their tensors were changed.
+        connect_readers(traceable.backbone, packed=True)
+        prepare_inference(traceable.backbone)
         program = _trace(traceable, opset, TRANSLATIONS)
+        narrow_codes(program)
         _shorten(program.model)
     else:
         make_traceable(traceable.backbone)
@@ -138,12 +145,18 @@ def _check_integers(backbone: nn.Module) -> None:
         if isinstance(layer, nn.Linear | nn.Conv2d) and not (isinstance(layer, PackedLayer) and layer.can_infer())
     ]
     blocks = attention_modules(backbone)
-    plain += [name for name, module in backbone.named_modules() if module in blocks and not hasattr(module, "operands")]
+    for name, module in backbone.named_modules():
+        function = getattr(module, "activation_fn", None)
+        if module in blocks and not hasattr(module, "operands"):
+            plain.append(name)
+        # GELU is where codes are made, and Identity here.
+        elif function is not None and not isinstance(function, nn.Identity | nn.ReLU):
+            plain.append(f"{name}.activation_fn")
     if plain:
         raise ValueError(
             f"exact: '{plain[0]}' ({len(plain)} in all) computes in floating point, whose sums differ from engine to"
             f" engine in their last digit: export without it, or a model whose weights, activations, attention products,"
-            f" patch embedding and classifier all have 8 bits or fewer"
+            f" patch embedding and classifier all have 8 bits or fewer, with GELU or ReLU"
         )
 
 
@@ -158,6 +171,18 @@ def _shorten(model: ir.Model) -> None:
                 value.name, value.shape = f"{number}.{place}", None
                 # Codes, which are bytes in torch, are floats here.
                 value.type = None
+
+
+def narrow_codes(program: torch.onnx.ONNXProgram) -> None:
+    """Store the codes of each weight, which were traced packed, unpacked and in the narrowest type that engines convert."""
+    signature = program.exported_program.graph_signature
+    names = signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
+    nodes = program.exported_program.graph.find_nodes(op="call_function", target=torch.ops.quantformer.multiply.default)
+    for weight, columns, bits in {node.args[1:4] for node in nodes}:
+        value = program.model.graph.initializers[names[weight.name]]
+        codes = unpack_codes(torch.from_numpy(value.const_value.numpy().copy()), bits, columns).numpy()
+        value.dtype, value.shape = ir.DataType.UINT4 if bits <= 4 else ir.DataType.UINT8, ir.Shape(codes.shape)
+        value.const_value = ir.tensor(codes, dtype=value.dtype, name=value.name)
 
 
 def narrow_weights(model: ir.Model, traceable: nn.Module, opset: int) -> None:

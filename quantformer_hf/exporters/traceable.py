@@ -25,6 +25,7 @@ from torch.onnx.ops import symbolic
 from ..attention import attention_modules
 from ..layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNorm, QuantLinear
 from ..ops import PRODUCERS, positive
+from ..packed_blocks import choose_forms
 from ..packed_layers import PackedWeight
 from ..quantizers import ActivationQuantizer
 
@@ -159,6 +160,8 @@ def _plain_norm(layer: InferenceLayerNorm) -> nn.LayerNorm:
 
 def make_traceable(backbone: nn.Module) -> None:
     """Replace, in place, every quantized part of a packed ViT, DeiT or Swin."""
+    # Its blocks look into layers that are no longer there.
+    choose_forms(backbone, packed=False)
     for module in attention_modules(backbone):
         module.operands = TraceableAttention(getattr(module, "operands", None))
     for name, module in list(backbone.named_modules()):

@@ -71,17 +71,28 @@ class UniformBudget:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read `W3A3` or `W3A3BitOps`, `W3A3bytes` or `W3A3ms`; None where `text` is something else."""
+        """Read `W3A3` or `W3A3BitOps`, `W3A3bytes` or `W3A3ms`; None where `text` is something else.
+
+        Raises:
+            ValueError: bits that no layer has, or another unit.
+        """
+        match = re.fullmatch(r"\s*w(\d+)a(\d+)\s*([a-z]*)\s*", text.lower())
+        if match is None:
+            return None
+        weight_bits, activation_bits = int(match[1]), int(match[2])
+        if not (1 <= weight_bits <= 8 and 2 <= activation_bits <= 8):
+            raise ValueError(f"budget is {text!r}: weights have 1 to 8 bits, and activations 2 to 8")
         units = {unit.lower(): unit for unit in (BYTES, BIT_OPERATIONS, MILLISECONDS)} | {"": BIT_OPERATIONS}
-        match = re.fullmatch(rf"\s*w([1-8])a([2-8])({'|'.join(units)})\s*", text.lower())
-        return None if match is None else cls(units[match[3]], int(match[1]), int(match[2]))
+        if match[3] not in units:
+            raise ValueError(f"budget is {text!r}: behind bits stands nothing, BitOps, bytes or ms")
+        return cls(units[match[3]], weight_bits, activation_bits)
 
 
 def parse_budgets(texts: Iterable[str]) -> list[Budget | UniformBudget]:
     """All of `texts`, which are to hold together.
 
     Raises:
-        ValueError: as `Budget.parse`, or two budgets of one unit.
+        ValueError: as `Budget.parse` and `UniformBudget.parse`, or two budgets of one unit.
     """
     budgets = [UniformBudget.parse(text) or Budget.parse(text) for text in texts]
     units = [budget.unit for budget in budgets]

@@ -179,8 +179,10 @@ def budget_in_numbers(
     """
     if isinstance(budget, Budget):
         return budget
-    space = SearchSpace.of(config, (budget.weight_bits, budget.activation_bits))
-    cost = CostModel(config, space, latencies)[budget.unit]
+    space = replace(
+        SearchSpace.of(config), weight_bits=(budget.weight_bits,), activation_bits=(budget.activation_bits,)
+    )
+    cost = CostModel(config, space, latencies if budget.unit == MILLISECONDS else None)[budget.unit]
     return Budget(budget.unit, cost.total(space.uniform(budget.weight_bits, budget.activation_bits)))
 
 

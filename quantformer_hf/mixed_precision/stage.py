@@ -22,7 +22,7 @@ from ..grids import FULL_PRECISION_BITS
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..stages import StageRun, images_to_train_on, make_trainer
 from .allocation import SETTINGS, make_allocation, mean_bits, write_allocation
-from .budget import BIT_OPERATIONS, MILLISECONDS, format_cost
+from .budget import BIT_OPERATIONS, MILLISECONDS, UniformBudget, format_cost
 from .budget_search import BudgetSearch, check_budgets, check_refinement
 from .cost import CostModel, budget_in_numbers
 from .latency_table import LatencyTable
@@ -123,7 +123,9 @@ class AllocationStage(StageRun):
         table = None
         if PartialState().is_main_process:
             settings = {"num_groups": config.num_groups, "class_token_bits": config.class_token_bits}
-            table = measure_latency(full_precision, tuple(told.candidate_bits), **settings)
+            named = [budget for budget in told.budgets() if isinstance(budget, UniformBudget)]
+            bits = {bits for b in named if b.unit == MILLISECONDS for bits in (b.weight_bits, b.activation_bits)}
+            table = measure_latency(full_precision, tuple(sorted(bits.union(told.candidate_bits))), **settings)
             self.folder.mkdir(parents=True, exist_ok=True)
             table.write(self.folder / LATENCY_FILE)
         return broadcast_object_list([table])[0]

@@ -42,9 +42,19 @@ def test_bits_are_read_as_the_budget_that_they_cost(text, unit, bits):
     assert parse_budgets([text]) == [UniformBudget(unit, *bits)]
 
 
-@pytest.mark.parametrize("text", ["W3", "W9A3", "W3A1", "W0A2", "W3A3MB", "W3A3 W4A4"])
-def test_bits_that_no_model_has_are_no_budget(text):
-    with pytest.raises(ValueError, match="such as W3A3"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("W3", "such as W3A3"),
+        ("W3A3 W4A4", "such as W3A3"),
+        ("W9A3", "'W9A3': weights have 1 to 8 bits"),
+        ("W3A1", "activations 2 to 8"),
+        ("W10A3bytes", "weights have 1 to 8 bits"),
+        ("W3A3MB", "'W3A3MB': behind bits stands nothing, BitOps, bytes or ms"),
+    ],
+)
+def test_bits_that_no_model_has_are_no_budget(text, message):
+    with pytest.raises(ValueError, match=message):
         parse_budgets([text])
 
 

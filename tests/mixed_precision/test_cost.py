@@ -62,6 +62,17 @@ def test_a_budget_in_bits_is_what_a_model_with_these_bits_costs(class_token_bits
         budget_in_numbers(UniformBudget("ms", 3, 5), config)
 
 
+def test_a_budget_in_bits_needs_no_times_but_its_own():
+    config = config_of("vit")
+    shapes = [(17, 32, 32), (17, 32, 64), (17, 64, 32)]
+    table = LatencyTable({LatencyKey(*shape, 4, 3, 5): 1.0 for shape in shapes}, rest=100.0)
+    assert budget_in_numbers(UniformBudget("ms", 3, 5), config, table) == Budget("ms", 112.0)
+    bare = budget_in_numbers(UniformBudget("bytes", 8, 2), config)
+    assert budget_in_numbers(UniformBudget("bytes", 8, 2), config, table) == bare
+    with pytest.raises(ValueError, match=r"no time for .* W4A4"):
+        budget_in_numbers(UniformBudget("ms", 4, 4), config, table)
+
+
 def test_the_search_space_ties_the_readers_of_one_tensor():
     config = config_of("vit")
     space = SearchSpace.of(config)

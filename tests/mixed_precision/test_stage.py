@@ -151,8 +151,10 @@ def test_one_command_makes_a_checkpoint_within_the_budget(full_precision, tmp_pa
 @pytest.mark.slow
 def test_a_budget_of_time_is_kept_by_the_table_measured_here_or_given(full_precision, tmp_path):
     common = {"stages": ["allocate"], "sensitivity_samples": 16, "candidate_bits": [2, 4]}
-    run(write_recipe(tmp_path / "here", full_precision, budget=["100s"], **common))
+    # Of bits that are no candidates.
+    run(write_recipe(tmp_path / "here", full_precision, budget=["W8A8ms", "W4A4"], **common))
     measured = LatencyTable.read(tmp_path / "here" / "out" / "allocate" / "latency.csv")
+    assert {(key.weight_bits, key.activation_bits) for key in measured.times} >= {(2, 2), (2, 4), (8, 8)}
     # A processor on which time goes by bits.
     given = LatencyTable({key: key.weight_bits + key.activation_bits for key in measured.times}, rest=1.0)
     given.write(tmp_path / "latency.csv")
