@@ -140,6 +140,10 @@ def test_an_exact_file_gives_the_logits_of_the_packed_model_bit_for_bit(case, tm
     main(["export", "onnx", str(tmp_path / "checkpoint"), "--output", str(path), "--exact"])
     onnx.checker.check_model(path, full_check=True)
     assert_exact(model.pack(), path)
+    stored = Counter(tensor.data_type for tensor in onnx.load(path).graph.initializer)
+    narrow = [m.grid.bits <= 4 for m in model.modules() if isinstance(m, PackedWeight)]
+    types = onnx.TensorProto.UINT4, onnx.TensorProto.UINT8
+    assert tuple(stored[type_] for type_ in types) == (sum(narrow), len(narrow) - sum(narrow))
 
 
 def make_odd_model(**arguments):

@@ -9,7 +9,7 @@ OpenVINO 2026.4, measured 2026-11-28):
 - A product of integers in floats, and then its scale, which ONNX Runtime multiplies into each part of a long sum. Here
   sums are made int32 first.
 - A sum of products in float64, of which OpenVINO makes float32. Here long sums have parts that floats hold.
-- BitShift of bytes, whose results OpenVINO rounds up. Here the file has a weight's codes unpacked (`onnx.narrow_codes`).
+- BitShift of bytes, whose results OpenVINO rounds up. Here the file has a weight's codes unpacked (`onnx.lay_out_codes`).
 """
 
 import math
@@ -65,10 +65,9 @@ def multiply(
     scale: Value,
     bias: Value,
 ) -> Value:
-    """As `reference.multiply`, of the weight's codes unpacked: `(outputs, columns)`."""
-    integers = op.Add(op.Mul(op.Cast(weight, to=ir.DataType.FLOAT), _floats(multiplier)), _floats(addend))
-    integers = op.Gather(op.Pad(integers, _integers([0, 1]), None, _integers([1])), source, axis=1)
-    integers = op.Transpose(integers, perm=[1, 0])
+    """As `reference.multiply`, of the weight's codes unpacked and in the order of the input's: `(positions, outputs)`."""
+    integers = op.Cast(weight, to=ir.DataType.FLOAT)
+    integers = op.Add(integers if multiplier == 1 else op.Mul(integers, _floats(multiplier)), _floats(addend))
     largest_product = largest * largest_weight(largest_code, multiplier, addend)
     sums, start = None, 0
     for group, end in enumerate(group_ends):

@@ -77,7 +77,7 @@ def export_onnx(
         connect_readers(traceable.backbone, packed=True)
         prepare_inference(traceable.backbone)
         program = _trace(traceable, opset, TRANSLATIONS)
-        narrow_codes(program)
+        lay_out_codes(program)
         _shorten(program.model)
     else:
         make_traceable(traceable.backbone)
@@ -173,14 +173,20 @@ def _shorten(model: ir.Model) -> None:
                 value.type = None
 
 
-def narrow_codes(program: torch.onnx.ONNXProgram) -> None:
-    """Store the codes of each weight, which were traced packed, unpacked and in the narrowest type that engines convert."""
-    signature = program.exported_program.graph_signature
-    names = signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
-    nodes = program.exported_program.graph.find_nodes(op="call_function", target=torch.ops.quantformer.multiply.default)
-    for weight, columns, bits in {node.args[1:4] for node in nodes}:
+def lay_out_codes(program: torch.onnx.ONNXProgram) -> None:
+    """Store the codes of each weight, which were traced packed, as `exact.multiply` takes them, in the narrowest type that
+    engines convert. At positions without a channel is any code, for the input's is zero."""
+    traced = program.exported_program
+    names = traced.graph_signature.inputs_to_buffers | traced.graph_signature.inputs_to_lifted_tensor_constants
+    tensors = traced.state_dict | traced.constants
+    nodes = traced.graph.find_nodes(op="call_function", target=torch.ops.quantformer.multiply.default)
+    # The class token's product has the same weight as that of the other tokens.
+    for weight, columns, bits, source in {
+        node.args[1].name: (*node.args[1:4], node.args[7]) for node in nodes
+    }.values():
+        packed, order = tensors[names[weight.name]], tensors[names[source.name]]
+        codes = unpack_codes(packed, bits, columns)[:, order.long().clamp(max=columns - 1)].T.contiguous().numpy()
         value = program.model.graph.initializers[names[weight.name]]
-        codes = unpack_codes(torch.from_numpy(value.const_value.numpy().copy()), bits, columns).numpy()
         value.dtype, value.shape = ir.DataType.UINT4 if bits <= 4 else ir.DataType.UINT8, ir.Shape(codes.shape)
         value.const_value = ir.tensor(codes, dtype=value.dtype, name=value.name)
 
