@@ -179,13 +179,18 @@ def test_an_exact_file_leaves_an_engine_nothing_to_merge(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_exact_file_has_the_tensors_of_now(tmp_path):
+def test_an_exact_file_has_the_tensors_of_now_and_outlives_an_image_that_is_none(tmp_path):
     model = make_quantized(stage="finetune").pack()
     logits_of(model)
     with torch.no_grad():
         model.backbone.classifier.bias.add_(1)
     export_onnx(model, tmp_path / "model.onnx", exact=True)
     assert_exact(model, tmp_path / "model.onnx")
+    images = torch.cat(make_batches())[:3].clone()
+    images[1, 0, 0, 0] = torch.nan
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"pixel_values": images.numpy()})
+    assert np.array_equal(found[[0, 2]], logits_of(model)[[0, 2]])
 
 
 @pytest.mark.parametrize(

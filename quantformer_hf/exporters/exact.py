@@ -1,15 +1,16 @@
 """The operators of a packed model in standard operators of ONNX, with the roundings of `kernels/reference.py`.
 
 What `torch.onnx` is to put in the place of each (`TRANSLATIONS`). Codes are floats here, all of them integers that floats
-hold. An engine that runs the operators as they stand gives the logits of the packed model bit for bit; ONNX Runtime does,
-whatever its level of optimization. Forms that look simpler are not exact there or elsewhere (ONNX Runtime 1.32 and
-OpenVINO 2026.4, measured 2026-11-28):
+hold. An engine that runs the operators as they stand gives the logits of the packed model bit for bit; ONNX Runtime (with
+AVX2) does, whatever its level of optimization. Forms that look simpler are not exact there or elsewhere (ONNX Runtime
+1.32 and OpenVINO 2026.4, measured 2026-11-28):
 
 - `1 / x`, with which ONNX Runtime turns `y * (1 / x)` into `y / x`. Here it is `0.5 / x * 2`, which rounds like it.
 - A product of integers in floats, and then its scale, which ONNX Runtime multiplies into each part of a long sum. Here
   sums are made int32 first.
-- A sum of products in float64, of which OpenVINO makes float32. Here long sums have parts that floats hold.
-- BitShift of bytes, whose results OpenVINO rounds up. Here the file has a weight's codes unpacked (`onnx.lay_out_codes`).
+- A sum of products in float64, which in OpenVINO is not exact. Here long sums have parts that floats hold.
+- BitShift of bytes, whose results are off by one in OpenVINO. Here the file has a weight's codes unpacked
+  (`onnx.lay_out_codes`).
 """
 
 import math
