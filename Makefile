@@ -25,7 +25,7 @@ test-fast: lint
 NATIVE := build/native
 NATIVE_SOURCES := tests/native/test_kernels.cpp $(wildcard quantformer_hf/csrc/*.cpp)
 NATIVE_DEPENDS := $(NATIVE_SOURCES) $(wildcard quantformer_hf/csrc/*.h tests/native/*.h)
-NATIVE_FLAGS := -g -Wall -Wextra -std=c++17 -ffp-contract=off -Wno-psabi -Iquantformer_hf/csrc
+NATIVE_FLAGS := -g -Wall -Wextra -std=c++17 -pthread -ffp-contract=off -Wno-psabi -Iquantformer_hf/csrc
 AARCH64 := aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
 

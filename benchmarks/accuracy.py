@@ -1,15 +1,16 @@
 """Accuracy of the method, its parts and plain LSQ, all by `run_quantformer.py` from one full-precision checkpoint.
 
     python benchmarks/accuracy.py imagenet --shared ../shared --steps 100 [--bits 4 3 2] [--rows ours lsq_distilled]
-    python benchmarks/accuracy.py cifar10 --shared ../shared --steps 300 [--seeds 0 1 2]
+    python benchmarks/accuracy.py cifar10 --shared ../shared --steps 300 [--seeds 0 1 2] [--backbone pretrained]
 
 Subject `imagenet`: the ViT-Tiny of `models/`, calibrated and trained on `data/imagenet-sample` (with `imagenette` too from
 1,000 steps on), evaluated on `data/imagenet-val650`. Subject `cifar10`: a small ViT or Swin that is trained here first, on
-`--train_samples` images. Each row starts from the same checkpoint, with the same images in the same order, the same
-augmentation and number of steps. Finished runs are kept in `--output_dir` and not repeated, so that a longer list of rows
-can be typed later; the table holds all of this subject and number of steps that are there. Beside top-1 stand the share of
-full precision's classes that are kept and the mean KL divergence from its predictions: both are paired, and tell rows apart
-that top-1 cannot. Levels are those of all tokens but a class token with a quantizer of its own.
+`--train_samples` images, or (`--backbone pretrained`) the same ViT-Tiny, finetuned on them at 96 px. Each row starts from
+the same checkpoint, with the same images in the same order, the same augmentation and number of steps. Finished runs are
+kept in `--output_dir` and not repeated, so that a longer list of rows can be typed later; the table holds all of this
+subject and number of steps that are there. Beside top-1 stand the share of full precision's classes that are kept and the
+mean KL divergence from its predictions: both are paired, and tell rows apart that top-1 cannot. Levels are those of all
+tokens but a class token with a quantizer of its own.
 """
 
 import argparse
@@ -77,7 +78,7 @@ ROWS = {
     "ours_searched_no_entropy": [*SEARCHED, "--search.dm_weight", "0"],
 }
 
-#: Architectures of subject `cifar10`: 32 px, for a run on two cores.
+#: Architectures of subject `cifar10` that are trained from nothing: 32 px, for a run on two cores.
 CIFAR_BACKBONES = {
     "vit": {
         "model_type": "vit",
@@ -109,7 +110,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--backbone", choices=list(CIFAR_BACKBONES), default="vit", help="of subject cifar10")
+    parser.add_argument(
+        "--backbone", choices=[*CIFAR_BACKBONES, "pretrained"], default="vit", help="of subject cifar10"
+    )
     parser.add_argument("--train_samples", type=int, default=10_000, help="of subject cifar10")
     parser.add_argument("--full_precision_epochs", type=int, default=20, help="of subject cifar10")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "accuracy")
@@ -151,7 +154,7 @@ def imagenet_flags(arguments: argparse.Namespace) -> list[str]:
     if arguments.steps >= 1000:
         parts["train-imagenette.parquet"] = data / "imagenette" / "train-00000-of-00001.parquet"
     # The images are crops already: a crop of 1.0 sees them whole.
-    flags = ["--model_name_or_path", str(arguments.shared / "models" / "vit_tiny_patch16_224"), "--crop_pct", "1.0"]
+    flags = ["--model_name_or_path", str(model_of(arguments)), "--crop_pct", "1.0"]
     # With imagenette, ten classes have 450 times as many images as the others.
     flags += ["--balance_classes", str(len(parts) > 2)]
     return [
@@ -173,11 +176,32 @@ def cifar_flags(arguments: argparse.Namespace) -> list[str]:
     if not (folder / "all_results.json").exists():
         print("full precision", flush=True)
         epochs = str(arguments.full_precision_epochs)
-        training = ["--num_train_epochs", epochs, "--learning_rate", "1e-3", "--per_device_train_batch_size", "64"]
+        training = ["--num_train_epochs", epochs, "--per_device_train_batch_size", "64"]
         training += ["--weight_decay", "0.05", "--warmup_steps", "100", "--lr_scheduler_type", "cosine"]
         training += ["--stages", "full_precision", "--output_dir", str(folder), "--save_strategy", "no"]
-        run([*flags, *training, "--backbone_config", json.dumps(CIFAR_BACKBONES[arguments.backbone])])
+        if arguments.backbone == "pretrained":
+            training += [
+                "--model_name_or_path",
+                str(model_of(arguments)),
+                "--ignore_mismatched_sizes",
+                "--learning_rate",
+                "1e-4",
+            ]
+            training += ["--image_size", "96", "--crop_pct", "1.0"]
+        else:
+            training += [
+                "--backbone_config",
+                json.dumps(CIFAR_BACKBONES[arguments.backbone]),
+                "--learning_rate",
+                "1e-3",
+            ]
+        run([*flags, *training])
     return [*flags, "--model_name_or_path", str(folder / "full_precision")]
+
+
+def model_of(arguments: argparse.Namespace) -> Path:
+    """The ViT-Tiny of ImageNet."""
+    return arguments.shared / "models" / "vit_tiny_patch16_224"
 
 
 def link(folder: Path, parts: dict[str, Path]) -> Path:

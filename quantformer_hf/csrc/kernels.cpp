@@ -19,9 +19,6 @@ constexpr int64_t kTaskRows = 192;
 // is worth; one of 3 bits takes 4.
 constexpr int kMostOrderedBits = 4;
 
-// Tasks for each thread, so that one that is held up does not hold up the others.
-constexpr int64_t kTasksPerThread = 4;
-
 void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
   const InstructionSet& set = current();
   const auto largest = static_cast<float>(job.largest);

@@ -12,7 +12,6 @@ namespace {
 
 // Rows of one task at least: each task unpacks its panel.
 constexpr int64_t kTaskRows = 48;
-constexpr int64_t kTasksPerThread = 4;
 
 std::vector<PairGroup> groups_of(const Product& p) {
   std::vector<PairGroup> groups;

@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <functional>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "cases.h"
 #include "kernels.h"
@@ -214,9 +216,11 @@ void test_tiles(const InstructionSet& set, Random& random, int bits, int activat
 
 // Whole operators, as Python calls them
 
-// As threads may take tasks: some at a time, and not in order.
-int32_t backwards(int64_t begin, int64_t end, int64_t, void (*work)(int64_t, int64_t, void*), void* context) {
-  for (int64_t at = end; at > begin; at -= 3) work(std::max(begin, at - 3), at, context);
+// Threads of their own, which take tasks at the same time and in no order.
+int32_t in_threads(int64_t begin, int64_t end, int64_t, void (*work)(int64_t, int64_t, void*), void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t at = begin; at < end; ++at) threads.emplace_back(work, at, at + 1, context);
+  for (std::thread& thread : threads) thread.join();
   return 0;
 }
 
@@ -250,12 +254,12 @@ void test_layer(const InstructionSet& set, const Layer& layer) {
   for (int threads : {1, 3}) {
     Exact<float> y(layer.expected.size);
     const Product job = layer.product(y);
-    const int status = quantformer_multiply(&job, threads, threads > 1 ? backwards : nullptr);
+    const int status = quantformer_multiply(&job, threads, threads > 1 ? in_threads : nullptr);
     check(status == 0 && same_bits(y, layer.expected), set, "multiply", layer.name);
     const OrderedWeights weights(job, nullptr);
     std::fill(y.begin(), y.end(), 0.0f);
     const Product ordered = weights.of(job, set);
-    const bool ran = quantformer_multiply(&ordered, threads, threads > 1 ? backwards : nullptr) == 0;
+    const bool ran = quantformer_multiply(&ordered, threads, threads > 1 ? in_threads : nullptr) == 0;
     check(weights.made && ran && same_bits(y, layer.expected), set, "multiply, ordered weights", layer.name);
   }
 }
@@ -310,7 +314,7 @@ void test_first_rows(const InstructionSet& set, Random& random, int bits, int fi
   others.first = &first;
   others.first_rows = first_rows;
   others.image_rows = image_rows;
-  ran = ran && quantformer_multiply(&others, 3, backwards) == 0;
+  ran = ran && quantformer_multiply(&others, 3, in_threads) == 0;
   check(ran && same_bits(got, expected), set, "multiply, first rows", layer.name);
 
   // To codes: of a product, and of numbers.
@@ -332,11 +336,11 @@ void test_first_rows(const InstructionSet& set, Random& random, int bits, int fi
   then.image_rows = image_rows;
   then.codes = codes;
   others.y = nullptr;
-  ran = ran && quantformer_multiply_to_codes(&others, &then, 3, backwards) == 0;
+  ran = ran && quantformer_multiply_to_codes(&others, &then, 3, in_threads) == 0;
   check(ran && same_bits(codes, stepped), set, "multiply to codes, first rows", layer.name);
   then.x = expected;
   then.codes = again;
-  ran = quantformer_quantize(&then, 3, backwards) == 0;
+  ran = quantformer_quantize(&then, 3, in_threads) == 0;
   check(ran && same_bits(again, stepped), set, "codes, first rows", layer.name);
 }
 
@@ -355,14 +359,14 @@ void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t
     }
     const int32_t* order = ordered ? source.begin() : nullptr;
     Codes job = {x, rows, channels, offset, inverse, 15, 0, order, positions, codes, nullptr, nullptr, 0, 0, 0};
-    check(quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, expected), set, "codes", of);
+    check(quantformer_quantize(&job, 3, in_threads) == 0 && same_bits(codes, expected), set, "codes", of);
     for (int64_t i = 0; i < codes.size; ++i) {
       const int64_t c = ordered ? source[i % positions] : i % positions;
       const float made = c < channels ? cases::gelu(x[i / positions * channels + c]) : 0;
       expected[i] = c < channels ? code(made, offset[c], inverse[c], 15) : 0;
     }
     job.gelu = 1;
-    check(quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, expected), set, "codes of gelu", of);
+    check(quantformer_quantize(&job, 3, in_threads) == 0 && same_bits(codes, expected), set, "codes of gelu", of);
 
     // Of rows in which all is finite.
     const auto finite = random.reals(rows * channels, -4, 9);
@@ -373,11 +377,11 @@ void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t
     job.x = normed;
     Exact<uint8_t> in_two(codes.size);
     job.codes = in_two;
-    const bool ran = quantformer_layer_norm(&norm_job, 3, backwards) == 0 && quantformer_quantize(&job, 1, nullptr) == 0;
+    const bool ran = quantformer_layer_norm(&norm_job, 3, in_threads) == 0 && quantformer_quantize(&job, 1, nullptr) == 0;
     job.x = finite;
     job.codes = codes;
     job.norm = &norm;
-    check(ran && quantformer_quantize(&job, 3, backwards) == 0 && same_bits(codes, in_two), set, "codes of LayerNorm", of);
+    check(ran && quantformer_quantize(&job, 3, in_threads) == 0 && same_bits(codes, in_two), set, "codes of LayerNorm", of);
   }
 }
 
@@ -439,7 +443,7 @@ void test_probabilities(const InstructionSet& set, Random& random, const Attenti
                        got, nullptr, 0};
   std::copy_n(query.strides, 3, job.query_strides);
   std::copy_n(key.strides, 3, job.key_strides);
-  check(quantformer_probabilities(&job, 3, backwards) == 0 && same_bits(got, expected), set, "probabilities", of);
+  check(quantformer_probabilities(&job, 3, in_threads) == 0 && same_bits(got, expected), set, "probabilities", of);
 }
 
 void test_mix(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, const std::string& of) {
@@ -468,7 +472,7 @@ void test_mix(const InstructionSet& set, Random& random, const AttentionShape& s
   }
   Mixed job = {probabilities, value.values, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands, largest, got};
   std::copy_n(value.strides, 3, job.value_strides);
-  check(quantformer_mix(&job, 3, backwards) == 0 && same_bits(got, expected), set, "mix", of);
+  check(quantformer_mix(&job, 3, in_threads) == 0 && same_bits(got, expected), set, "mix", of);
 }
 
 // Modules in one call, and step by step.
@@ -478,7 +482,7 @@ void test_mlp(const InstructionSet& set, Random& random, int64_t rows, int64_t c
   Exact<float> got(rows * columns), expected(rows * columns);
   Codes between = codes_for(second, rows, offset, inverse, true);
   const Mlp job = {first.product(nullptr), between, second.product(got)};
-  const bool ran = quantformer_mlp(&job, 3, backwards) == 0;
+  const bool ran = quantformer_mlp(&job, 3, in_threads) == 0;
 
   Exact<uint8_t> codes(rows * between.positions);
   between.x = first.expected;
@@ -491,7 +495,7 @@ void test_mlp(const InstructionSet& set, Random& random, int64_t rows, int64_t c
   const OrderedWeights one(job.first, &job.between), other(job.second, nullptr);
   std::fill(got.begin(), got.end(), 0.0f);
   const Mlp ordered = {one.of(job.first, set), job.between, other.of(job.second, set)};
-  const bool again = one.made && other.made && quantformer_mlp(&ordered, 3, backwards) == 0;
+  const bool again = one.made && other.made && quantformer_mlp(&ordered, 3, in_threads) == 0;
   check(again && same_bits(got, expected), set, "mlp, ordered weights", first.name);
 }
 
@@ -517,7 +521,7 @@ void test_attention_block(const InstructionSet& set, Random& random, const Atten
   Mixed mix = {nullptr, nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, 255, nullptr};
   Codes between = codes_for(output, rows, offset, inverse, false);
   const AttentionBlock job = {projection, projection, value, scores, mix, between, output.product(got)};
-  const bool ran = quantformer_attention_block(&job, 3, backwards) == 0;
+  const bool ran = quantformer_attention_block(&job, 3, in_threads) == 0;
 
   Exact<float> probabilities(s.batch * map), values(rows * width), mixed(rows * width);
   Exact<uint8_t> codes(rows * between.positions);
@@ -578,7 +582,7 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   Block job = {x, one, other, nullptr, s.queries, image_rows, codes_of(query, rows, false), attention,
                codes_of(first, rows, false), {first.product(nullptr), codes_of(second, rows, true), second.product(got)}};
   if (windows) job.order = order;
-  const bool ran = quantformer_block(&job, 3, backwards) == 0;
+  const bool ran = quantformer_block(&job, 3, in_threads) == 0;
 
   const auto norm_codes = [&](Codes step, const LayerNorm* norm, const float* of, Exact<uint8_t>& codes) {
     step.norm = norm;
@@ -629,7 +633,7 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
     Block part = job;
     part.attention.scores.queries = part.attention.mix.queries = kept;
     part.mlp.second.y = few;
-    check(quantformer_block(&part, 3, backwards) == 0 && same_bits(few, wanted), set, "block, first rows", query.name);
+    check(quantformer_block(&part, 3, in_threads) == 0 && same_bits(few, wanted), set, "block, first rows", query.name);
   }
 }
 
