@@ -1,8 +1,8 @@
 """Scales, offsets and bits of their own for the class token.
 
 Of a ViT's tokens one alone is classified, and what it holds is spread otherwise than what patches hold: with a grid that is
-made for these it loses most, and the model more than by the other 196 together (README has figures). On the one row in 197
-that it is, more bits cost next to nothing.
+made for these it loses most, and the model more than by the other 196 together (docs/choices.md has figures). On the one
+row in 197 that it is, more bits cost next to nothing.
 """
 
 import torch

@@ -268,10 +268,10 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """Refit scales and weights, layer by layer, to the quantized model's own activations, without training.
 
         It may follow `calibrate`, `begin_search` or `freeze_groups`, and changes no stage. Layers whose weight quantizer
-        is not `lsq` keep their weights, and channels stay in their groups.
+        is neither `lsq` nor `lsq_shifted` keep their weights, and channels stay in their groups.
 
         Args:
-            batches: as in `calibrate`. README's figures are with 128 images.
+            batches: as in `calibrate`. The presets take 192 images (`ptq`) and 384 (`lightning`).
 
         Raises:
             StageError: not calibrated, or packed.
