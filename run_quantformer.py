@@ -60,6 +60,11 @@ def run_stages() -> None:
         check_nothing_needed_is_deleted(run, arguments.model.stages, output_dir)
     if "allocate" in arguments.model.stages:
         check_later_stages(run, arguments.model.stages)
+    elif arguments.allocation.budget and arguments.model.layer_bits is None:
+        raise ValueError(
+            f"budget is {' '.join(arguments.allocation.budget)}, and the stage 'allocate', which keeps to it, is not among"
+            f" the stages ({', '.join(arguments.model.stages)}): add it to --stages, or leave out --budget"
+        )
     source = arguments.model.model_name_or_path
     # Of the stages that an earlier command ran.
     results = {name: value for record in history_in(source) for name, value in record["results"].items()}

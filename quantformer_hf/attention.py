@@ -21,14 +21,22 @@ ATTENTION_IMPLEMENTATION = "quantformer"
 
 
 class AttentionOperands(nn.Module):
-    """Quantizers of the four operands of an attention block's two products, one scale and offset each."""
+    """Quantizers of the four operands of an attention block's two products, one scale and offset each.
 
-    def __init__(self, bits: int, name: str, calibrated: bool):
+    Args:
+        bits: of each operand, 2 to 8.
+        name: the attention block, for messages.
+        calibrated: as of `ActivationQuantizer`.
+        width: channels of v, of all heads together.
+    """
+
+    def __init__(self, bits: int, name: str, calibrated: bool, width: int):
         super().__init__()
         self._operands: Remembered[tuple[Tensor, Tensor]] = Remembered()
         self.query = ActivationQuantizer(bits, f"{name}.query", calibrated)
         self.key = ActivationQuantizer(bits, f"{name}.key", calibrated)
-        self.value = ActivationQuantizer(bits, f"{name}.value", calibrated)
+        # Calibration may yet shift the channels of v (folding.py).
+        self.value = ActivationQuantizer(bits, f"{name}.value", calibrated, observed_channels=width)
         self.probabilities = ActivationQuantizer(bits, f"{name}.probabilities", calibrated)
 
     def forward(
@@ -53,7 +61,8 @@ class AttentionOperands(nn.Module):
                 dropout,
             )
         output, probabilities = plain_attention(query, key, value, mask, scaling, dropout)
-        for quantizer, operand in zip(quantizers, (query, key, value, probabilities), strict=True):
+        by_channel = value.transpose(1, 2).flatten(2)
+        for quantizer, operand in zip(quantizers, (query, key, by_channel, probabilities), strict=True):
             if quantizer.observer is not None:
                 quantizer.observer.add(operand)
         return output, probabilities

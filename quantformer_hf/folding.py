@@ -15,16 +15,21 @@ from .attention import attention_modules
 from .grids import Grid, fit_affine
 from .layers import QuantLayerNorm, QuantLinear
 from .observers import QUANTILE_WEIGHTS
-from .quantizers import GroupActivationQuantizer
+from .quantizers import ActivationQuantizer, GroupActivationQuantizer
 
 
 @dataclass(frozen=True)
 class FoldingSite:
-    """A quantized tensor between the layer that makes it and the linears that read it."""
+    """A quantized tensor between the layer that makes it and the linears that read it.
+
+    Attributes:
+        beside: other quantizers of what the maker puts out, which see each shift as well.
+    """
 
     maker: nn.Module
     quantizer: GroupActivationQuantizer
     readers: list[nn.Linear]
+    beside: tuple[ActivationQuantizer, ...] = ()
 
 
 def folding_sites(model: nn.Module, readers: dict[GroupActivationQuantizer, list[nn.Linear]]) -> list[FoldingSite]:
@@ -38,11 +43,14 @@ def folding_sites(model: nn.Module, readers: dict[GroupActivationQuantizer, list
         readers: the linears that read what each quantizer puts out.
     """
     makers = {module.output_quantizer: module for module in model.modules() if isinstance(module, QuantLayerNorm)}
+    beside: dict[GroupActivationQuantizer, tuple[ActivationQuantizer, ...]] = {}
     for attention in attention_modules(model):
         if isinstance(attention.o_proj, QuantLinear) and attention.o_proj.input_quantizer is not None:
-            makers[attention.o_proj.input_quantizer] = attention.v_proj
+            quantizer, operands = attention.o_proj.input_quantizer, getattr(attention, "operands", None)
+            makers[quantizer] = attention.v_proj
+            beside[quantizer] = () if operands is None else (operands.value,)
     return [
-        FoldingSite(maker, quantizer, readers[quantizer])
+        FoldingSite(maker, quantizer, readers[quantizer], beside.get(quantizer, ()))
         for quantizer, maker in makers.items()
         if all(layer.bias is not None for layer in (maker, *readers[quantizer]))
     ]

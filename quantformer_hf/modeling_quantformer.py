@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from .configuration_quantformer import (
     check_no_misspelling,
     check_quantization_arguments,
 )
+from .image_batches import Batches
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
 from .pretrained import QuantformerPreTrainedModel
@@ -231,7 +231,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
     def calibrate(
         self,
-        batches: Iterable[Tensor | Mapping[str, Any]],
+        batches: Batches,
         centre_channels: bool = True,
         rotate_channels: bool = True,
     ) -> Self:
@@ -264,7 +264,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         note_change(self.config)
         return self
 
-    def reconstruct(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> Self:
+    def reconstruct(self, batches: Batches) -> Self:
         """Refit scales and weights, layer by layer, to the quantized model's own activations, without training.
 
         It may follow `calibrate`, `begin_search` or `freeze_groups`, and changes no stage. Layers whose weight quantizer
@@ -285,9 +285,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         note_change(self.config)
         return self
 
-    def begin_search(
-        self, num_groups: int | None = None, batches: Iterable[Tensor | Mapping[str, Any]] | None = None
-    ) -> Self:
+    def begin_search(self, num_groups: int | None = None, batches: Batches | None = None) -> Self:
         """Go to the stage `search`: soft assignment of channels to groups, started by k-means on their ranges.
 
         Args:

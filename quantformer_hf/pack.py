@@ -44,11 +44,27 @@ def prepare_inference(model: nn.Module) -> None:
 
 
 def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:
-    """The inverse of `pack`: floating-point weights that round to the codes."""
+    """The inverse of `pack`: floating-point weights that round to the codes.
+
+    Raises:
+        ValueError: codes or scales would be others, in a dtype of few digits. Nothing is changed then.
+    """
     bits = resolve_layer_bits(backbone, config)
+    unpacked = {}
     for name, layer in _named_weight_quantized_layers(backbone):
         made = unpacked_form(layer, make_weight_quantizer(name, layer, bits[name], config))
-        backbone.set_submodule(name, made.train(layer.training))
+        packed, quantizer = layer.weight_quantizer, made.weight_quantizer
+        if not (
+            torch.equal(quantizer.integers(made.weight), packed.integers())
+            and torch.allclose(quantizer.step(made.weight).float(), packed.scale.float(), rtol=1e-5, atol=0)
+        ):
+            raise ValueError(
+                f"layer '{name}' cannot be unpacked in {made.weight.dtype}, which has too few digits for the codes and"
+                f" scales of its weights: run model.float() first"
+            )
+        unpacked[name] = made.train(layer.training)
+    for name, made in unpacked.items():
+        backbone.set_submodule(name, made)
     _mark_packed(backbone, False)
 
 

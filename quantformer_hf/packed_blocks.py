@@ -59,7 +59,12 @@ class _OneJob:
         if inside is None:
             return None
         prepared = self._job.get(inside, lambda: self.prepare(channels), of=(channels, inside))
-        return None if prepared is None else type(prepared[0]).from_buffer_copy(prepared[0])
+        if prepared is None:
+            return None
+        job = type(prepared[0]).from_buffer_copy(prepared[0])
+        # Another thread may make it anew meanwhile.
+        job.points_into = prepared
+        return job
 
 
 class PackedMlp(_OneJob):

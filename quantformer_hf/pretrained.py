@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from . import pack, quantize
+from .attention import ATTENTION_IMPLEMENTATION
 from .checkpointing import replaced_together
 from .configuration_quantformer import QuantformerConfig
 from .model_card import ModelCardMixin, write_model_card
@@ -33,6 +34,18 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
     _supports_attention_backend = True
     # Quantizers stay exact under dtype=torch.bfloat16; the codes they make are the same.
     _keep_in_fp32_modules_strict = ["scale", "offset", "assignment_logits", "channel_quantiles", "concentration_degree"]
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """Of no other kind than it is: others would leave the operands of the attention products unquantized.
+
+        Raises:
+            ValueError: another one.
+        """
+        if attn_implementation != ATTENTION_IMPLEMENTATION:
+            raise ValueError(
+                f"attn_implementation is {attn_implementation!r}, and a quantized model has its own,"
+                f" {ATTENTION_IMPLEMENTATION!r}, which quantizes the attention products: leave it as it is"
+            )
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

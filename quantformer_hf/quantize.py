@@ -2,8 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from .configuration_quantformer import MAX_GROUPS, QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
 from .groups import channel_importance
+from .image_batches import Batches, pixel_values_in
 from .kernels import fake_quantized
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
 from .layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNorm, QuantLinear, quantize_first_argument
@@ -99,7 +99,8 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
     if config.attention_bits not in (None, FULL_PRECISION_BITS):
         names = {module: name for name, module in backbone.named_modules()}
         for module in attention_modules(backbone):
-            module.operands = AttentionOperands(config.attention_bits, names[module], config.calibrated)
+            width = module.num_attention_heads * module.head_dim
+            module.operands = AttentionOperands(config.attention_bits, names[module], config.calibrated, width)
     check_num_groups(backbone, config.num_groups)
     connect_readers(backbone, packed=config.stage == "packed")
 
@@ -265,29 +266,14 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             quantizer.enabled = enabled
 
 
-def pixel_values_of(batch: Tensor | Mapping[str, Any]) -> Tensor:
-    """The `pixel_values` `(batch, channels, height, width)` of a calibration batch.
-
-    Raises:
-        TypeError: neither a tensor nor a dictionary that holds one.
-    """
-    pixel_values = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
-    if not isinstance(pixel_values, Tensor):
-        raise TypeError(
-            f"a calibration batch is a {type(batch).__name__}: give pixel_values tensors"
-            f" (batch, channels, height, width), or dictionaries with the key 'pixel_values'"
-        )
-    return pixel_values
-
-
 @torch.no_grad()
 def observe(
-    model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], quantizers: list[ActivationQuantizer]
+    model: nn.Module, batches: Batches, quantizers: list[ActivationQuantizer]
 ) -> dict[ActivationQuantizer, Tensor]:
     """Show `batches` to the model and return the quantiles `(channels, quantiles)` that each quantizer saw.
 
     Raises:
-        TypeError: a batch that is neither `pixel_values` nor a dictionary that holds them.
+        TypeError, ValueError: as `pixel_values_in`.
         RuntimeError: a layer that no batch reached, or that saw something that is not finite.
     """
     training = model.training
@@ -296,8 +282,8 @@ def observe(
         quantizer.observer = quantizer.make_observer()
     device = next(model.parameters()).device
     try:
-        for batch in batches:
-            model(pixel_values_of(batch).to(device))
+        for pixel_values in pixel_values_in(batches):
+            model(pixel_values.to(device))
         seen = {}
         for quantizer in quantizers:
             try:
@@ -314,13 +300,13 @@ def observe(
         model.train(training)
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], centre_channels: bool = True) -> None:
+def calibrate(model: nn.Module, batches: Batches, centre_channels: bool = True) -> None:
     """Set every scale and offset from data, as the full-precision model sees it; weights from themselves."""
     with full_precision(model):
         seen = observe(model, batches, activation_quantizers(model))
     for site in folding_sites(model, reading_layers(model)) if centre_channels else ():
         shift = centre_site(site, seen[site.quantizer]).unsqueeze(1)
-        for quantizer in site.quantizer.with_class_token():
+        for quantizer in (*site.quantizer.with_class_token(), *site.beside):
             seen[quantizer] = seen[quantizer] - shift
     for quantizer, quantiles in seen.items():
         quantizer.calibrate(quantiles)
@@ -328,20 +314,34 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], c
         layer.weight_quantizer.calibrate(layer.weight)
 
 
-def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]]) -> None:
+def reconstruct(model: nn.Module, batches: Batches) -> None:
     """Refit the block linears, and the scales of their inputs, to the quantized model's activations (`reconstruction.py`).
 
     Raises:
-        TypeError, ValueError: as `pixel_values_of`; no batch at all.
+        TypeError, ValueError: as `pixel_values_in`; no batch at all, or values that are not finite; a model that was made
+            under `torch.inference_mode()`.
     """
-    training = model.training
-    model.eval()
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model was made under torch.inference_mode(), and has no gradients: make it outside of that"
+        )
     device = next(model.parameters()).device
-    batches = [pixel_values_of(batch).to(device) for batch in batches]
-    if not batches:
-        raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
+    # Gradients weigh the tokens, and few digits would change what is fitted: whatever mode the caller is in.
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        images = [pixel_values.to(device) for pixel_values in pixel_values_in(batches)]
+        images = [pixel_values.clone() if pixel_values.is_inference() else pixel_values for pixel_values in images]
+        if not images:
+            raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
+        if not all(pixel_values.isfinite().all() for pixel_values in images):
+            raise ValueError("a batch to reconstruct from has pixel_values that are not finite: leave those images out")
+        _reconstruct(model, images)
+
+
+def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
     units = blocks(model)
     readers = reading_layers(model)
+    training = model.training
+    model.eval()
     try:
         with full_precision(model):
             weights = [token_weights(model, batch, readers) for batch in batches]
@@ -356,9 +356,7 @@ def reconstruct(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]])
         model.train(training)
 
 
-def begin_search(
-    model: nn.Module, num_groups: int, batches: Iterable[Tensor | Mapping[str, Any]] | None = None
-) -> None:
+def begin_search(model: nn.Module, num_groups: int, batches: Batches | None = None) -> None:
     """Split the channels of each block linear's input into groups, softly."""
     check_num_groups(model, num_groups)
     if batches is not None:

@@ -49,10 +49,17 @@ class ActivationQuantizer(nn.Module):
         calibrated: whether scale and offset hold (or are about to be loaded with) calibrated values.
         producer: elementwise function that makes the tensor, run inside the quantizer (`ops.PRODUCERS`).
         learned: whether training moves scale and offset; if not, they stay as calibrated.
+        observed_channels: columns of the tensor that calibration keeps apart; 1 pools all of it.
     """
 
     def __init__(
-        self, bits: int, name: str, calibrated: bool = False, producer: str = "identity", learned: bool = True
+        self,
+        bits: int,
+        name: str,
+        calibrated: bool = False,
+        producer: str = "identity",
+        learned: bool = True,
+        observed_channels: int = 1,
     ):
         super().__init__()
         self.grid = Grid(bits, signed=False)
@@ -61,6 +68,7 @@ class ActivationQuantizer(nn.Module):
         self.calibrated = calibrated
         self.enabled = True
         self.observer: Observer | None = None
+        self.observed_channels = observed_channels
         # In a packed model, whose tensors no optimizer moves: fused ones do so unseen, and plans are made anew till then.
         self.packed = False
         self._plan: Remembered[ChannelPlan] = Remembered()
@@ -147,7 +155,7 @@ class ActivationQuantizer(nn.Module):
         return plan.quantize(x.float()) if norm is None else plan.quantize_norm(x, *norm)
 
     def make_observer(self) -> Observer:
-        return Observer(channels=1)
+        return Observer(self.observed_channels)
 
     @torch.no_grad()
     def calibrate(self, quantiles: Tensor) -> None:

@@ -5,6 +5,7 @@ import torch
 from conftest import make_batches, make_full_precision
 
 from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf.attention import attention_modules
 from quantformer_hf.folding import channel_centres, folding_sites
 from quantformer_hf.quantize import full_precision, group_quantizers, reading_layers
 
@@ -52,3 +53,24 @@ def test_one_group_fits_centred_channels_better(kind):
             error += (quantizer.quantize(quantiles, 1.0) - quantiles).square().mean().item()
         errors.append(error)
     assert errors[1] < errors[0]
+
+
+def test_the_quantizer_of_v_has_the_range_of_the_v_that_is_left(backbone):
+    original = make_full_precision(backbone)
+    with torch.no_grad():
+        for name, bias in original.named_parameters():
+            if name.endswith("v_proj.bias"):
+                bias.normal_(std=3.0)
+    model = QuantformerForImageClassification.from_full_precision(original).calibrate(make_batches()).eval()
+    seen = {}
+    for attention in attention_modules(model):
+        attention.v_proj.register_forward_hook(lambda *call, of=attention: seen.setdefault(of, []).append(call[-1]))
+    with torch.no_grad(), full_precision(model):
+        for batch in make_batches():
+            model(batch)
+    for attention, values in seen.items():
+        v, quantizer = torch.cat([one.flatten() for one in values]), attention.operands.value
+        steps = (v.max() - v.min()) / quantizer.grid.qmax
+        # No more than it needs: before the shift v reached ten times as far.
+        assert quantizer.scale.item() < 1.05 * steps
+        assert v.min() - 2 * steps < quantizer.offset.item() < v.min() + v.std()

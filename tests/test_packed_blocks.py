@@ -1,7 +1,11 @@
 """A module in one call of the kernels computes what its layers compute one by one."""
 
 import copy
+import gc
 import pickle
+import sys
+import threading
+import weakref
 
 import pytest
 import torch
@@ -11,8 +15,9 @@ from torch import nn
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.attention import capture_attention
 from quantformer_hf.kernels import instruction_set, using
-from quantformer_hf.packed_blocks import PACKED_FORMS, PLAIN_FORMS, PackedPlainBlock
+from quantformer_hf.packed_blocks import PACKED_FORMS, PLAIN_FORMS, PackedBlock, PackedPlainBlock
 from quantformer_hf.packed_layers import PackedLinear
+from quantformer_hf.quantizers import ActivationQuantizer
 
 
 needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the kernels were not built")
@@ -136,6 +141,52 @@ def test_a_job_follows_tensors_that_change(changed):
     after = logits(model, images)
     assert not torch.equal(before, after)
     assert torch.equal(after, one_by_one(model, images))
+
+
+@needs_kernels
+def test_a_job_keeps_what_it_points_into_when_another_is_made(packed):
+    images = make_batches()[0]
+    logits(packed, images)
+    block = next(module for module in packed.modules() if isinstance(module, PackedBlock))
+    x = torch.zeros(1, 4, *block.layernorm_before.normalized_shape)
+    with torch.no_grad():
+        job = block.job(x)
+        # The inverses of the scales, which nothing but the job has.
+        pointed_into = weakref.ref(block._job.value[1][0].inverse)
+        block._job.forget()
+        for quantizer in block.modules():
+            if isinstance(quantizer, ActivationQuantizer):
+                quantizer.forget_plans()
+        assert block.job(x) is not None
+        gc.collect()
+        assert pointed_into() is not None
+        del job
+        gc.collect()
+        assert pointed_into() is None
+
+
+@needs_kernels
+def test_threads_that_call_a_fresh_model_at_once_get_its_logits(packed):
+    images, expected, threads = make_batches()[0], logits(packed, make_batches()[0]), 4
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(3):
+            # A copy has prepared nothing yet.
+            fresh, got, start = copy.deepcopy(packed), [None] * threads, threading.Barrier(threads)
+
+            def run(place, fresh=fresh, got=got, start=start):
+                start.wait()
+                got[place] = logits(fresh, images)
+
+            running = [threading.Thread(target=run, args=(place,)) for place in range(threads)]
+            for thread in running:
+                thread.start()
+            for thread in running:
+                thread.join()
+            assert all(torch.equal(one, expected) for one in got)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @needs_kernels

@@ -304,3 +304,18 @@ def test_a_quantized_checkpoint_gets_a_new_classifier(backbone, labels, tmp_path
     model.pack().save_pretrained(tmp_path / "packed")
     with pytest.raises(ValueError, match="is packed, and a new classifier has to be trained"):
         QuantformerForImageClassification.from_pretrained(tmp_path / "packed", **classes, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("weight_quantizer", ["statsq", "minmax"])
+def test_what_would_round_to_other_codes_is_not_unpacked(weight_quantizer):
+    model = make_quantized("vit", "finetune", weight_quantizer=weight_quantizer).bfloat16().pack()
+    images = make_batches(1)[0].bfloat16()
+    with torch.no_grad():
+        before = model(images).logits
+        with pytest.raises(ValueError, match=r"cannot be unpacked in torch.bfloat16.*run model.float\(\) first"):
+            model.unpack()
+        assert model.config.stage == "packed"
+        assert torch.equal(model(images).logits, before)
+        model.float()
+        packed = model(images.float()).logits
+        assert torch.equal(model.unpack()(images.float()).logits, packed)

@@ -252,3 +252,26 @@ def test_reconstruction_needs_calibration_and_batches():
         model.reconstruct(make_batches())
     with pytest.raises(ValueError, match=r"give model\.reconstruct\(\) batches of images"):
         make_quantized().reconstruct([])
+
+
+def test_the_callers_mode_changes_nothing():
+    expected = make_quantized("vit", "finetune").reconstruct(make_batches()).state_dict()
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        model = make_quantized("vit", "finetune")
+        with mode:
+            # Some of them are made there.
+            model.reconstruct([batch.clone() for batch in make_batches()])
+        assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_cannot_be_reconstructed_is_told():
+    model, batches = make_quantized("vit", "finetune"), make_batches()
+    batches[1][0, 0, 0, 0] = float("inf")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="pixel_values that are not finite"):
+        model.reconstruct(batches)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.inference_mode():
+        made_there = make_quantized("vit", "finetune")
+    with pytest.raises(ValueError, match=r"made under torch.inference_mode\(\)"):
+        made_there.reconstruct(make_batches())

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "scratch.h"
-#include "threads.h"
 
 namespace quantformer {
 namespace {
@@ -17,11 +16,10 @@ struct Rows {
   int64_t stride, rows, columns;
 };
 
-// Of a head, by the strides of batch, head and token.
-Rows rows_of_head(const float* x, const uint8_t* codes, const int64_t* strides, int64_t b, int64_t h, int64_t rows,
-                  int64_t columns) {
-  const int64_t at = b * strides[0] + h * strides[1];
-  return {x == nullptr ? nullptr : x + at, codes == nullptr ? nullptr : codes + at, strides[2], rows, columns};
+// Tokens `first` to `last` of a head, by the strides of batch, head and token.
+Rows rows_of_head(const float* x, const uint8_t* codes, const int64_t* strides, const Queries& tokens, int64_t columns) {
+  const int64_t at = tokens.b * strides[0] + tokens.h * strides[1] + tokens.first * strides[2];
+  return {x == nullptr ? nullptr : x + at, codes == nullptr ? nullptr : codes + at, strides[2], tokens.count(), columns};
 }
 
 // As codes, `(rows, positions)`, padded with zeros. `constants` has room for 2 * positions.
@@ -72,27 +70,34 @@ Product head_product(const uint8_t* x, int64_t rows, const uint8_t* codes, int64
   return p;
 }
 
+// Of the first of these queries, in `(batch, heads, queries, keys)`.
+template <typename Job>
+int64_t place_of(const Job& job, const Queries& queries) {
+  return ((queries.b * job.heads + queries.h) * job.queries + queries.first) * job.keys;
+}
+
 void fill_source(int32_t* source, int64_t columns, int64_t positions) {
   for (int64_t k = 0; k < positions; ++k) source[k] = static_cast<int32_t>(std::min(k, columns));
 }
 
 }  // namespace
 
-void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h, float* probabilities) {
+void probabilities_of_queries(const Probabilities& job, const Queries& queries, float* probabilities) {
+  const int64_t b = queries.b, h = queries.h, rows = queries.count();
   const int64_t positions = padded(job.head_size);
   thread_local Scratch scratch;
-  scratch.reserve((job.queries + job.keys) * positions + 2 * positions * sizeof(float) +
+  scratch.reserve((rows + job.keys) * positions + 2 * positions * sizeof(float) +
                   3 * job.keys * sizeof(float) + positions * sizeof(int32_t));
-  auto query = scratch.take<uint8_t>(job.queries * positions), key = scratch.take<uint8_t>(job.keys * positions);
+  auto query = scratch.take<uint8_t>(rows * positions), key = scratch.take<uint8_t>(job.keys * positions);
   auto constants = scratch.take<float>(2 * positions);
   auto scale = scratch.take<float>(job.keys), bias = scratch.take<float>(job.keys);
   auto both = scratch.take<float>(job.keys);
   auto source = scratch.take<int32_t>(positions);
   const int64_t n = job.head_size;
-  take_codes(rows_of_head(job.query, job.query_codes, job.query_strides, b, h, job.queries, n), job.largest,
-             job.operands[0], constants, query, positions);
-  take_codes(rows_of_head(job.key, job.key_codes, job.key_strides, b, h, job.keys, n), job.largest, job.operands[1],
-             constants, key, positions);
+  take_codes(rows_of_head(job.query, job.query_codes, job.query_strides, queries, n), job.largest, job.operands[0],
+             constants, query, positions);
+  take_codes(rows_of_head(job.key, job.key_codes, job.key_strides, {b, h, 0, job.keys}, n), job.largest,
+             job.operands[1], constants, key, positions);
   // What is the same for all keys of a query is left out: it goes in the softmax.
   const float of_products = job.operands[0].scale * job.operands[1].scale * job.scaling;
   const float of_sums = job.operands[0].offset * job.operands[1].scale * job.scaling;
@@ -103,8 +108,7 @@ void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h, float
   }
   fill_source(source, job.head_size, positions);
   const float one = 1;
-  Product p = head_product(query, job.queries, key, job.keys, n, positions, job.largest, source,
-                           &positions, &one);
+  Product p = head_product(query, rows, key, job.keys, n, positions, job.largest, source, &positions, &one);
   p.scale = scale;
   p.bias = bias;
   p.y = probabilities;
@@ -114,31 +118,33 @@ void probabilities_of_head(const Probabilities& job, int64_t b, int64_t h, float
   if (mask != nullptr) mask += b * job.mask_strides[0] + h * job.mask_strides[1];
   const float* hidden = job.hidden;
   if (hidden != nullptr) hidden += b % job.windows * job.queries * job.keys;
-  for (int64_t i = 0; i < job.queries; ++i) {
-    const float* added = mask == nullptr ? nullptr : mask + i * job.mask_strides[2];
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* added = mask == nullptr ? nullptr : mask + (queries.first + i) * job.mask_strides[2];
     if (hidden != nullptr) {
-      for (int64_t j = 0; j < job.keys; ++j) both[j] = added[j] + hidden[i * job.keys + j];
+      const float* of_query = hidden + (queries.first + i) * job.keys;
+      for (int64_t j = 0; j < job.keys; ++j) both[j] = added[j] + of_query[j];
       added = both;
     }
     current().softmax(p.y + i * job.keys, added, job.keys);
   }
 }
 
-void mix_head(const Mixed& job, int64_t b, int64_t h, const float* probabilities) {
+void mix_queries(const Mixed& job, const Queries& queries, const float* probabilities) {
+  const int64_t b = queries.b, h = queries.h, rows = queries.count();
   const int64_t positions = padded(job.keys), n = job.head_size;
   // The value as it lies, token by token: columns of a weight, of whole panels.
   const int64_t stride = divide_up(n, kPanel) * kPanel;
   thread_local Scratch scratch;
-  scratch.reserve(job.queries * positions + job.keys * stride + 2 * std::max(positions, stride) * sizeof(float) +
-                  n * (2 * sizeof(float) + sizeof(int32_t)) + job.queries * sizeof(float) + positions * sizeof(int32_t));
-  auto weights = scratch.take<uint8_t>(job.queries * positions), value = scratch.take<uint8_t>(job.keys * stride);
+  scratch.reserve(rows * positions + job.keys * stride + 2 * std::max(positions, stride) * sizeof(float) +
+                  n * (2 * sizeof(float) + sizeof(int32_t)) + rows * sizeof(float) + positions * sizeof(int32_t));
+  auto weights = scratch.take<uint8_t>(rows * positions), value = scratch.take<uint8_t>(job.keys * stride);
   auto constants = scratch.take<float>(2 * std::max(positions, stride));
-  auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), of_row = scratch.take<float>(job.queries);
+  auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), of_row = scratch.take<float>(rows);
   auto sums = scratch.take<int32_t>(n), source = scratch.take<int32_t>(positions);
 
   const Operand &p_operand = job.operands[0], &v_operand = job.operands[1];
-  take_codes(rows_of_head(job.value, job.value_codes, job.value_strides, b, h, job.keys, n), job.largest, v_operand,
-             constants, value, stride);
+  take_codes(rows_of_head(job.value, job.value_codes, job.value_strides, {b, h, 0, job.keys}, n), job.largest,
+             v_operand, constants, value, stride);
   const int32_t middle = middle_of(job.largest);
   const float of_products = p_operand.scale * v_operand.scale, of_columns = p_operand.offset * v_operand.scale;
   const float centre = static_cast<float>(middle) * v_operand.scale, v_offset = v_operand.offset + centre;
@@ -152,22 +158,22 @@ void mix_head(const Mixed& job, int64_t b, int64_t h, const float* probabilities
     scale[d] = of_products;
     bias[d] = static_cast<float>(sums[d]) * of_columns + constant;
   }
-  take_codes({probabilities, nullptr, job.keys, job.queries, job.keys}, job.largest, p_operand, constants, weights,
+  take_codes({probabilities, nullptr, job.keys, rows, job.keys}, job.largest, p_operand, constants, weights,
              positions);
-  for (int64_t i = 0; i < job.queries; ++i) {
+  for (int64_t i = 0; i < rows; ++i) {
     of_row[i] = static_cast<float>(sum(weights + i * positions, job.keys)) * of_rows;
   }
   fill_source(source, job.keys, positions);
   const float one = 1;
-  Product p = head_product(weights, job.queries, value, n, job.keys, positions, job.largest, source, &positions, &one);
+  Product p = head_product(weights, rows, value, n, job.keys, positions, job.largest, source, &positions, &one);
   p.by_column = 1;
   p.code_stride = stride;
   p.scale = scale;
   p.bias = bias;
-  p.y = job.output + (b * job.queries * job.heads + h) * n;
+  p.y = job.output + ((b * job.queries + queries.first) * job.heads + h) * n;
   p.y_stride = job.heads * n;
   multiply(p, nullptr, plan(p, current()), current(), 0, divide_up(n, kPanel), 0, p.rows);
-  for (int64_t i = 0; i < job.queries; ++i) {
+  for (int64_t i = 0; i < rows; ++i) {
     for (int64_t d = 0; d < n; ++d) p.y[i * p.y_stride + d] = p.y[i * p.y_stride + d] + of_row[i];
   }
 }
@@ -176,14 +182,14 @@ void mix_head(const Mixed& job, int64_t b, int64_t h, const float* probabilities
 
 int quantformer_probabilities(const Probabilities* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
-  return by_head(*job, threads, parallel_for, [&](int64_t b, int64_t h, int64_t place) {
-    probabilities_of_head(*job, b, h, job->probabilities + place);
+  return by_queries(*job, threads, parallel_for, [&](const Queries& queries) {
+    probabilities_of_queries(*job, queries, job->probabilities + place_of(*job, queries));
   });
 }
 
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
-  return by_head(*job, threads, parallel_for, [&](int64_t b, int64_t h, int64_t place) {
-    mix_head(*job, b, h, job->probabilities + place);
+  return by_queries(*job, threads, parallel_for, [&](const Queries& queries) {
+    mix_queries(*job, queries, job->probabilities + place_of(*job, queries));
   });
 }

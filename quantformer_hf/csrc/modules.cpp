@@ -84,14 +84,14 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   for (auto of : {scores.query_strides, scores.key_strides, mix.value_strides}) std::copy_n(strides, 3, of);
   scores.query_strides[0] = mix.queries * width;
   mix.output = mixed.get();
-  const auto attend = [&](int64_t b, int64_t h, int64_t) {
+  const auto attend = [&](const Queries& queries) {
     thread_local Scratch scratch;
-    scratch.reserve(mix.queries * mix.keys * sizeof(float));
-    auto probabilities = scratch.take<float>(mix.queries * mix.keys);
-    probabilities_of_head(scores, b, h, probabilities);
-    mix_head(mix, b, h, probabilities);
+    scratch.reserve(queries.count() * mix.keys * sizeof(float));
+    auto probabilities = scratch.take<float>(queries.count() * mix.keys);
+    probabilities_of_queries(scores, queries, probabilities);
+    mix_queries(mix, queries, probabilities);
   };
-  if (by_head(mix, threads, parallel_for, attend) != 0) return -1;
+  if (by_queries(mix, threads, parallel_for, attend) != 0) return -1;
   between.x = mix.output;
   between.rows = output.rows = kept;
   between.image_rows = output.image_rows = mix.queries;

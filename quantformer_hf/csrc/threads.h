@@ -42,21 +42,40 @@ int share(int64_t count, int64_t threads, ParallelFor parallel_for, const Work& 
   return context.failed ? -1 : 0;
 }
 
+// Numbers of one task at least, for it to be worth a thread.
+constexpr int64_t kTaskNumbers = 8192;
+
 // `work(begin, end)` over the rows.
 template <typename Job, typename Work>
 int by_rows(const Job& job, int64_t threads, ParallelFor parallel_for, const Work& work) {
-  // A task is large enough to be worth a thread.
-  const int64_t rows = divide_up(32768, std::max<int64_t>(1, job.channels) * kBlock) * kBlock;
+  const int64_t least = divide_up(kTaskNumbers, std::max<int64_t>(1, job.channels));
+  const int64_t rows = divide_up(std::max(least, divide_up(job.rows, kTasksPerThread * threads)), kBlock) * kBlock;
   return share(divide_up(job.rows, rows), threads, parallel_for, [&](int64_t begin, int64_t end) {
     work(begin * rows, std::min(end * rows, job.rows));
   });
 }
 
-// `work(batch, head, place of its map among all)`.
+// Queries `first` to `last` of head `h` of image `b`.
+struct Queries {
+  int64_t b, h, first, last;
+
+  int64_t count() const { return last - first; }
+};
+
+// Queries of one task at least: each task unpacks the keys and values of its head.
+constexpr int64_t kTaskQueries = 64;
+
+// `work(queries)` over all heads of all images, a part of a head at a time where there are few of these for the threads.
 template <typename Job, typename Work>
-int by_head(const Job& job, int64_t threads, ParallelFor parallel_for, const Work& work) {
-  return share(job.batch * job.heads, threads, parallel_for, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i / job.heads, i % job.heads, i * job.queries * job.keys);
+int by_queries(const Job& job, int64_t threads, ParallelFor parallel_for, const Work& work) {
+  const int64_t heads = job.batch * job.heads, most = std::max<int64_t>(1, job.queries / kTaskQueries);
+  const int64_t parts = threads == 1 || heads == 0 ? 1 : std::min(most, divide_up(kTasksPerThread * threads, heads));
+  const int64_t queries = divide_up(job.queries, parts);
+  return share(heads * parts, threads, parallel_for, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / parts, first = i % parts * queries;
+      work(Queries{head / job.heads, head % job.heads, first, std::min(first + queries, job.queries)});
+    }
   });
 }
 

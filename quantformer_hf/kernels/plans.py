@@ -290,17 +290,26 @@ def _arguments(packed, weight: WeightPlan, channels: ChannelPlan, group_scales, 
 
 
 class Remembered(Generic[T]):
-    """A value made from the tensors of modules, and made anew when one of them was changed, moved or replaced."""
+    """A value made from the tensors of modules, and made anew when one of them was changed, moved or replaced.
+
+    Several threads may ask. Each gets a value of the tensors that it saw, and keeps it alive as long as it uses it.
+    """
 
     def __init__(self) -> None:
-        self._key: list | None = None
-        self.value: T | None = None
+        # The key and what it stands for, which are replaced together.
+        self._made: tuple[list, T] | None = None
+
+    @property
+    def value(self) -> T | None:
+        """What was made last."""
+        return None if self._made is None else self._made[1]
 
     def get(self, modules: Sequence[nn.Module], make: Callable[[], T], of: object = None) -> T:
         """The value: of the modules' own parameters and buffers, not of those in their submodules, and of an object."""
         # A graph that is being traced takes what the last eager call, or loading, has left: a key is no tensor.
-        if self.value is not None and torch.compiler.is_compiling():
-            return self.value
+        made = self._made
+        if made is not None and torch.compiler.is_compiling():
+            return made[1]
         # By the dictionaries themselves, for this is done in each call of each layer.
         tensors = [
             tensor
@@ -316,14 +325,12 @@ class Remembered(Generic[T]):
             # Inference tensors have none.
             versions = [tensor.is_inference() or tensor._version for tensor in tensors]
         key = [[tensor.data_ptr() for tensor in tensors], versions, of]
-        if key != self._key:
+        if made is None or key != made[0]:
             # Also under inference_mode, made tensors must serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
-                value = make()
-            self.value, self._key = value, key
-            return value
-        return self.value
+                made = self._made = key, make()
+        return made[1]
 
     def forget(self) -> None:
         """Make it anew at the next call, whatever the tensors say."""
-        self._key = self.value = None
+        self._made = None

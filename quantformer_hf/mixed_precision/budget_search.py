@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..image_batches import pixel_values_of
 from ..modeling_quantformer import QuantformerForImageClassification, StageError
-from ..quantize import pixel_values_of
 from .budget import Budget
 from .candidates import Candidates
 from .cost import CostModel

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..image_batches import pixel_values_of
 from ..losses import logit_distillation
 from ..modeling_quantformer import QuantformerForImageClassification
-from ..quantize import blocks, full_precision, pixel_values_of
+from ..quantize import blocks, full_precision
 from .candidates import Candidates
 from .search_space import SearchSpace, Widths
 

@@ -212,3 +212,10 @@ def test_edmips_searches_one_epoch_at_most_and_begins_anew_after_sigterm(full_pr
     files = [tmp_path / name / "out" / "allocate" / "measured.json" for name in ("whole", "parts")]
     one, other = (json.loads(file.read_text())["losses"] for file in files)
     assert one == other
+
+
+def test_a_budget_that_no_stage_keeps_is_refused(tmp_path, full_precision):
+    recipe = write_recipe(tmp_path, full_precision, stages=["finetune"], budget="1kB")
+    error = run(recipe, code=1).stderr
+    assert "budget is 1kB, and the stage 'allocate', which keeps to it, is not among the stages (finetune)" in error
+    assert not (tmp_path / "out" / "finetune").exists()

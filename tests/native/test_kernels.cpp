@@ -680,15 +680,17 @@ void test(const InstructionSet& set) {
   for (int64_t rows : {0, 1, 15, 16, 33}) {
     for (int64_t channels : {1, 9, 16, 40, 4000}) test_codes(set, random, rows, channels, channels / 5 + 1);
   }
+  // Those of 130 queries are worked on in two parts.
   for (int bits = 1; bits <= 8; ++bits) {
-    for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 5, 9}, {1, 2, 17, 20, 32},
+    for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 5, 9}, {1, 2, 17, 20, 32}, {2, 1, 130, 7, 5},
                                     {1, 1, 2, 1, 600}, {1, 1, 3, 600, 1}, {1, 1, 0, 3, 4}, {0, 2, 3, 3, 4}}) {
       const std::string of =
           describe({{"queries", s.queries}, {"keys", s.keys}, {"head size", s.size}, {"bits", bits}});
       for (bool masked : {false, true}) test_probabilities(set, random, s, bits, masked, of);
       test_mix(set, random, s, bits, of);
     }
-    for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 7, 9}, {1, 2, 17, 17, 32}, {0, 2, 3, 3, 4}}) {
+    for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 7, 9}, {1, 2, 17, 17, 32}, {1, 2, 130, 130, 3},
+                                    {0, 2, 3, 3, 4}}) {
       for (bool masked : {false, true}) test_attention_block(set, random, s, bits, masked);
       for (bool windows : {false, true}) test_block(set, random, s, bits, windows);
       test_mlp(set, random, s.batch * s.queries, s.heads * s.size, s.size + 3, bits);
