@@ -73,7 +73,7 @@ int by_queries(const Job& job, int64_t threads, ParallelFor parallel_for, const 
   const int64_t queries = divide_up(job.queries, parts);
   return share(heads * parts, threads, parallel_for, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / parts, first = i % parts * queries;
+      const int64_t head = i / parts, first = std::min(i % parts * queries, job.queries);
       work(Queries{head / job.heads, head % job.heads, first, std::min(first + queries, job.queries)});
     }
   });
