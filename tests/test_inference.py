@@ -255,3 +255,14 @@ def test_without_kernels_the_same_results_come_with_one_warning(monkeypatch, cap
     assert torch.equal(logits(model, batch), expected)
     logits(model, batch)
     assert [record.message[:42] for record in caplog.records] == ["the kernels of quantformer_hf were not bui"]
+
+
+def test_attention_of_another_kind_is_refused(backbone, stage):
+    model, images = make_quantized(backbone, stage), make_batches(1)[0]
+    with torch.no_grad():
+        expected = model(images).logits
+        for name in ("eager", "sdpa"):
+            with pytest.raises(ValueError, match=f"attn_implementation is '{name}', and a quantized model has its own"):
+                model.set_attn_implementation(name)
+        model.set_attn_implementation("quantformer")
+        assert torch.equal(model(images).logits, expected)
