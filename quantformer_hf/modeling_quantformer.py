@@ -238,8 +238,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """Set scales and offsets from data.
 
         Args:
-            batches: `pixel_values` `(batch, channels, height, width)`, or dictionaries that hold them; a few dozen
-                images are enough for a start.
+            batches: `pixel_values` `(batch, channels, height, width)`, or dictionaries that hold them; one
+                batch need not be in a list. A few dozen images are enough for a start.
             centre_channels: shift channels towards each other first, where biases on both sides can hold the shift
                 (`folding.py`). What the model computes in full precision stays the same.
             rotate_channels: before that, in a ViT or DeiT, spread outlying channels of the residual stream over all others
@@ -247,7 +247,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
         Raises:
             StageError: not in the stage `pretrain`.
-            RuntimeError: a layer that no batch reached.
+            TypeError, ValueError: what is no batch of images.
+            RuntimeError: a layer that no batch reached, or that saw values that are not finite.
         """
         self._require_stage("calibrate", "pretrain")
         rotates = rotate_channels and not self.config.channels_rotated
@@ -275,7 +276,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
         Raises:
             StageError: not calibrated, or packed.
-            ValueError: no batch.
+            TypeError, ValueError: no batch, or no batch of images that are finite; a model made under `inference_mode`.
         """
         if not self.config.calibrated:
             raise StageError("reconstruct() needs a calibrated model: run model.calibrate(batches) first")
