@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionOperands, attention_modules
 from .class_token import CLASS_TOKENS, ClassTokenQuantizer
+from .classifier_refit import refit_classifier
 from .configuration_quantformer import MAX_GROUPS, QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
@@ -198,6 +199,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "layernorm_before") or hasattr(m, "reduction")]
 
 
+def classifiers(model: nn.Module) -> list[nn.Linear]:
+    """What gives the logits, and beside a distillation token two whose mean they are."""
+    named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    return [module for name, module in named if name in CLASSIFIERS and isinstance(module, nn.Linear)]
+
+
 def reading_layers(model: nn.Module) -> dict[GroupActivationQuantizer, list[nn.Linear]]:
     """The linears that read what each group quantizer puts out."""
     readers = {}
@@ -315,7 +322,9 @@ def calibrate(model: nn.Module, batches: Batches, centre_channels: bool = True) 
 
 
 def reconstruct(model: nn.Module, batches: Batches) -> None:
-    """Refit the block linears, and the scales of their inputs, to the quantized model's activations (`reconstruction.py`).
+    """Refit the block linears, the scales of their inputs, and the classifier, to the quantized model's activations.
+
+    By `reconstruction.py` and `classifier_refit.py`.
 
     Raises:
         TypeError, ValueError: as `pixel_values_in`; no batch at all, or values that are not finite; a model that was made
@@ -344,7 +353,7 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
     model.eval()
     try:
         with full_precision(model):
-            weights = [token_weights(model, batch, readers) for batch in batches]
+            weights, logits = zip(*(token_weights(model, batch, readers) for batch in batches), strict=True)
             with torch.no_grad():
                 inputs, arguments = unit_inputs(model, units, batches)
         # What the quantizers put out is looked at.
@@ -352,6 +361,9 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
             quantized_inputs, _ = unit_inputs(model, units, batches)
             off = functools.partial(full_precision, model)
             reconstruct_units(units, readers, writing_streams(model), inputs, quantized_inputs, arguments, weights, off)
+            # Softmax has nothing to say of several labels an image.
+            if model.backbone.config.problem_type in (None, "single_label_classification"):
+                refit_classifier(model, classifiers(model), batches, logits)
     finally:
         model.train(training)
 

@@ -35,10 +35,12 @@ Readers = Mapping[GroupActivationQuantizer, Sequence[nn.Linear]]
 Streams = Mapping[GroupActivationQuantizer, nn.Module]
 
 
-def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> dict[GroupActivationQuantizer, Tensor]:
+def token_weights(
+    model: nn.Module, pixel_values: Tensor, readers: Readers
+) -> tuple[dict[GroupActivationQuantizer, Tensor], Tensor]:
     """How much each row that a quantizer sees matters: `‖∂ log p(y)/∂(outputs of its readers)‖`, `(rows,)`, of mean one.
 
-    y is drawn from the model's own prediction, so that no labels are needed.
+    y is drawn from the model's own prediction, so that no labels are needed. The logits are returned beside them, float32.
 
     Args:
         model: an image classifier in full precision.
@@ -69,7 +71,7 @@ def token_weights(model: nn.Module, pixel_values: Tensor, readers: Readers) -> d
         weight = information.pow(TOKEN_WEIGHT_POWER)
         # A model that is certain of all images has no gradient left to tell tokens by.
         weights[quantizer] = weight / weight.mean() if weight.mean() > 0 else torch.ones_like(weight)
-    return weights
+    return weights, logits.detach()
 
 
 @dataclass

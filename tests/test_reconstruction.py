@@ -174,7 +174,7 @@ def test_token_weights_are_positive_of_mean_one_and_find_the_token_that_is_read(
     model = make_full_precision("vit")
     quantized = make_quantized("vit")
     readers = reading_layers(quantized)
-    weights = token_weights(quantized, make_batches(1)[0], readers)
+    weights = token_weights(quantized, make_batches(1)[0], readers)[0]
     assert weights.keys() == readers.keys()
     for weight in weights.values():
         assert (weight >= 0).all()
@@ -190,7 +190,7 @@ def test_token_weights_are_positive_of_mean_one_and_find_the_token_that_is_read(
 def test_a_certain_model_weighs_all_tokens_alike():
     quantized = make_quantized("vit")
     quantized.backbone.classifier.bias.data[0] = 1e4
-    for weight in token_weights(quantized, make_batches(1)[0], reading_layers(quantized)).values():
+    for weight in token_weights(quantized, make_batches(1)[0], reading_layers(quantized))[0].values():
         assert (weight == 1).all()
 
 

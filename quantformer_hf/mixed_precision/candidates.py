@@ -108,7 +108,7 @@ def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQua
     units, readers = blocks(model), reading_layers(model)
     found = {}
     with full_precision(model):
-        weights = [token_weights(model, batch, readers) for batch in batches]
+        weights = [token_weights(model, batch, readers)[0] for batch in batches]
         with torch.no_grad():
             hidden, arguments = unit_inputs(model, units, batches)
             for unit, (positional, named) in zip(units, arguments, strict=True):

@@ -1,0 +1,86 @@
+"""The classifier refitted to what reaches it through the quantized layers, so that classes are as probable as before.
+
+What the blocks have lost reaches the classifier as noise, of some channels more than of others, and a weight made for
+exact features takes it all at its word. Linears of the blocks are refitted to their own outputs (`regression.py`). The
+classifier's are what counts, so that it is refitted to the divergence of the class probabilities, by a regression to soft
+labels that pulls to the old weight.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import QuantLinear
+from .losses import logit_distillation
+from .reconstruction import captured_inputs
+
+
+#: How strong the pull is, for each channel that is read.
+PULL = 100.0
+
+#: Of L-BFGS. The loss is convex, and what would be gained later does not carry over to other images.
+ITERATIONS = 30
+
+
+def refit_classifier(
+    model: nn.Module, heads: Sequence[nn.Linear], batches: Sequence[Tensor], logits: Sequence[Tensor]
+) -> None:
+    """Refit `heads`, whose mean is what `model` puts out, and the scales of their weights.
+
+    Args:
+        heads: linears, quantized or not. With a distillation token there are two.
+        batches: `pixel_values`, `(batch, channels, height, width)` each.
+        logits: of full precision for each batch, `(batch, classes)`.
+    """
+    inputs = []
+    for batch in batches:
+        with captured_inputs(heads, stop=True) as seen:
+            model(pixel_values=batch)
+        inputs.append(torch.cat([_read(head, seen[head]) for head in heads], 1) / len(heads))
+    weights = [head.weight.float() for head in heads]
+    bias = torch.stack([head.bias.float() for head in heads]).mean(0)
+    change, shift = fit_step(torch.cat(inputs).float(), torch.cat(list(logits)).float(), torch.cat(weights, 1), bias)
+    for head, own in zip(heads, change.split([weight.shape[1] for weight in weights], 1), strict=True):
+        head.weight += own.to(head.weight)
+        head.bias += shift.to(head.bias)
+        if isinstance(head, QuantLinear) and head.weight_quantizer is not None:
+            head.weight_quantizer.calibrate(head.weight)
+
+
+def _read(head: nn.Linear, x: Tensor) -> Tensor:
+    """What the weight of `head` multiplies, where `x` enters."""
+    return head.quantized_operands(x)[0] if isinstance(head, QuantLinear) else x
+
+
+def fit_step(inputs: Tensor, logits: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`(D, d)` that minimize `mean KL(p ‖ softmax(x (W + D)ᵀ + b + d)) + λ (v ‖D‖² + ‖d‖²) / 2` over images and classes.
+
+    `λ = PULL · channels · h / images`, where h, the mean of `p (1 - p)`, is how curved the divergence is in one logit:
+    as the ridge of Hoerl and Kennard, the pull is the stronger the more there is to learn from the fewer images, and the
+    same for ten classes and for a thousand. (Cross-validation is of no use where a class has one image: it tells how well
+    classes do that were never seen.)
+
+    Args:
+        inputs: x, `(images, channels)`, of mean variance v.
+        logits: of full precision, `(images, classes)`; p are their probabilities.
+        weight, bias: W `(classes, channels)` and b `(classes,)`.
+    """
+    probabilities = logits.softmax(1)
+    curvature = (probabilities * (1 - probabilities)).mean()
+    pull = PULL * inputs.shape[1] * curvature / len(inputs)
+    variance = inputs.var(0, correction=0).mean()
+    change, shift = torch.zeros_like(weight).requires_grad_(), torch.zeros_like(bias).requires_grad_()
+    solver = torch.optim.LBFGS([change, shift], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        divergence = logit_distillation(F.linear(inputs, weight + change, bias + shift), logits)
+        value = divergence + pull * (variance * change.square().sum() + shift.square().sum()) / 2
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)
+    return change.detach(), shift.detach()

@@ -1,0 +1,89 @@
+"""The classifier refitted to the quantized model's features."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_batches, make_full_precision, make_quantized
+
+from quantformer_hf import QuantformerForImageClassification, classifier_refit
+from quantformer_hf.classifier_refit import fit_step, refit_classifier
+from quantformer_hf.grids import fit_row_scales
+from quantformer_hf.kernels import fake_quantized
+from quantformer_hf.losses import logit_distillation
+from quantformer_hf.quantize import classifiers, full_precision
+
+
+CHANNELS = 32
+
+
+def noisy_features(images: int, classes: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Features with noise that differs by channel, the logits of those without, and the classifier of those."""
+    weight = torch.randn(classes, CHANNELS, generator=torch.Generator().manual_seed(0)) / CHANNELS**0.5 * 3
+    bias = torch.linspace(-1, 1, classes)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(images, CHANNELS, generator=generator)
+    noise = torch.randn(images, CHANNELS, generator=generator) * torch.linspace(0, 2, CHANNELS)
+    return features + noise, F.linear(features, weight, bias), weight, bias
+
+
+@pytest.mark.parametrize("classes", [10, 300])
+def test_logits_come_nearer_on_other_images_the_more_images_there_are(classes):
+    others, expected, weight, bias = noisy_features(2000, classes, seed=1)
+    divergences = [logit_distillation(F.linear(others, weight, bias), expected).item()]
+    for images in (32, 256, 2048):
+        inputs, logits, _, _ = noisy_features(images, classes, seed=2)
+        change, shift = fit_step(inputs, logits, weight, bias)
+        divergences.append(logit_distillation(F.linear(others, weight + change, bias + shift), expected).item())
+    assert divergences == sorted(divergences, reverse=True)
+    assert divergences[-1] < 0.7 * divergences[0]
+
+
+def test_the_step_is_where_the_objective_is_least():
+    inputs, logits, weight, bias = noisy_features(64, 10, seed=3)
+    change, shift = (part.requires_grad_() for part in fit_step(inputs, logits, weight, bias))
+    divergence = logit_distillation(F.linear(inputs, weight + change, bias + shift), logits)
+    slopes = torch.autograd.grad(divergence, [change, shift])
+    probabilities = logits.softmax(1)
+    pull = classifier_refit.PULL * CHANNELS / 64 * (probabilities * (1 - probabilities)).mean()
+    variance = (inputs - inputs.mean(0)).square().mean()
+    torch.testing.assert_close(slopes[0], -pull * variance * change, rtol=0, atol=1e-4)
+    torch.testing.assert_close(slopes[1], -pull * shift, rtol=0, atol=1e-4)
+    assert slopes[0].abs().max() > 1e-2
+
+
+def test_the_model_puts_out_more_likely_classes(backbone):
+    model, batches = make_quantized(backbone, "finetune"), make_batches(8, batch_size=8)
+    heads = classifiers(model)
+    assert len(heads) == (2 if backbone == "deit-distilled" else 1)
+    with torch.no_grad(), fake_quantized():
+        with full_precision(model):
+            expected = [model(batch).logits for batch in batches]
+        before = [model(batch).logits for batch in batches]
+        weights = [head.weight.clone() for head in heads]
+        refit_classifier(model, heads, batches, expected)
+        after = [model(batch).logits for batch in batches]
+    divergences = [logit_distillation(torch.cat(logits), torch.cat(expected)).item() for logits in (before, after)]
+    assert divergences[1] < 0.95 * divergences[0]
+    for head, weight in zip(heads, weights, strict=True):
+        assert not torch.equal(head.weight, weight)
+        torch.testing.assert_close(head.weight_quantizer.scale, fit_row_scales(head.weight, head.weight_quantizer.grid))
+
+
+@pytest.mark.parametrize(
+    ("problem", "stays"), [(None, False), ("single_label_classification", False), ("multi_label_classification", True)]
+)
+def test_a_classifier_of_several_labels_an_image_stays(problem, stays):
+    full = make_full_precision()
+    full.config.problem_type = problem
+    model = QuantformerForImageClassification.from_full_precision(full).calibrate(make_batches())
+    weight = model.backbone.classifier.weight.clone()
+    model.reconstruct(make_batches())
+    assert torch.equal(model.backbone.classifier.weight, weight) == stays
+
+
+def test_one_in_floating_point_is_refitted_as_well():
+    model = make_quantized("vit", "finetune", classifier_bits=32)
+    weight = model.backbone.classifier.weight.clone()
+    model.reconstruct(make_batches())
+    assert not hasattr(model.backbone.classifier, "weight_quantizer")
+    assert not torch.equal(model.backbone.classifier.weight, weight)
