@@ -65,6 +65,7 @@ ROWS = {
     "lsq_distilled_class_token": [*PLAIN, *ONE_GROUP, *CLASS_TOKEN],
     "ours": ["--preset", "lightning"],
     "ours_class_token": ["--preset", "lightning", *CLASS_TOKEN],
+    "best": ["--preset", "best"],
     "ours_one_group": ["--preset", "lightning", *ONE_GROUP],
     "ours_attention": ["--preset", "lightning", *ATTENTION],
     "ours_fixed_degree": ["--preset", "lightning", *ATTENTION, "--pnorm", "2"],

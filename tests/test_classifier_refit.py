@@ -87,3 +87,22 @@ def test_one_in_floating_point_is_refitted_as_well():
     model.reconstruct(make_batches())
     assert not hasattr(model.backbone.classifier, "weight_quantizer")
     assert not torch.equal(model.backbone.classifier.weight, weight)
+
+
+def test_what_is_fitted_is_what_the_weight_multiplies(monkeypatch):
+    fitted = []
+
+    def fit(inputs, logits, weight, bias):
+        fitted.append(inputs)
+        return torch.full_like(weight, 0.5), torch.full_like(bias, 0.25)
+
+    monkeypatch.setattr(classifier_refit, "fit_step", fit)
+    model, batches = make_quantized("vit", "finetune", classifier_bits=2), make_batches()
+    head = model.backbone.classifier
+    weight, bias = head.weight.clone(), head.bias.clone()
+    with torch.no_grad(), fake_quantized():
+        refit_classifier(model, [head], batches, [model(batch).logits for batch in batches])
+    assert fitted[0].shape == (sum(len(batch) for batch in batches), head.in_features)
+    assert 2 <= fitted[0].unique().numel() <= 4
+    torch.testing.assert_close(head.weight, weight + 0.5)
+    torch.testing.assert_close(head.bias, bias + 0.25)
