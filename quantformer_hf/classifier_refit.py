@@ -17,10 +17,10 @@ from .losses import logit_distillation
 from .reconstruction import captured_inputs
 
 
-#: How strong the pull is, for each channel that is read.
+#: How strong the pull is, for each channel that is read; docs/choices.md has what others cost.
 PULL = 100.0
 
-#: Of L-BFGS. The loss is convex, and what would be gained later does not carry over to other images.
+#: Of L-BFGS. The loss is convex, and ten times as many changed no fourth digit of the divergence from 384 images.
 ITERATIONS = 30
 
 
@@ -58,14 +58,17 @@ def fit_step(inputs: Tensor, logits: Tensor, weight: Tensor, bias: Tensor) -> tu
     """`(D, d)` that minimize `mean KL(p ‖ softmax(x (W + D)ᵀ + b + d)) + λ (v ‖D‖² + ‖d‖²) / 2` over images and classes.
 
     `λ = PULL · channels · h / images`, where h, the mean of `p (1 - p)`, is how curved the divergence is in one logit:
-    as the ridge of Hoerl and Kennard, the pull is the stronger the more there is to learn from the fewer images, and the
-    same for ten classes and for a thousand. (Cross-validation is of no use where a class has one image: it tells how well
-    classes do that were never seen.)
+    like the ridge of Hoerl, Kennard and Baldwin (Communications in Statistics 4(2), 1975), the pull grows with what there
+    is to learn and falls with the images. h lets one constant serve ten classes and a thousand. (Cross-validation is of no
+    use where a class has one image: it tells how well classes do that were never seen.)
 
     Args:
         inputs: x, `(images, channels)`, of mean variance v.
         logits: of full precision, `(images, classes)`; p are their probabilities.
         weight, bias: W `(classes, channels)` and b `(classes,)`.
+
+    Returns:
+        of the shapes of W and b.
     """
     probabilities = logits.softmax(1)
     curvature = (probabilities * (1 - probabilities)).mean()

@@ -266,10 +266,11 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         return self
 
     def reconstruct(self, batches: Batches) -> Self:
-        """Refit scales and weights, layer by layer, to the quantized model's own activations, without training.
+        """Refit scales, weights and the classifier, layer by layer, to the quantized model's activations, without training.
 
         It may follow `calibrate`, `begin_search` or `freeze_groups`, and changes no stage. Layers whose weight quantizer
-        is neither `lsq` nor `lsq_shifted` keep their weights, and channels stay in their groups.
+        is neither `lsq` nor `lsq_shifted` keep their weights, and channels stay in their groups. A classifier whose
+        `problem_type` is not that of one class an image is left as it is.
 
         Args:
             batches: as in `calibrate`. The presets take 192 images (`ptq`) and 384 (`lightning`).
