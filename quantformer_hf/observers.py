@@ -1,5 +1,6 @@
 """What calibration sees: quantiles of each channel, over a few batches."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,18 +12,27 @@ QUANTILES = torch.linspace(-8, 8, 33).sigmoid()
 QUANTILE_WEIGHTS = torch.diff(torch.cat([torch.zeros(1), (QUANTILES[1:] + QUANTILES[:-1]) / 2, torch.ones(1)]))
 
 
-def weighted_quantiles(rows: Tensor, weights: Tensor, most_rows: int = 4096) -> Tensor:
-    """Quantiles of each channel `(channels, quantiles)` at the probabilities `QUANTILES`, each row counted by its weight.
+def channel_quantiles(rows: Tensor) -> Tensor:
+    """Those of each column of `rows` at the probabilities `QUANTILES`, `(channels, quantiles)`, float32.
+
+    As `torch.quantile` has them; NumPy sorts faster.
+    """
+    ordered = torch.from_numpy(np.sort(rows.T.float().cpu().numpy(), axis=1))
+    places = QUANTILES.double() * (len(rows) - 1)
+    below, above = places.floor().long(), places.ceil().long()
+    return torch.lerp(ordered[:, below], ordered[:, above], places.frac().float()).to(rows.device)
+
+
+def weighted_sample(rows: Tensor, weights: Tensor, most_rows: int = 4096) -> Tensor:
+    """`most_rows` of `rows`, evenly spaced in what they weigh together, so that each is there as often as it counts.
 
     Args:
         rows: `(rows, channels)`.
         weights: `(rows,)`, not negative, of a positive sum.
-        most_rows: how many rows are drawn, evenly spaced in what the rows weigh together.
     """
     ends = weights.double().cumsum(0)
     places = (torch.arange(most_rows, dtype=torch.float64, device=rows.device) + 0.5) * (ends[-1] / most_rows)
-    drawn = rows[torch.searchsorted(ends, places).clamp_max(len(rows) - 1)]
-    return torch.quantile(drawn, QUANTILES.to(rows.device), dim=0).T.contiguous()
+    return rows[torch.searchsorted(ends, places).clamp_max(len(rows) - 1)]
 
 
 class Observer:
@@ -62,4 +72,4 @@ class Observer:
         rows = torch.cat(self.batches)
         if not rows.isfinite().all():
             raise RuntimeError("its input is not finite")
-        return torch.quantile(rows, QUANTILES.to(rows.device), dim=0).T.contiguous()
+        return channel_quantiles(rows)

@@ -22,7 +22,7 @@ from .ops import PRODUCERS
 from .packed_blocks import choose_forms
 from .packed_layers import PackedLinear, packed_form
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
-from .reconstruction import reconstruct_units, token_weights, unit_inputs
+from .reconstruction import reconstruct_unit, token_weights, unit_inputs
 
 
 def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
@@ -218,17 +218,17 @@ def reading_layers(model: nn.Module) -> dict[GroupActivationQuantizer, list[nn.L
     return readers
 
 
-def writing_streams(model: nn.Module) -> dict[GroupActivationQuantizer, nn.Module]:
-    """Where the residual stream is seen after the reader of each quantizer has written to it (`reconstruction.Streams`).
+def writing_streams(model: nn.Module) -> dict[GroupActivationQuantizer, tuple[nn.Module, nn.Module]]:
+    """Where the residual stream is seen before and after what reads a quantizer writes to it (`reconstruction.Streams`).
 
     Swin's output projection is not among them: its rows are in the order of windows.
     """
     streams = {}
     for block in blocks(model):
         if hasattr(block, "mlp"):
-            streams[block.mlp.fc2] = block
+            streams[block.mlp.fc2] = block.layernorm_after, block
             if not hasattr(block, "maybe_pad"):
-                streams[block.attention.o_proj] = block.layernorm_after
+                streams[block.attention.o_proj] = block, block.layernorm_after
     return {quantizer: streams[layer] for quantizer, (layer, *_) in reading_layers(model).items() if layer in streams}
 
 
@@ -327,8 +327,8 @@ def reconstruct(model: nn.Module, batches: Batches) -> None:
     By `reconstruction.py` and `classifier_refit.py`.
 
     Raises:
-        TypeError, ValueError: as `pixel_values_in`; no batch at all, or values that are not finite; a model that was made
-            under `torch.inference_mode()`.
+        TypeError, ValueError: as `pixel_values_in`; no batch at all, images of several sizes, or values that are not finite;
+            a model that was made under `torch.inference_mode()`.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
@@ -341,6 +341,8 @@ def reconstruct(model: nn.Module, batches: Batches) -> None:
         images = [pixel_values.clone() if pixel_values.is_inference() else pixel_values for pixel_values in images]
         if not images:
             raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
+        if len({pixel_values.shape[1:] for pixel_values in images}) > 1:
+            raise ValueError("the batches to reconstruct from are of images of several sizes: give them all one size")
         if not all(pixel_values.isfinite().all() for pixel_values in images):
             raise ValueError("a batch to reconstruct from has pixel_values that are not finite: leave those images out")
         _reconstruct(model, images)
@@ -354,13 +356,15 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
     try:
         with full_precision(model):
             weights, logits = zip(*(token_weights(model, batch, readers) for batch in batches), strict=True)
+            weights = {quantizer: torch.cat([of_batch[quantizer] for of_batch in weights]) for quantizer in readers}
             with torch.no_grad():
-                inputs, arguments = unit_inputs(model, units, batches)
+                exact, arguments = unit_inputs(model, units, batches)
         # What the quantizers put out is looked at.
         with torch.no_grad(), fake_quantized():
-            quantized_inputs, _ = unit_inputs(model, units, batches)
-            off = functools.partial(full_precision, model)
-            reconstruct_units(units, readers, writing_streams(model), inputs, quantized_inputs, arguments, weights, off)
+            hidden, _ = unit_inputs(model, units, batches)
+            streams, off = writing_streams(model), functools.partial(full_precision, model)
+            for unit, of_unit in zip(units, arguments, strict=True):
+                exact, hidden = reconstruct_unit(unit, of_unit, exact, hidden, readers, streams, weights, off)
             # Softmax has nothing to say of several labels an image.
             if model.backbone.config.problem_type in (None, "single_label_classification"):
                 refit_classifier(model, classifiers(model), batches, logits)

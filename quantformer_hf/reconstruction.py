@@ -10,9 +10,7 @@ information): without that the few tokens with huge values, which cannot be met,
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .groups import channel_importance
-from .observers import weighted_quantiles
+from .observers import channel_quantiles, weighted_sample
 from .quantizers import GroupActivationQuantizer, LSQWeightQuantizer
-from .regression import Evidence, Moments, nothing, refit_layer
+from .regression import Evidence, Moments, Part, nothing, refit_layer
 
 
 #: Power of a token's Fisher information that becomes its weight.
 TOKEN_WEIGHT_POWER = 0.5
 
+#: Images whose rows are looked at together, so that little besides the inputs of a unit is held.
+IMAGES_AT_ONCE = 32
+
 Readers = Mapping[GroupActivationQuantizer, Sequence[nn.Linear]]
 
-#: For the quantizers whose one reader writes to the residual stream: whose input the stream then is (a LayerNorm), or the
-#: block, whose output it is.
-Streams = Mapping[GroupActivationQuantizer, nn.Module]
+#: For the quantizers whose one reader writes to the residual stream: whose inputs the stream is before and after that. After
+#: the last one of a block, whose output it then is, the block itself.
+Streams = Mapping[GroupActivationQuantizer, tuple[nn.Module, nn.Module]]
 
 
 def token_weights(
@@ -74,152 +75,116 @@ def token_weights(
     return weights, logits.detach()
 
 
-@dataclass
-class Seen:
-    """What a run of a unit shows. Tensors are `(rows, channels)`, float32, but for `output`.
-
-    Attributes:
-        inputs: of each quantizer, in the order in which they ran.
-        streams: of those in `Streams`, the residual stream with the output of their reader in it.
-        output: of the unit, where it was run to the end.
-        images: in which the rows lie one after the other.
-    """
-
-    inputs: dict[GroupActivationQuantizer, Tensor]
-    streams: dict[GroupActivationQuantizer, Tensor]
-    output: Tensor | None
-    images: int
-
-    def beside(self, quantizer: GroupActivationQuantizer, layer: nn.Linear) -> Tensor:
-        """The stream without what `layer`, which reads `quantizer`, has added to it."""
-        tokens = self.inputs[quantizer].unflatten(0, (self.images, -1))
-        return self.streams[quantizer] - layer(tokens.to(layer.weight.dtype)).float().flatten(0, 1)
+def run_unit(unit: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict[str, Any]]) -> Tensor:
+    """What `unit` makes of `hidden` `(images, tokens, channels)` and of what else it is called with."""
+    positional, named = arguments
+    output = unit(hidden, *positional, **named)
+    return output[0] if isinstance(output, tuple) else output
 
 
-def look_inside(
+def reconstruct_unit(
     unit: nn.Module,
-    positional: tuple,
-    named: dict[str, Any],
-    streams: Streams,
-    quantizers: Sequence[GroupActivationQuantizer],
+    arguments: tuple[tuple, dict[str, Any]],
+    exact: Tensor,
     hidden: Tensor,
-    to_the_end: bool = True,
-) -> Seen:
-    """Run `unit` on `hidden`, with the other arguments that it is called with, and watch `quantizers`.
-
-    Not `to_the_end`, it stops as soon as all is seen.
-    """
-    writers = [quantizer for quantizer in quantizers if quantizer in streams]
-    norms = [streams[quantizer] for quantizer in writers if streams[quantizer] is not unit]
-    to_the_end = to_the_end or len(norms) < len(writers)
-    output = None
-    with captured_inputs([*quantizers, *norms], stop=not to_the_end) as seen:
-        output = unit(hidden, *positional, **named)
-        output = output[0] if isinstance(output, tuple) else output
-        seen[unit] = output.reshape(-1, output.shape[-1]).float()
-    return Seen(
-        {quantizer: seen[quantizer] for quantizer in seen if quantizer in quantizers},
-        {quantizer: seen[streams[quantizer]] for quantizer in writers},
-        output,
-        len(hidden),
-    )
-
-
-def reconstruct_units(
-    units: Sequence[nn.Module],
     readers: Readers,
     streams: Streams,
-    full_precision_inputs: list[Tensor],
-    quantized_inputs: list[Tensor],
-    arguments: Sequence[tuple[tuple, dict]],
-    weights: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
+    weights: Mapping[GroupActivationQuantizer, Tensor],
     full_precision: Callable[[], Any],
-) -> None:
-    """Refit the linears of each unit in the order in which they run, each on what the refitted ones before it give.
+) -> tuple[Tensor, Tensor]:
+    """Refit the linears of a unit (block, patch merging) in the order in which they run.
+
+    It runs once with all images: what reaches a quantizer refits it and its readers, and goes on through them.
 
     Args:
-        units: modules of which each one's output is the next one's input (blocks, patch merging).
+        arguments: what else `unit` is called with, positional and by keyword.
+        exact, hidden: what enters it in full precision and quantized, `(images, tokens, channels)`.
         readers: as in `token_weights`.
         streams: of the quantizers whose reader is to make up for what the residual stream lacks.
-        full_precision_inputs, quantized_inputs: of the first unit, a tensor a batch.
-        arguments: what else each unit is called with, positional and by keyword.
-        weights: `token_weights` of each batch.
+        weights: `token_weights` of all images.
         full_precision: context manager that turns all quantizers off.
+
+    Returns:
+        what leaves it in full precision and quantized, which is what enters the next one.
     """
-    for unit, (positional, named) in zip(units, arguments, strict=True):
-        inside = [module for module in unit.modules() if module in readers]
-        look = functools.partial(look_inside, unit, positional, named, streams)
-        expected = []
-        with full_precision():
-            for batch, hidden in enumerate(full_precision_inputs):
-                expected.append(look(inside, hidden))
-                full_precision_inputs[batch] = expected[batch].output
-        # In the order in which they ran.
-        for quantizer in list(expected[0].inputs):
-            _refit_readers(quantizer, readers[quantizer], look, expected, quantized_inputs, weights, full_precision)
-        quantized_inputs[:] = [look([], hidden).output for hidden in quantized_inputs]
+    inside = [module for module in unit.modules() if module in readers]
+    places = {place for quantizer in inside for place in streams.get(quantizer, ())}
+    with full_precision(), captured_inputs([*inside, *places]) as expected:
+        exact = run_unit(unit, exact, arguments)
+    expected_output = exact.reshape(-1, exact.shape[-1]).float()
+
+    def refit(quantizer: GroupActivationQuantizer, given: tuple[Tensor]) -> None:
+        rows = given[0].reshape(-1, quantizer.channels).float()
+        wanted = None
+        if quantizer in streams:
+            before, after = streams[quantizer]
+            wanted = (expected_output if after is unit else expected[after]) - seen[before]
+        # Not to be held any longer: the inputs of fc2 are the largest that there are.
+        in_full_precision, layers = expected.pop(quantizer), readers[quantizer]
+        _refit_readers(quantizer, layers, rows, in_full_precision, wanted, weights[quantizer], len(hidden))
+
+    with captured_inputs(places) as seen, contextlib.ExitStack() as hooks:
+        for quantizer in inside:
+            hooks.callback(quantizer.register_forward_pre_hook(refit).remove)
+        return exact, run_unit(unit, hidden, arguments)
 
 
 def _refit_readers(
     quantizer: GroupActivationQuantizer,
     layers: Sequence[nn.Linear],
-    look: Callable[..., Seen],
-    expected: Sequence[Seen],
-    inputs: Sequence[Tensor],
-    weights: Sequence[Mapping[GroupActivationQuantizer, Tensor]],
-    full_precision: Callable[[], Any],
+    given: Tensor,
+    exact: Tensor,
+    wanted: Tensor | None,
+    weights: Tensor,
+    images: int,
 ) -> None:
-    """Refit `quantizer`, then what reads it.
+    """Refit `quantizer`, and that of the class token, then `layers`, which read them.
 
     Args:
-        look: `look_inside` of the quantized unit.
-        expected: what a run in full precision showed.
-        weights: `token_weights` of each batch.
-        full_precision: as in `reconstruct_units`.
+        given, exact: what is to be quantized, and what it is in full precision, `(rows, channels)`.
+        wanted: what the one layer, if it writes to the residual stream, should add to it, `(rows, out)`.
+        weights: of `token_weights`, `(rows,)`.
+        images: in which the rows lie one after the other.
     """
-    seen = [look([quantizer], hidden, to_the_end=False) for hidden in inputs]
-    writes = quantizer in seen[0].streams
-    if writes:
-        with full_precision():
-            others = [of_batch.beside(quantizer, layers[0]) for of_batch in expected]
-        missing = [other - of_batch.beside(quantizer, layers[0]) for other, of_batch in zip(others, seen, strict=True)]
-    else:
-        missing = [nothing(of_batch.inputs[quantizer]) for of_batch in seen]
-    _refit_quantizer(quantizer, layers, seen, torch.cat([of_batch[quantizer] for of_batch in weights]))
+    tokens, of_tokens = (rows.unflatten(0, (images, -1)) for rows in (given, weights.unsqueeze(1)))
+    for (part, own), (_, weight) in zip(quantizer.parts(tokens), quantizer.parts(of_tokens), strict=True):
+        # Of the last block nobody looks at what patches become.
+        if weight.sum() > 0:
+            drawn = part.produce(weighted_sample(own.flatten(0, 1), weight.flatten()))
+            part.refit(channel_quantiles(drawn), channel_importance(layers))
     layers = [layer for layer in layers if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer)]
     if not layers:
         return
-    parts = (
-        (
-            quantizer.produce(expected[batch].inputs[quantizer]),
-            _quantized(quantizer, seen[batch]),
-            missing[batch],
-            weights[batch][quantizer],
-        )
-        for batch in range(len(seen))
-    )
-    evidence = Evidence.of(parts, [len(batch) for batch in inputs]) if writes else Evidence(Moments.of(parts), [])
+    counts = [len(chunk) for chunk in torch.arange(images).split(IMAGES_AT_ONCE)]
+    parts = _parts(quantizer, layers[0], given, exact, wanted, weights, counts)
+    evidence = Evidence(Moments.of(parts), []) if wanted is None else Evidence.of(parts, counts)
     for layer in layers:
         refit_layer(layer, evidence)
 
 
-def _refit_quantizer(
-    quantizer: GroupActivationQuantizer, layers: Sequence[nn.Linear], seen: Sequence[Seen], row_weights: Tensor
-) -> None:
-    """Fit `quantizer`, and that of the class token, to what they were given; `row_weights` is `(rows,)`."""
-    images = sum(of_batch.images for of_batch in seen)
-    produced = torch.cat([quantizer.produce(of_batch.inputs[quantizer]) for of_batch in seen])
-    tokens, weights = (of_rows.unflatten(0, (images, -1)) for of_rows in (produced, row_weights.unsqueeze(1)))
-    for (part, own), (_, weight) in zip(quantizer.parts(tokens), quantizer.parts(weights), strict=True):
-        # Of the last block nobody looks at what patches become.
-        if weight.sum() > 0:
-            part.refit(weighted_quantiles(own.flatten(0, 1), weight.flatten()), channel_importance(layers))
-
-
-def _quantized(quantizer: GroupActivationQuantizer, seen: Seen) -> Tensor:
-    """What `quantizer` puts out for what it was given, `(rows, channels)`."""
-    parts = quantizer.parts(seen.inputs[quantizer].unflatten(0, (seen.images, -1)))
-    return torch.cat([part.quantize(tokens, 1.0) for part, tokens in parts], 1).flatten(0, 1)
+def _parts(
+    quantizer: GroupActivationQuantizer,
+    layer: nn.Linear,
+    given: Tensor,
+    exact: Tensor,
+    wanted: Tensor | None,
+    weights: Tensor,
+    counts: Sequence[int],
+) -> Iterator[Part]:
+    """What the regression goes by, so many images at a time as `counts` says; arguments of `_refit_readers`."""
+    rows_of_image = len(given) // sum(counts)
+    first = 0
+    for count in counts:
+        rows = slice(first, first + count * rows_of_image)
+        tokens = quantizer.parts(given[rows].unflatten(0, (count, -1)))
+        x_hat = torch.cat([part.quantize(of_part, 1.0) for part, of_part in tokens], 1).flatten(0, 1)
+        if wanted is None:
+            yield quantizer.produce(exact[rows]), x_hat, nothing(x_hat), weights[rows]
+        else:
+            bias = None if layer.bias is None else layer.bias.float()
+            missing = wanted[rows] - F.linear(x_hat, layer.weight.float(), bias)
+            yield nothing(x_hat), x_hat, missing, weights[rows]
+        first = rows.stop
 
 
 class _AllSeen(Exception):
@@ -227,7 +192,7 @@ class _AllSeen(Exception):
 
 
 @contextlib.contextmanager
-def captured_inputs(modules: Sequence[nn.Module], stop: bool = False) -> Iterator[dict[nn.Module, Tensor]]:
+def captured_inputs(modules: Collection[nn.Module], stop: bool = False) -> Iterator[dict[nn.Module, Tensor]]:
     """Collect what enters `modules` inside the `with` block, as `(rows, channels)` float32, in the order of their calls.
 
     With `stop`, the block is left when the last of them is called.
@@ -250,17 +215,17 @@ def captured_inputs(modules: Sequence[nn.Module], stop: bool = False) -> Iterato
 
 def unit_inputs(
     model: nn.Module, units: Sequence[nn.Module], batches: Iterable[Tensor]
-) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
+) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
     """What enters the first unit, and what else each unit is called with, of which the first batch tells.
 
     That one alone is run to the end.
 
     Args:
-        units: as in `reconstruct_units`.
+        units: modules of which each one's output is the next one's input.
         batches: `pixel_values`, `(batch, channels, height, width)` each.
 
     Returns:
-        `(batch, tokens, channels)` of each batch, and positional and named arguments of each unit.
+        `(images, tokens, channels)`, and positional and named arguments of each unit.
     """
     first: list[Tensor] = []
     arguments: dict[nn.Module, tuple[tuple, dict]] = {}
@@ -280,4 +245,4 @@ def unit_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return first, [arguments[unit] for unit in units]
+    return torch.cat(first), [arguments[unit] for unit in units]

@@ -32,21 +32,20 @@ ROUNDING_DAMPING = 0.1
 #: Variance that means nothing, as a share of the squared mean: products in float32 leave as much of inputs that do not vary.
 NOISE = 1e-5
 
-#: What a layer reads in full precision x and quantized x̂, each `(rows, channels)`, what else its output is to make up for,
-#: e `(rows, out)` or `(rows, 0)`, and how much each row counts, `(rows,)`.
+#: What a layer reads in full precision x and quantized x̂, each `(rows, channels)`, what `W x̂` lacks, e `(rows, out)`, and
+#: how much each row counts, `(rows,)`. Either x or e has no columns: a layer is to give what it gives on x, or `W x̂ + e`.
 Part = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass
 class Moments:
-    """Weighted second moments of a layer's inputs, quantized (x̂) and in full precision (x), and of what else its output
-    is to make up for (e), about their means.
+    """Weighted second moments about their means, float64, of what a `Part` holds.
 
     Attributes:
-        full_precision: `E[x xᵀ]`, `(channels, channels)`, float64; empty where there is something to make up for.
+        full_precision: `E[x xᵀ]`, `(channels, channels)`; of no rows, as `cross` and `mean`, where there is no x.
         quantized: `E[x̂ x̂ᵀ]`, `(channels, channels)`.
-        cross: `E[x x̂ᵀ]`, likewise.
-        missing: `E[e x̂ᵀ]`, `(out, channels)`; of no rows where the layer has nothing to make up for.
+        cross: `E[x x̂ᵀ]`, `(channels, channels)`.
+        missing: `E[e x̂ᵀ]`, `(out, channels)`; of no rows, as `missing_mean`, where there is no e.
         mean, quantized_mean: `(channels,)`.
         missing_mean: `(out,)`.
     """
@@ -70,8 +69,7 @@ class Moments:
     @classmethod
     def _from_sums(cls, sums: Sequence[Tensor]) -> "Moments":
         *products, mean, quantized_mean, missing_mean = (tensor / sums[-1] for tensor in sums[:-1])
-        own = mean[: len(sums[0])]
-        pairs = (own, own), (quantized_mean, quantized_mean), (mean, quantized_mean), (missing_mean, quantized_mean)
+        pairs = (mean, mean), (quantized_mean, quantized_mean), (mean, quantized_mean), (missing_mean, quantized_mean)
         centred = (product - torch.outer(*means) for product, means in zip(products, pairs, strict=True))
         return cls(*centred, mean, quantized_mean, missing_mean)
 
@@ -80,20 +78,18 @@ class Moments:
         # Of inputs that do not vary, variances may have either sign.
         noise = NOISE * self.quantized_mean.square().sum() + torch.finfo(torch.float32).tiny
         ridge = (share * self.quantized.diagonal().mean()).maximum(noise)
-        return ridge * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
+        return ridge * torch.eye(len(self.quantized), dtype=torch.float64, device=self.quantized.device)
 
     def wanting(self, weight: Tensor) -> Tensor:
-        """`E[(W x + e - W x̂) x̂ᵀ]`, `(out, channels)`: what the weight leaves undone."""
-        wanting = weight @ (self.cross - self.quantized)
-        return wanting + self.missing if len(self.missing) else wanting
+        """What the weight leaves undone, `E[(W x - W x̂) x̂ᵀ]` or `E[e x̂ᵀ]`, `(out, channels)`."""
+        return self.missing if len(self.missing) else weight @ (self.cross - self.quantized)
 
 
 def _sums(part: Part) -> list[Tensor]:
     """Of which `Moments` are made, float64; those of more rows add up."""
     x, x_hat, missing, weights = part
     column = weights.unsqueeze(1)
-    own = x[:, :0] if missing.shape[1] else x
-    pairs = (own, own), (x_hat, x_hat), (x, x_hat), (missing, x_hat)
+    pairs = (x, x), (x_hat, x_hat), (x, x_hat), (missing, x_hat)
     products = [(left * column).T @ right for left, right in pairs]
     means = [weights @ rows for rows in (x, x_hat, missing)]
     return [tensor.double() for tensor in (*products, *means, weights.sum())]
@@ -104,7 +100,7 @@ def _added(sums: list[Tensor] | None, others: list[Tensor]) -> list[Tensor]:
 
 
 def nothing(rows: Tensor) -> Tensor:
-    """What a layer that reads `rows` is to make up for, where it writes to no stream: `(rows, 0)`."""
+    """The x or e that a `Part` of so many rows has not: `(rows, 0)`."""
     return rows.new_zeros(len(rows), 0)
 
 
@@ -154,29 +150,28 @@ def solve_damped(wanting: Tensor, moments: Moments, share: float) -> Tensor:
     return torch.cholesky_solve(wanting.T, factor).T
 
 
-def choose_damping(weight: Tensor, folds: Sequence[tuple[Moments, Moments]]) -> float:
+def choose_damping(folds: Sequence[tuple[Moments, Moments]]) -> float:
     """The ridge of `DAMPINGS` with which regression on some images leaves least undone on the others.
 
     Args:
-        weight: `(out, in)`, float64.
-        folds: as in `Evidence`. Without any, one knows nothing of other images, and the largest ridge is taken.
+        folds: as in `Evidence`, with e. Without any, one knows nothing of other images, and the largest ridge is taken.
     """
     if not folds:
         return DAMPINGS[-1]
-    losses = weight.new_zeros(len(DAMPINGS))
+    losses = torch.zeros(len(DAMPINGS), dtype=torch.float64)
     for seen, unseen in folds:
-        wanting, wanting_there = seen.wanting(weight), unseen.wanting(weight)
         for index, share in enumerate(DAMPINGS):
-            step = solve_damped(wanting, seen, share)
-            losses[index] += ((step @ unseen.quantized) * step).sum() - 2 * (step * wanting_there).sum()
+            step = solve_damped(seen.missing, seen, share)
+            losses[index] += (((step @ unseen.quantized) * step).sum() - 2 * (step * unseen.missing).sum()).item()
     return DAMPINGS[losses.argmin().item()]
 
 
 def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
-    """What the layer should be, before it is rounded: `V = argmin E‖W x + e - V x̂‖² + λ‖W - V‖²`, `(out, in)`, float64.
+    """What the layer should be, before it is rounded: `V = argmin E‖t - V x̂‖² + λ‖W - V‖²`, `(out, in)`, float64, with t
+    either `W x̂ + e` or `W x`.
 
-    Where there is something to make up for, cross-validation chooses λ: the class token of each image counts for much, and
-    there are few of them, which a small ridge learns by heart.
+    For the former cross-validation chooses λ: the class token of each image counts for much, and there are few of them,
+    which a small ridge learns by heart.
 
     Elsewhere λ is `REGRESSION_DAMPING`, and each row of V is scaled (`row_gains`). Least squares puts out less the noisier
     x̂ is, which is nearest to `W x`, and no good: attention gets flat, and what follows is made for values of the old size.
@@ -184,7 +179,7 @@ def refit_weight(weight: Tensor, evidence: Evidence) -> Tensor:
     """
     wide, moments = weight.double(), evidence.moments
     makes_up = len(moments.missing) > 0
-    share = choose_damping(wide, evidence.folds) if makes_up else REGRESSION_DAMPING
+    share = choose_damping(evidence.folds) if makes_up else REGRESSION_DAMPING
     refitted = wide + solve_damped(moments.wanting(wide), moments, share)
     if makes_up:
         return refitted
@@ -220,7 +215,7 @@ def refit_layer(layer: nn.Linear, evidence: Evidence) -> None:
     layer.weight.copy_(rounded.latent)
     quantizer.scale.copy_(rounded.scale)
     if layer.bias is not None:
-        shift = before @ moments.mean - rounded.weight.double() @ moments.quantized_mean
-        if len(moments.missing_mean):
-            shift += moments.missing_mean
-        layer.bias += shift.to(layer.bias)
+        given = rounded.weight.double() @ moments.quantized_mean
+        makes_up = len(moments.missing) > 0
+        expected = before @ moments.quantized_mean + moments.missing_mean if makes_up else before @ moments.mean
+        layer.bias += (expected - given).to(layer.bias)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import make_batches, make_full_precision, make_quantized
 
-from quantformer_hf import QuantformerForImageClassification, StageError, quantize, regression
+from quantformer_hf import QuantformerForImageClassification, StageError, quantize, reconstruction, regression
+from quantformer_hf.kernels import fake_quantized
 from quantformer_hf.layers import QuantLinear
 from quantformer_hf.quantize import blocks, reading_layers
 from quantformer_hf.quantizers import LSQWeightQuantizer
@@ -31,25 +32,27 @@ def test_moments_do_not_depend_on_the_parts():
     x = correlated_rows()
     x_hat, weights = x.round(), torch.rand(len(x), generator=torch.Generator().manual_seed(1))
     missing = (x - x_hat)[:, :5]
-    whole = Moments.of([(x, x_hat, missing, weights)])
-    parts = Moments.of([(x[i::3], x_hat[i::3], missing[i::3], weights[i::3]) for i in range(3)])
+    whole = Moments.of([(nothing(x), x_hat, missing, weights)])
+    parts = Moments.of([(nothing(x[i::3]), x_hat[i::3], missing[i::3], weights[i::3]) for i in range(3)])
     share = (weights / weights.sum()).double()
     expected = torch.cov(x_hat.double().T, correction=0, aweights=share)
     torch.testing.assert_close(whole.quantized, parts.quantized, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.quantized, expected, rtol=1e-4, atol=1e-4)
     assert whole.full_precision.numel() == 0
-    own = Moments.of([(x, x_hat, nothing(x), weights)]).full_precision
-    torch.testing.assert_close(own, torch.cov(x.double().T, correction=0, aweights=share), rtol=1e-4, atol=1e-4)
+    own = Moments.of([(x, x_hat, nothing(x), weights)])
+    assert own.missing.numel() == 0
+    expected = torch.cov(x.double().T, correction=0, aweights=share)
+    torch.testing.assert_close(own.full_precision, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.missing, parts.missing, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(whole.missing, (whole.cross - whole.quantized)[:5], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.missing, (own.cross - own.quantized)[:5], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.missing_mean, (share @ missing.double()), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole.quantized_mean, (share @ x_hat.double()), rtol=1e-5, atol=1e-5)
 
 
 def evidence_of(x: torch.Tensor, x_hat: torch.Tensor, missing: torch.Tensor | None = None) -> Evidence:
     """Without folds."""
-    missing = nothing(x) if missing is None else missing
-    return Evidence(Moments.of([(x, x_hat, missing, torch.ones(len(x)))]), [])
+    exact, missing = (x, nothing(x)) if missing is None else (nothing(x), missing)
+    return Evidence(Moments.of([(exact, x_hat, missing, torch.ones(len(x)))]), [])
 
 
 def test_the_refitted_weight_makes_up_for_noisy_inputs():
@@ -95,7 +98,7 @@ def test_inputs_of_all_batches_take_one_run_to_the_end(backbone):
         inputs, arguments = unit_inputs(model, units, batches)
     assert len(ends) == 1
     assert len(arguments) == len(units)
-    assert all(torch.equal(*pair) for pair in zip(inputs, expected, strict=True))
+    assert torch.equal(inputs, torch.cat(expected))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -105,9 +108,10 @@ def test_inputs_that_do_not_vary_leave_the_weight_as_it_is(seed):
     layer = QuantLinear.from_float(torch.nn.Linear(16, 8), LSQWeightQuantizer(8, 8))
     with torch.no_grad():
         layer.weight.copy_(weight)
-    for missing in (nothing(x), torch.ones(400, 8)):
+    for exact, missing in ((x, nothing(x)), (nothing(x), torch.ones(400, 8))):
         weights = torch.rand(400, generator=torch.Generator().manual_seed(seed))
-        evidence = Evidence.of([(x, x, missing, weights)], [100])
+        parts = [(exact, x, missing, weights)]
+        evidence = Evidence.of(parts, [100]) if missing.shape[1] else Evidence(Moments.of(parts), [])
         torch.testing.assert_close(refit_weight(weight, evidence).float(), weight, rtol=1e-3, atol=1e-3)
         refit_layer(layer, evidence)
         assert layer.weight.isfinite().all()
@@ -123,10 +127,10 @@ def test_a_layer_makes_up_for_what_the_stream_lacks():
     x, weight = correlated_rows(), torch.randn(8, 16)
     lost = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
     whole = evidence_of(x, x, x @ lost.T + 5).moments
-    evidence = Evidence.of([(x, x, x @ lost.T + 5, torch.ones(len(x)))], [8])
+    evidence = Evidence.of([(nothing(x), x, x @ lost.T + 5, torch.ones(len(x)))], [8])
     torch.testing.assert_close(evidence.moments.missing, whole.missing, rtol=1e-4, atol=1e-4)
     # Without noise nothing speaks for a larger ridge than the least.
-    assert choose_damping(weight.double(), evidence.folds) == DAMPINGS[0]
+    assert choose_damping(evidence.folds) == DAMPINGS[0]
     covariance = whole.quantized
     shrunk = lost.double() @ covariance @ torch.linalg.inv(covariance + whole.damping(DAMPINGS[0]))
     torch.testing.assert_close(refit_weight(weight, evidence), weight.double() + shrunk, rtol=1e-4, atol=1e-4)
@@ -137,10 +141,10 @@ def test_a_layer_makes_up_for_what_the_stream_lacks():
 
 
 def test_what_is_noise_on_other_images_is_not_learnt():
-    x, weight = correlated_rows(24), torch.zeros(8, 16, dtype=torch.float64)
+    x = correlated_rows(24)
     noise = torch.randn(24, 8, generator=torch.Generator().manual_seed(3))
-    evidence = Evidence.of([(x, x, noise, torch.ones(24))], [24])
-    assert choose_damping(weight, evidence.folds) > 10 * DAMPINGS[0]
+    evidence = Evidence.of([(nothing(x), x, noise, torch.ones(24))], [24])
+    assert choose_damping(evidence.folds) > 10 * DAMPINGS[0]
 
 
 def test_images_are_dealt_to_the_folds_one_by_one_however_they_are_batched():
@@ -167,7 +171,7 @@ def test_one_image_or_images_that_do_not_count_give_no_folds():
     evidence = Evidence.of([(x, x, x, weights)], [4])
     assert len(evidence.folds) == 3
     assert all(moments.quantized.isfinite().all() for pair in evidence.folds for moments in pair)
-    assert choose_damping(torch.zeros(16, 16, dtype=torch.float64), []) == DAMPINGS[-1]
+    assert choose_damping([]) == DAMPINGS[-1]
 
 
 def test_token_weights_are_positive_of_mean_one_and_find_the_token_that_is_read():
@@ -271,7 +275,71 @@ def test_what_cannot_be_reconstructed_is_told():
     with pytest.raises(ValueError, match="pixel_values that are not finite"):
         model.reconstruct(batches)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="images of several sizes"):
+        model.reconstruct([batches[0], batches[0][..., :-4]])
     with torch.inference_mode():
         made_there = make_quantized("vit", "finetune")
     with pytest.raises(ValueError, match=r"made under torch.inference_mode\(\)"):
         made_there.reconstruct(make_batches())
+
+
+def seen_at(model: torch.nn.Module, place: torch.nn.Module, output: bool, images: torch.Tensor) -> torch.Tensor:
+    """What enters `place`, or leaves it, `(rows, channels)`."""
+    seen = []
+    hook = place.register_forward_hook(lambda _, given, put_out: seen.append(put_out if output else given[0]))
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return tensor.flatten(0, -2).double()
+
+
+def test_what_each_regression_goes_by(backbone, monkeypatch):
+    model, batches = (
+        make_quantized(backbone, "finetune", weight_bits=2, activation_bits=3),
+        make_batches(2, batch_size=4),
+    )
+    given = {}
+    # Layers stay, all tokens count alike, and the images that are looked at together are not those of a batch.
+    monkeypatch.setattr(reconstruction, "refit_layer", given.setdefault)
+    monkeypatch.setattr(reconstruction, "TOKEN_WEIGHT_POWER", 0.0)
+    monkeypatch.setattr(reconstruction, "IMAGES_AT_ONCE", 3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    model.reconstruct(batches)
+
+    images, readers, streams = torch.cat(batches), reading_layers(model), quantize.writing_streams(model)
+    with torch.no_grad(), fake_quantized():
+        with quantize.full_precision(model), reconstruction.captured_inputs(readers) as exact:
+            model(images)
+        with reconstruction.captured_inputs(readers) as quantized:
+            model(images)
+    assert 0 < len(streams) < len(readers)
+    for quantizer, (layer, *_) in readers.items():
+        moments = given[layer].moments
+        parts = quantizer.parts(quantized[quantizer].unflatten(0, (len(images), -1)))
+        with torch.no_grad():
+            x_hat = torch.cat([part.quantize(rows, 1.0) for part, rows in parts], 1).flatten(0, 1).double()
+            x = quantizer.produce(exact[quantizer]).double()
+        if quantizer in streams:
+            # What is still missing where this layer alone keeps its weight.
+            place = streams[quantizer][1]
+            where = model, place, place in quantize.blocks(model), images
+            with fake_quantized():
+                with quantize.full_precision(model):
+                    expected = seen_at(*where)
+                layer.weight_quantizer.enabled = False
+                x, moments_of_it, mean = expected - seen_at(*where), moments.missing, moments.missing_mean
+                layer.weight_quantizer.enabled = True
+        else:
+            moments_of_it, mean = moments.cross, moments.mean
+        centred = x_hat - x_hat.mean(0)
+        for found, wanted in (
+            (mean, x.mean(0)),
+            (moments_of_it, (x - x.mean(0)).T @ centred / len(x)),
+            (moments.quantized_mean, x_hat.mean(0)),
+            (moments.quantized, centred.T @ centred / len(x)),
+        ):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

@@ -16,7 +16,7 @@ from ..groups import channel_importance
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..quantize import blocks, full_precision, reading_layers
 from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
-from ..reconstruction import look_inside, token_weights, unit_inputs
+from ..reconstruction import captured_inputs, run_unit, token_weights, unit_inputs
 from ..regression import Evidence, Moments, nothing, refit_layer
 from .search_space import SearchSpace
 
@@ -111,16 +111,12 @@ def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQua
         weights = [token_weights(model, batch, readers)[0] for batch in batches]
         with torch.no_grad():
             hidden, arguments = unit_inputs(model, units, batches)
-            for unit, (positional, named) in zip(units, arguments, strict=True):
+            for unit, of_unit in zip(units, arguments, strict=True):
                 inside = [module for module in unit.modules() if module in readers]
-                seen = []
-                for number, x in enumerate(hidden):
-                    shown = look_inside(unit, positional, named, {}, inside, x)
-                    hidden[number] = shown.output
-                    seen.append({quantizer: quantizer.produce(rows) for quantizer, rows in shown.inputs.items()})
+                with captured_inputs(inside) as seen:
+                    hidden = run_unit(unit, hidden, of_unit)
                 for quantizer in inside:
-                    found[quantizer] = Moments.of(
-                        (produced[quantizer], produced[quantizer], nothing(produced[quantizer]), weight[quantizer])
-                        for produced, weight in zip(seen, weights, strict=True)
-                    )
+                    rows = quantizer.produce(seen[quantizer])
+                    weight = torch.cat([of_batch[quantizer] for of_batch in weights])
+                    found[quantizer] = Moments.of([(rows, rows, nothing(rows), weight)])
     return found
