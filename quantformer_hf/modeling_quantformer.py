@@ -30,6 +30,7 @@ from .configuration_quantformer import (
     check_quantization_arguments,
 )
 from .image_batches import Batches
+from .model_refit import reconstruct
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
 from .pretrained import QuantformerPreTrainedModel
@@ -283,7 +284,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             raise StageError("reconstruct() needs a calibrated model: run model.calibrate(batches) first")
         if self.config.stage == "packed":
             raise StageError("reconstruct() changes weights, and the model is packed: run model.unpack() first")
-        quantize.reconstruct(self, batches)
+        reconstruct(self, batches)
         note_change(self.config)
         return self
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from conftest import make_batches, make_full_precision, make_quantized
 
-from quantformer_hf import QuantformerForImageClassification, StageError, quantize, reconstruction, regression
+from quantformer_hf import (
+    QuantformerForImageClassification,
+    StageError,
+    model_refit,
+    quantize,
+    reconstruction,
+    regression,
+)
 from quantformer_hf.kernels import fake_quantized
 from quantformer_hf.layers import QuantLinear
 from quantformer_hf.quantize import blocks, reading_layers
@@ -220,7 +227,7 @@ def test_making_up_for_the_stream_brings_the_output_nearer(backbone, monkeypatch
     batches = make_batches(8, batch_size=8)
     errors = []
     for streams in (quantize.writing_streams, lambda model: {}):
-        monkeypatch.setattr(quantize, "writing_streams", streams)
+        monkeypatch.setattr(model_refit, "writing_streams", streams)
         model = make_quantized(backbone, "finetune", weight_bits=2, activation_bits=8)
         errors.append(output_error(model.reconstruct(batches), backbone, batches))
     assert errors[0] < 0.95 * errors[1]
@@ -343,3 +350,12 @@ def test_what_each_regression_goes_by(backbone, monkeypatch):
             (moments.quantized, centred.T @ centred / len(x)),
         ):
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_that_is_too_small_is_told_what_would_fit(monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model_refit, "reconstruct_unit", too_large)
+    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)CUDA out of memory.*of all 8 images: give it fewer"):
+        make_quantized("vit", "finetune").reconstruct(make_batches(2, batch_size=4))
