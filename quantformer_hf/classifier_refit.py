@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .layers import QuantLinear
 from .losses import logit_distillation
-from .reconstruction import captured_inputs
 
 
 #: How strong the pull is, for each channel that is read; docs/choices.md has what others cost.
@@ -24,24 +23,18 @@ PULL = 100.0
 ITERATIONS = 30
 
 
-def refit_classifier(
-    model: nn.Module, heads: Sequence[nn.Linear], batches: Sequence[Tensor], logits: Sequence[Tensor]
-) -> None:
-    """Refit `heads`, whose mean is what `model` puts out, and the scales of their weights.
+def refit_classifier(heads: Sequence[nn.Linear], inputs: Sequence[Tensor], logits: Tensor) -> None:
+    """Refit `heads`, whose mean is what the model puts out, and the scales of their weights.
 
     Args:
         heads: linears, quantized or not. With a distillation token there are two.
-        batches: `pixel_values`, `(batch, channels, height, width)` each.
-        logits: of full precision for each batch, `(batch, classes)`.
+        inputs: what enters each of them, `(images, channels)`.
+        logits: of full precision, `(images, classes)`.
     """
-    inputs = []
-    for batch in batches:
-        with captured_inputs(heads, stop=True) as seen:
-            model(pixel_values=batch)
-        inputs.append(torch.cat([_read(head, seen[head]) for head in heads], 1) / len(heads))
+    read = [_read(head, x.float()) for head, x in zip(heads, inputs, strict=True)]
     weights = [head.weight.float() for head in heads]
     bias = torch.stack([head.bias.float() for head in heads]).mean(0)
-    change, shift = fit_step(torch.cat(inputs).float(), torch.cat(list(logits)).float(), torch.cat(weights, 1), bias)
+    change, shift = fit_step(torch.cat(read, 1) / len(heads), logits.float(), torch.cat(weights, 1), bias)
     for head, own in zip(heads, change.split([weight.shape[1] for weight in weights], 1), strict=True):
         head.weight += own.to(head.weight)
         head.bias += shift.to(head.bias)

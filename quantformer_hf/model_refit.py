@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from .classifier_refit import refit_classifier
 from .image_batches import Batches, pixel_values_in
 from .kernels import fake_quantized
-from .quantize import blocks, classifiers, full_precision, reading_layers, writing_streams
-from .reconstruction import reconstruct_unit, token_weights, unit_inputs
+from .quantize import classifiers, full_precision, reading_layers, writing_streams
+from .reconstruction import reconstruct_layers, token_weights
+
+
+#: Images that run together. While they do, all others wait, and of these little more is held than what a quantizer is given.
+IMAGES_AT_ONCE = 32
 
 
 def reconstruct(model: nn.Module, batches: Batches) -> None:
@@ -18,9 +22,9 @@ def reconstruct(model: nn.Module, batches: Batches) -> None:
     By `reconstruction.py` and `classifier_refit.py`.
 
     Raises:
-        TypeError, ValueError: as `pixel_values_in`; no batch at all, images of several sizes, or values that are not finite;
-            a model that was made under `torch.inference_mode()`.
-        torch.OutOfMemoryError: on a GPU too small for what one block makes of all images; some blocks may be refitted.
+        TypeError, ValueError: as `pixel_values_in`; no batch at all, or values that are not finite; a model that was made
+            under `torch.inference_mode()`.
+        torch.OutOfMemoryError: on a GPU too small for the hidden states of all images; some blocks may be refitted.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
@@ -29,42 +33,36 @@ def reconstruct(model: nn.Module, batches: Batches) -> None:
     device = next(model.parameters()).device
     # Gradients weigh the tokens, and few digits would change what is fitted: whatever mode the caller is in.
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        images = [pixel_values.to(device) for pixel_values in pixel_values_in(batches)]
+        images = [
+            few.to(device) for pixel_values in pixel_values_in(batches) for few in pixel_values.split(IMAGES_AT_ONCE)
+        ]
         images = [pixel_values.clone() if pixel_values.is_inference() else pixel_values for pixel_values in images]
         if not images:
             raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
-        if len({pixel_values.shape[1:] for pixel_values in images}) > 1:
-            raise ValueError("the batches to reconstruct from are of images of several sizes: give them all one size")
         if not all(pixel_values.isfinite().all() for pixel_values in images):
             raise ValueError("a batch to reconstruct from has pixel_values that are not finite: leave those images out")
         try:
             _reconstruct(model, images)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
-                f"{error}\nreconstruct() holds what a whole block makes of all {sum(map(len, images))} images: give it fewer"
+                f"{error}\nreconstruct() holds hidden states of all {sum(map(len, images))} images: give it fewer"
                 f" (--reconstruction_samples)"
             ) from error
 
 
 def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
-    units = blocks(model)
-    readers = reading_layers(model)
+    readers, streams, heads = reading_layers(model), writing_streams(model), classifiers(model)
+    off = functools.partial(full_precision, model)
     training = model.training
     model.eval()
     try:
-        with full_precision(model):
+        with off():
             weights, logits = zip(*(token_weights(model, batch, readers) for batch in batches), strict=True)
-            weights = {quantizer: torch.cat([of_batch[quantizer] for of_batch in weights]) for quantizer in readers}
-            with torch.no_grad():
-                exact, arguments = unit_inputs(model, units, batches)
         # What the quantizers put out is looked at.
         with torch.no_grad(), fake_quantized():
-            hidden, _ = unit_inputs(model, units, batches)
-            streams, off = writing_streams(model), functools.partial(full_precision, model)
-            for unit, of_unit in zip(units, arguments, strict=True):
-                exact, hidden = reconstruct_unit(unit, of_unit, exact, hidden, readers, streams, weights, off)
+            features = reconstruct_layers(model, batches, readers, streams, weights, off, heads)
             # Softmax has nothing to say of several labels an image.
             if model.backbone.config.problem_type in (None, "single_label_classification"):
-                refit_classifier(model, classifiers(model), batches, logits)
+                refit_classifier(heads, features, torch.cat(logits))
     finally:
         model.train(training)

@@ -1,5 +1,7 @@
 """What calibration sees: quantiles of each channel, over a few batches."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,16 +25,21 @@ def channel_quantiles(rows: Tensor) -> Tensor:
     return torch.lerp(ordered[:, below], ordered[:, above], places.frac().float()).to(rows.device)
 
 
-def weighted_sample(rows: Tensor, weights: Tensor, most_rows: int = 4096) -> Tensor:
-    """`most_rows` of `rows`, evenly spaced in what they weigh together, so that each is there as often as it counts.
+def weighted_sample(parts: Sequence[Tensor], weights: Tensor, most_rows: int = 4096) -> Tensor:
+    """`most_rows` rows, evenly spaced in what they weigh together, so that each is there as often as it counts.
 
     Args:
-        rows: `(rows, channels)`.
-        weights: `(rows,)`, not negative, of a positive sum.
+        parts: `(rows, channels)` each.
+        weights: of the rows of all parts, one part after the other, `(rows,)`; not negative, of a positive sum.
     """
     ends = weights.double().cumsum(0)
-    places = (torch.arange(most_rows, dtype=torch.float64, device=rows.device) + 0.5) * (ends[-1] / most_rows)
-    return rows[torch.searchsorted(ends, places).clamp_max(len(rows) - 1)]
+    places = (torch.arange(most_rows, dtype=torch.float64, device=weights.device) + 0.5) * (ends[-1] / most_rows)
+    chosen = torch.searchsorted(ends, places).clamp_max(len(weights) - 1)
+    drawn, first = [], 0
+    for rows in parts:
+        drawn.append(rows[chosen[(chosen >= first) & (chosen < first + len(rows))] - first])
+        first += len(rows)
+    return torch.cat(drawn)
 
 
 class Observer:

@@ -18,6 +18,7 @@ from .layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNo
 from .ops import PRODUCERS
 from .packed_blocks import choose_forms
 from .packed_layers import PackedLinear, packed_form
+from .paused import Place
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
 
 
@@ -214,7 +215,7 @@ def reading_layers(model: nn.Module) -> dict[GroupActivationQuantizer, list[nn.L
     return readers
 
 
-def writing_streams(model: nn.Module) -> dict[GroupActivationQuantizer, tuple[nn.Module, nn.Module]]:
+def writing_streams(model: nn.Module) -> dict[GroupActivationQuantizer, tuple[Place, Place]]:
     """Where the residual stream is seen before and after what reads a quantizer writes to it (`reconstruction.Streams`).
 
     Swin's output projection is not among them: its rows are in the order of windows.
@@ -222,9 +223,9 @@ def writing_streams(model: nn.Module) -> dict[GroupActivationQuantizer, tuple[nn
     streams = {}
     for block in blocks(model):
         if hasattr(block, "mlp"):
-            streams[block.mlp.fc2] = block.layernorm_after, block
+            streams[block.mlp.fc2] = Place(block.layernorm_after), Place(block, output=True)
             if not hasattr(block, "maybe_pad"):
-                streams[block.attention.o_proj] = block, block.layernorm_after
+                streams[block.attention.o_proj] = Place(block), Place(block.layernorm_after)
     return {quantizer: streams[layer] for quantizer, (layer, *_) in reading_layers(model).items() if layer in streams}
 
 

@@ -10,6 +10,7 @@ from quantformer_hf.classifier_refit import fit_step, refit_classifier
 from quantformer_hf.grids import fit_row_scales
 from quantformer_hf.kernels import fake_quantized
 from quantformer_hf.losses import logit_distillation
+from quantformer_hf.paused import PausedRuns, Place
 from quantformer_hf.quantize import classifiers, full_precision
 
 
@@ -60,7 +61,9 @@ def test_the_model_puts_out_more_likely_classes(backbone):
             expected = [model(batch).logits for batch in batches]
         before = [model(batch).logits for batch in batches]
         weights = [head.weight.clone() for head in heads]
-        refit_classifier(model, heads, batches, expected)
+        with PausedRuns(model, batches, map(Place, heads)) as runs:
+            inputs = [torch.cat(runs.go_on()[1]) for _ in heads]
+        refit_classifier(heads, inputs, torch.cat(expected))
         after = [model(batch).logits for batch in batches]
     divergences = [logit_distillation(torch.cat(logits), torch.cat(expected)).item() for logits in (before, after)]
     assert divergences[1] < 0.95 * divergences[0]
@@ -97,12 +100,12 @@ def test_what_is_fitted_is_what_the_weight_multiplies(monkeypatch):
         return torch.full_like(weight, 0.5), torch.full_like(bias, 0.25)
 
     monkeypatch.setattr(classifier_refit, "fit_step", fit)
-    model, batches = make_quantized("vit", "finetune", classifier_bits=2), make_batches()
-    head = model.backbone.classifier
+    head = make_quantized("vit", "finetune", classifier_bits=2).backbone.classifier
     weight, bias = head.weight.clone(), head.bias.clone()
-    with torch.no_grad(), fake_quantized():
-        refit_classifier(model, [head], batches, [model(batch).logits for batch in batches])
-    assert fitted[0].shape == (sum(len(batch) for batch in batches), head.in_features)
+    features = torch.randn(12, head.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        refit_classifier([head], [features], torch.zeros(12, head.out_features))
+    assert fitted[0].shape == features.shape
     assert 2 <= fitted[0].unique().numel() <= 4
     torch.testing.assert_close(head.weight, weight + 0.5)
     torch.testing.assert_close(head.bias, bias + 0.25)

@@ -14,9 +14,10 @@ from quantformer_hf import (
 )
 from quantformer_hf.kernels import fake_quantized
 from quantformer_hf.layers import QuantLinear
-from quantformer_hf.quantize import blocks, reading_layers
+from quantformer_hf.paused import PausedRuns, Place
+from quantformer_hf.quantize import reading_layers
 from quantformer_hf.quantizers import LSQWeightQuantizer
-from quantformer_hf.reconstruction import token_weights, unit_inputs
+from quantformer_hf.reconstruction import token_weights
 from quantformer_hf.regression import (
     DAMPINGS,
     FOLDS,
@@ -90,22 +91,6 @@ def test_what_a_noisy_layer_puts_out_is_as_large_as_in_full_precision(monkeypatc
     assert ((together / (variances[0] * variances[1]).sqrt()) < 0.99).all()
     ratio = (variances[0] / variances[1]).sqrt() ** (1 - unbiasedness) * (variances[0] / together) ** unbiasedness
     torch.testing.assert_close(ratio, torch.ones(7), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("backbone", ["vit", "swin"])
-def test_inputs_of_all_batches_take_one_run_to_the_end(backbone):
-    model, batches = make_quantized(backbone), make_batches(3)
-    units, first, ends = blocks(model), [], []
-    units[0].register_forward_pre_hook(lambda _, arguments: first.append(arguments[0]))
-    units[-1].register_forward_hook(lambda *_: ends.append(True))
-    with torch.no_grad():
-        for batch in batches:
-            model(pixel_values=batch)
-        expected, ends[:] = first[:], []
-        inputs, arguments = unit_inputs(model, units, batches)
-    assert len(ends) == 1
-    assert len(arguments) == len(units)
-    assert torch.equal(inputs, torch.cat(expected))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -282,23 +267,20 @@ def test_what_cannot_be_reconstructed_is_told():
     with pytest.raises(ValueError, match="pixel_values that are not finite"):
         model.reconstruct(batches)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="images of several sizes"):
-        model.reconstruct([batches[0], batches[0][..., :-4]])
     with torch.inference_mode():
         made_there = make_quantized("vit", "finetune")
     with pytest.raises(ValueError, match=r"made under torch.inference_mode\(\)"):
         made_there.reconstruct(make_batches())
 
 
-def seen_at(model: torch.nn.Module, place: torch.nn.Module, output: bool, images: torch.Tensor) -> torch.Tensor:
-    """What enters `place`, or leaves it, `(rows, channels)`."""
-    seen = []
-    hook = place.register_forward_hook(lambda _, given, put_out: seen.append(put_out if output else given[0]))
+def test_batches_may_be_of_images_of_several_sizes():
+    model, batches = make_quantized("swin", "finetune"), make_batches(2, batch_size=4)
+    large = torch.nn.functional.interpolate(batches[1], scale_factor=1.5)
+    alone = make_quantized("swin", "finetune").reconstruct([batches[0]]).state_dict()
+    both = model.reconstruct([batches[0], large]).state_dict()
+    assert not all(torch.equal(alone[name], tensor) for name, tensor in both.items())
     with torch.no_grad():
-        model(images)
-    hook.remove()
-    tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    return tensor.flatten(0, -2).double()
+        assert all(model(pixel_values).logits.isfinite().all() for pixel_values in (batches[0], large))
 
 
 def test_what_each_regression_goes_by(backbone, monkeypatch):
@@ -307,45 +289,44 @@ def test_what_each_regression_goes_by(backbone, monkeypatch):
         make_batches(2, batch_size=4),
     )
     given = {}
-    # Layers stay, all tokens count alike, and the images that are looked at together are not those of a batch.
+    # Layers stay, all tokens count alike, and the images that run together are not those of a batch.
     monkeypatch.setattr(reconstruction, "refit_layer", given.setdefault)
     monkeypatch.setattr(reconstruction, "TOKEN_WEIGHT_POWER", 0.0)
-    monkeypatch.setattr(reconstruction, "IMAGES_AT_ONCE", 3)
+    monkeypatch.setattr(model_refit, "IMAGES_AT_ONCE", 3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
     model.reconstruct(batches)
 
-    images, readers, streams = torch.cat(batches), reading_layers(model), quantize.writing_streams(model)
-    with torch.no_grad(), fake_quantized():
-        with quantize.full_precision(model), reconstruction.captured_inputs(readers) as exact:
-            model(images)
-        with reconstruction.captured_inputs(readers) as quantized:
-            model(images)
-    assert 0 < len(streams) < len(readers)
-    for quantizer, (layer, *_) in readers.items():
-        moments = given[layer].moments
-        parts = quantizer.parts(quantized[quantizer].unflatten(0, (len(images), -1)))
+    images, streams = torch.cat(batches), quantize.writing_streams(model)
+
+    def at(place: Place) -> torch.Tensor:
+        with torch.no_grad(), fake_quantized(), PausedRuns(model, [images], [place]) as runs:
+            (rows,) = runs.go_on()[1]
+        return rows.flatten(0, -2).double()
+
+    assert 0 < len(streams) < len(given)
+    for quantizer, (layer, *_) in reading_layers(model).items():
+        moments, place = given[layer].moments, Place(quantizer)
+        parts = quantizer.parts(at(place).float().unflatten(0, (len(images), -1)))
         with torch.no_grad():
             x_hat = torch.cat([part.quantize(rows, 1.0) for part, rows in parts], 1).flatten(0, 1).double()
-            x = quantizer.produce(exact[quantizer]).double()
         if quantizer in streams:
             # What is still missing where this layer alone keeps its weight.
             place = streams[quantizer][1]
-            where = model, place, place in quantize.blocks(model), images
-            with fake_quantized():
-                with quantize.full_precision(model):
-                    expected = seen_at(*where)
-                layer.weight_quantizer.enabled = False
-                x, moments_of_it, mean = expected - seen_at(*where), moments.missing, moments.missing_mean
-                layer.weight_quantizer.enabled = True
+            layer.weight_quantizer.enabled = False
+            kept = at(place)
+            layer.weight_quantizer.enabled = True
+            moment, mean = moments.missing, moments.missing_mean
         else:
-            moments_of_it, mean = moments.cross, moments.mean
+            kept, moment, mean = 0, moments.cross, moments.mean
+        with quantize.full_precision(model):
+            x = at(place) - kept
         centred = x_hat - x_hat.mean(0)
         for found, wanted in (
             (mean, x.mean(0)),
-            (moments_of_it, (x - x.mean(0)).T @ centred / len(x)),
+            (moment, (x - x.mean(0)).T @ centred / len(x)),
             (moments.quantized_mean, x_hat.mean(0)),
             (moments.quantized, centred.T @ centred / len(x)),
         ):
@@ -356,6 +337,6 @@ def test_a_gpu_that_is_too_small_is_told_what_would_fit(monkeypatch):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(model_refit, "reconstruct_unit", too_large)
+    monkeypatch.setattr(model_refit, "reconstruct_layers", too_large)
     with pytest.raises(torch.OutOfMemoryError, match=r"(?s)CUDA out of memory.*of all 8 images: give it fewer"):
         make_quantized("vit", "finetune").reconstruct(make_batches(2, batch_size=4))

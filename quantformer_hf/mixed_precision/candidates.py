@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..class_token import ClassTokenQuantizer
 from ..groups import channel_importance
 from ..modeling_quantformer import QuantformerForImageClassification
-from ..quantize import blocks, full_precision, reading_layers
+from ..paused import PausedRuns, Place
+from ..quantize import full_precision, reading_layers
 from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
-from ..reconstruction import captured_inputs, run_unit, token_weights, unit_inputs
+from ..reconstruction import token_weights
 from ..regression import Evidence, Moments, nothing, refit_layer
 from .search_space import SearchSpace
 
@@ -105,18 +106,16 @@ def _rounded(layer: nn.Linear, bits: int, weight_quantizer: str, moments: Moment
 
 def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQuantizer, Moments]:
     """Second moments of what each input quantizer quantizes, in full precision, weighted as in `reconstruct`."""
-    units, readers = blocks(model), reading_layers(model)
+    readers = reading_layers(model)
     found = {}
     with full_precision(model):
         weights = [token_weights(model, batch, readers)[0] for batch in batches]
-        with torch.no_grad():
-            hidden, arguments = unit_inputs(model, units, batches)
-            for unit, of_unit in zip(units, arguments, strict=True):
-                inside = [module for module in unit.modules() if module in readers]
-                with captured_inputs(inside) as seen:
-                    hidden = run_unit(unit, hidden, of_unit)
-                for quantizer in inside:
-                    rows = quantizer.produce(seen[quantizer])
-                    weight = torch.cat([of_batch[quantizer] for of_batch in weights])
-                    found[quantizer] = Moments.of([(rows, rows, nothing(rows), weight)])
+        with torch.no_grad(), PausedRuns(model, batches, [Place(quantizer) for quantizer in readers]) as runs:
+            for _ in readers:
+                (quantizer, _), given = runs.go_on()
+                produced = (quantizer.produce(x.reshape(-1, quantizer.channels).float()) for x in given)
+                found[quantizer] = Moments.of(
+                    (rows, rows, nothing(rows), weight[quantizer])
+                    for rows, weight in zip(produced, weights, strict=True)
+                )
     return found
