@@ -139,9 +139,10 @@ def quantformer_attention(
     operands: AttentionOperands | None = getattr(module, "operands", None)
     captured: list[Tensor] | None = getattr(module, "captured_attention", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    wanted = captured is not None or kwargs.get("output_attentions")
     if operands is not None:
         output, probabilities = operands(query, key, value, attention_mask, scaling, dropout)
-    elif captured is not None or kwargs.get("output_attentions"):
+    elif wanted:
         output, probabilities = plain_attention(query, key, value, attention_mask, scaling, dropout)
     else:
         probabilities = None
@@ -150,7 +151,7 @@ def quantformer_attention(
         )
     if captured is not None:
         captured.append(probabilities)
-    return output.transpose(1, 2).contiguous(), probabilities
+    return output.transpose(1, 2).contiguous(), probabilities if wanted else None
 
 
 def quantformer_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:

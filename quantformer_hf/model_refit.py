@@ -1,4 +1,4 @@
-"""A calibrated model refitted without training: block by block, and then its classifier."""
+"""A calibrated model refitted without training: layer by layer, and then its classifier."""
 
 import functools
 
@@ -12,7 +12,7 @@ from .quantize import classifiers, full_precision, reading_layers, writing_strea
 from .reconstruction import reconstruct_layers, token_weights
 
 
-#: Images that run together. While they do, all others wait, and of these little more is held than what a quantizer is given.
+#: Images that run together, while all others wait where a quantizer stopped them.
 IMAGES_AT_ONCE = 32
 
 
@@ -41,13 +41,7 @@ def reconstruct(model: nn.Module, batches: Batches) -> None:
             raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
         if not all(pixel_values.isfinite().all() for pixel_values in images):
             raise ValueError("a batch to reconstruct from has pixel_values that are not finite: leave those images out")
-        try:
-            _reconstruct(model, images)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                f"{error}\nreconstruct() holds hidden states of all {sum(map(len, images))} images: give it fewer"
-                f" (--reconstruction_samples)"
-            ) from error
+        _reconstruct(model, images)
 
 
 def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
@@ -60,7 +54,13 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
             weights, logits = zip(*(token_weights(model, batch, readers) for batch in batches), strict=True)
         # What the quantizers put out is looked at.
         with torch.no_grad(), fake_quantized():
-            features = reconstruct_layers(model, batches, readers, streams, weights, off, heads)
+            try:
+                features = reconstruct_layers(model, batches, readers, streams, weights, off, heads)
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"{error}\nreconstruct() holds hidden states of all {sum(map(len, batches))} images: give it fewer"
+                    f" (--reconstruction_samples)"
+                ) from error
             # Softmax has nothing to say of several labels an image.
             if model.backbone.config.problem_type in (None, "single_label_classification"):
                 refit_classifier(heads, features, torch.cat(logits))

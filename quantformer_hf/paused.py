@@ -22,8 +22,8 @@ class Place(NamedTuple):
 class PausedRuns:
     """A run of `model(pixel_values=batch)` for each batch; all stop at the same places. A context manager.
 
-    They are no threads, so that torch's modes (no gradients, no autocast) are those of who lets them go on. They end with
-    the `with` block, wherever they are.
+    They are no threads: torch's modes (no gradients, no autocast) count for them as for who lets them go on, and context
+    variables are those at the beginning of the `with` block. With that they end, wherever they are.
 
     Args:
         model: an image classifier.
@@ -68,7 +68,8 @@ class PausedRuns:
         return reached[0][0], [tensor for _, tensor in reached]
 
     def _run(self, batch: Tensor) -> None:
-        self._model(pixel_values=batch)
+        # Whatever the config says: what is asked for would be held from all blocks.
+        self._model(pixel_values=batch, output_hidden_states=False, output_attentions=False)
         raise RuntimeError("the model has run to its end: there is no other stop")
 
     def _hook(self, place: Place) -> Any:

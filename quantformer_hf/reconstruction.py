@@ -58,7 +58,7 @@ def token_weights(
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
             loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
             flat = [output for group in outputs.values() for output in group]
-            gradients = iter(torch.autograd.grad(loss, flat))
+            gradients = iter(torch.autograd.grad(loss, flat) if flat else ())
     finally:
         for handle in handles:
             handle.remove()
@@ -115,14 +115,21 @@ def reconstruct_layers(
     Returns:
         what enters each of `heads` in the end, `(images, channels)`.
     """
+    at_heads = [Place(head) for head in heads]
+    stops, watched = [*map(Place, readers), *at_heads], [place for place, _ in streams.values()]
     # A run in full precision goes on to where one sees what is to be reached.
-    exact_stops = [streams[quantizer][1] if quantizer in streams else Place(quantizer) for quantizer in readers]
-    stops, watched = [Place(module) for module in (*readers, *heads)], [place for place, _ in streams.values()]
+    exact_stops = [
+        streams[quantizer][1] if quantizer in streams else Place(quantizer) for quantizer in readers
+    ] + at_heads
     with PausedRuns(model, batches, exact_stops) as exact_runs, PausedRuns(model, batches, stops, watched) as runs:
+        with full_precision():
+            _, next_exact = exact_runs.go_on()
         for _ in readers:
-            with full_precision():
-                _, exact = exact_runs.go_on()
             (quantizer, _), given = runs.go_on()
+            exact = next_exact
+            with full_precision():
+                # It is to have passed the readers before they change.
+                _, next_exact = exact_runs.go_on()
             before = [None] * len(batches)
             if quantizer in streams:
                 before = [_rows(seen.pop(streams[quantizer][0])) for seen in runs.seen]
@@ -133,6 +140,8 @@ def reconstruct_layers(
                 )
             ]
             _refit_readers(quantizer, readers[quantizer], seen)
+            # Not to be held while the runs go on.
+            del given, exact, before, seen
         return [torch.cat(runs.go_on()[1]) for _ in heads]
 
 

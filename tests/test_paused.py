@@ -22,9 +22,7 @@ def test_runs_stop_in_step_where_they_are_told_to_and_see_what_one_run_sees(back
 
     handles = [
         first.register_forward_pre_hook(lambda _, given: seen.append(given[0])),
-        first.register_forward_hook(
-            lambda _, __, put_out: seen.append(put_out[0] if isinstance(put_out, tuple) else put_out)
-        ),
+        first.register_forward_hook(look),
         last.register_forward_pre_hook(lambda _, given: seen.append(given[0])),
     ]
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Weights refitted without training."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_batches, make_full_precision, make_quantized
@@ -283,6 +285,11 @@ def test_batches_may_be_of_images_of_several_sizes():
         assert all(model(pixel_values).logits.isfinite().all() for pixel_values in (batches[0], large))
 
 
+def tensors_at(model: torch.nn.Module, batches: list[torch.Tensor], place: Place) -> list[torch.Tensor]:
+    with PausedRuns(model, batches, [place]) as runs:
+        return runs.go_on()[1]
+
+
 def test_what_each_regression_goes_by(backbone, monkeypatch):
     model, batches = (
         make_quantized(backbone, "finetune", weight_bits=2, activation_bits=3),
@@ -302,9 +309,8 @@ def test_what_each_regression_goes_by(backbone, monkeypatch):
     images, streams = torch.cat(batches), quantize.writing_streams(model)
 
     def at(place: Place) -> torch.Tensor:
-        with torch.no_grad(), fake_quantized(), PausedRuns(model, [images], [place]) as runs:
-            (rows,) = runs.go_on()[1]
-        return rows.flatten(0, -2).double()
+        with torch.no_grad(), fake_quantized():
+            return tensors_at(model, [images], place)[0].flatten(0, -2).double()
 
     assert 0 < len(streams) < len(given)
     for quantizer, (layer, *_) in reading_layers(model).items():
@@ -331,6 +337,39 @@ def test_what_each_regression_goes_by(backbone, monkeypatch):
             (moments.quantized, centred.T @ centred / len(x)),
         ):
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_full_precision_stays_what_it_was_while_layers_are_refitted(backbone, monkeypatch):
+    model, batches = (
+        make_quantized(backbone, "finetune", weight_bits=2, activation_bits=3),
+        make_batches(2, batch_size=4),
+    )
+    original = copy.deepcopy(model)
+    # Its quantizers by those of the model that is refitted.
+    twin = dict(zip(model.modules(), original.modules(), strict=True))
+    streams, exact, refit_readers = quantize.writing_streams(model), {}, reconstruction._refit_readers
+
+    def refit(quantizer, layers, seen):
+        exact[quantizer] = torch.cat([of_batch.exact for of_batch in seen])
+        refit_readers(quantizer, layers, seen)
+
+    monkeypatch.setattr(reconstruction, "_refit_readers", refit)
+    model.reconstruct(batches)
+    assert exact.keys() == reading_layers(model).keys()
+    for quantizer, found in exact.items():
+        place = streams[quantizer][1] if quantizer in streams else Place(quantizer)
+        place = place._replace(module=twin[place.module])
+        with torch.no_grad(), fake_quantized(), quantize.full_precision(original):
+            given = torch.cat(tensors_at(original, batches, place))
+        torch.testing.assert_close(found, given.flatten(0, -2))
+
+
+def test_activations_in_floating_point_leave_the_classifier_to_be_refitted():
+    model = make_quantized("vit", activation_bits=32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.reconstruct(make_batches())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[1] for name in changed} == {"classifier"}
 
 
 def test_a_gpu_that_is_too_small_is_told_what_would_fit(monkeypatch):
