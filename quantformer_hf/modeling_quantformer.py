@@ -279,6 +279,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         Raises:
             StageError: not calibrated, or packed.
             TypeError, ValueError: no batch, or no batch of images that are finite; a model made under `inference_mode`.
+            torch.OutOfMemoryError: too many images for the GPU; layers before that are refitted.
         """
         if not self.config.calibrated:
             raise StageError("reconstruct() needs a calibrated model: run model.calibrate(batches) first")

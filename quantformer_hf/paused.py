@@ -63,7 +63,11 @@ class PausedRuns:
             hook.remove()
 
     def go_on(self) -> tuple[Place, list[Tensor]]:
-        """To the next stop: which it is, and the tensor of each batch."""
+        """To the next stop: which it is, and the tensor of each batch.
+
+        Raises:
+            RuntimeError: there is no other stop.
+        """
         reached = [run.switch(batch) for run, batch in zip(self._runs, self._batches, strict=True)]
         return reached[0][0], [tensor for _, tensor in reached]
 

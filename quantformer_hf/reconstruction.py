@@ -104,7 +104,7 @@ def reconstruct_layers(
     What all images bring to a quantizer refits it and its readers, before any of them goes on.
 
     Args:
-        model: a calibrated classifier.
+        model: a calibrated classifier, in evaluation, without gradients and fake-quantized (`kernels.fake_quantized`).
         batches: `(batch, channels, height, width)` each.
         readers: as in `token_weights`.
         streams: of the quantizers whose reader is to make up for what the residual stream lacks.
