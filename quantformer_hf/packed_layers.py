@@ -46,6 +46,9 @@ class PackedWeight(WeightQuantizer):
         """q, `(out, in)`, int32."""
         return unpack_codes(self.codes, self.grid.bits, self.columns).int() + self.grid.qmin
 
+    def step(self, weight: Tensor | None = None) -> Tensor:
+        return self.scale
+
     def plan(self) -> WeightPlan:
         """As the kernels take it."""
         return plan_weight(self.columns, self.grid.bits, self.grid.qmin, self.grid.qmax, self.shift, self.scale)

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification, StageError
+from quantformer_hf.ops import positive
 from quantformer_hf.packed_layers import PackedWeight
 from quantformer_hf.packing import pack_codes, packed_width, unpack_codes
 from quantformer_hf.quantize import weight_quantized_layers
+from quantformer_hf.quantizers import WEIGHT_QUANTIZERS, build_weight_quantizer
 
 
 WEIGHTS = "model.safetensors"
@@ -319,3 +321,14 @@ def test_what_would_round_to_other_codes_is_not_unpacked(weight_quantizer):
         model.float()
         packed = model(images.float()).logits
         assert torch.equal(model.unpack()(images.float()).logits, packed)
+
+
+def test_every_weight_quantizer_says_what_its_scales_are():
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    for kind in WEIGHT_QUANTIZERS:
+        quantizer = build_weight_quantizer(kind, 3, 6)
+        quantizer.calibrate(weight)
+        packed = PackedWeight(3, weight.shape, quantizer.shift)
+        packed.fill(weight, quantizer)
+        torch.testing.assert_close(packed.step().detach(), positive(quantizer.step(weight)).detach())
+        assert torch.equal(packed.integers(), quantizer.integers(weight))
