@@ -102,8 +102,8 @@ class ModelArguments:
     )
     num_groups: int = field(default=8, metadata={"help": "Groups of channels that share a scale and an offset."})
     weight_quantizer: str = field(
-        default="auto",
-        metadata={"help": "lsq, lsq_shifted, statsq, minmax, or auto: lsq, and at two bits lsq_shifted."},
+        default="lsq_by_width",
+        metadata={"help": "lsq, lsq_shifted, statsq, minmax, or lsq_by_width: lsq_shifted up to three bits, else lsq."},
     )
 
     def __post_init__(self):

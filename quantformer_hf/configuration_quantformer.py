@@ -46,9 +46,9 @@ class QuantformerConfig(PreTrainedConfig):
             win. The value is a bit width for both, or a dictionary with `weight_bits`, `activation_bits` or both. Or the
             path of a `bit_allocation.json`, whose bits are taken over.
         num_groups: groups of channels that share a scale and an offset, from the search on.
-        weight_quantizer: `lsq`, `lsq_shifted`, `statsq`, `minmax`, or `auto`, which is `lsq` and at two bits
-            `lsq_shifted`, for the linears of the blocks. Patch embedding and classifier always use `lsq`, and 1-bit
-            weights the binary quantizer.
+        weight_quantizer: `lsq`, `lsq_shifted`, `statsq`, `minmax`, or `lsq_by_width`, which is `lsq_shifted` up to three
+            bits and `lsq` above, for the linears of the blocks. Patch embedding and classifier always use `lsq`, and 1-bit
+            weights the binary quantizer. Older checkpoints name `auto`, which is `lsq_shifted` at two bits alone.
         stage: `pretrain`, `search`, `finetune` or `packed`. The verbs of the model set it.
         packing_layout: version of the layout of packed weights (`packing.py`), in the stage `packed`. `pack()` sets it.
         calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
@@ -74,7 +74,7 @@ class QuantformerConfig(PreTrainedConfig):
     classifier_bits: int = 8
     layer_bits: dict[str, Any] | list | str | None = None
     num_groups: int = 8
-    weight_quantizer: str = "auto"
+    weight_quantizer: str = "lsq_by_width"
     stage: str = "pretrain"
     packing_layout: int | None = None
     calibrated: bool = False

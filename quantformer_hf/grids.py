@@ -43,20 +43,23 @@ class Grid:
         return (positions - self.shift).round().clamp(self.qmin, self.qmax) + self.shift
 
 
-def fit_row_scales(weight: Tensor, grid: Grid, refinements: int = 5) -> Tensor:
+def fit_row_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None, refinements: int = 5) -> Tensor:
     """The scale of each row with the least squared error of a symmetric quantizer.
 
-    A search over clip ranges, then alternating least squares: for fixed levels q the best scale is `Σ w q / Σ q²`.
+    A search over clip ranges, then alternating least squares: for fixed levels q the best scale is `Σ h w q / Σ h q²`.
 
     Args:
         weight: `(rows, columns)`.
         grid: signed grid.
+        importance: h `(columns,)`, what a squared error of each column costs; by default the same for all.
         refinements: rounds of least squares.
 
     Returns:
         `(rows,)`, float32, positive. A row of zeros has scale 1, or where no level is zero, 1e-8.
     """
     weight = weight.detach().float()
+    # Of mean one, so that no sum of products leaves the range of float32.
+    importance = torch.ones_like(weight[0]) if importance is None else (importance / importance.mean()).to(weight)
     top = max(grid.qmax, 1) if grid.shift == 0 else grid.qmax + grid.shift
     largest = weight.abs().amax(1, keepdim=True)
     empty, of_empty = largest == 0, 1.0 if grid.shift == 0 else SMALLEST_SCALE
@@ -64,7 +67,7 @@ def fit_row_scales(weight: Tensor, grid: Grid, refinements: int = 5) -> Tensor:
 
     def levels_and_error(scale: Tensor) -> tuple[Tensor, Tensor]:
         levels = grid.nearest(weight / scale)
-        return levels, (weight - levels * scale).square().sum(1, keepdim=True)
+        return levels, (weight - levels * scale).square().mul(importance).sum(1, keepdim=True)
 
     best, least = largest / top, torch.full_like(largest, torch.inf)
 
@@ -79,8 +82,10 @@ def fit_row_scales(weight: Tensor, grid: Grid, refinements: int = 5) -> Tensor:
         keep_better(largest * fraction / top)
     for _ in range(refinements):
         levels, _ = levels_and_error(best)
-        energy = levels.square().sum(1, keepdim=True)
-        fitted = (weight * levels).sum(1, keepdim=True) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+        energy = levels.square().mul(importance).sum(1, keepdim=True)
+        fitted = (weight * levels).mul(importance).sum(1, keepdim=True) / energy.clamp_min(
+            torch.finfo(energy.dtype).tiny
+        )
         keep_better(torch.where((energy > 0) & (fitted > 0), fitted, best))
     return best.masked_fill(empty, of_empty).squeeze(1)
 

@@ -16,7 +16,7 @@ from .grids import Grid, fit_row_scales
 
 
 #: Rounds of scales and codes in turn.
-SWEEPS = 2
+SWEEPS = 4
 
 #: Columns whose effect on all others is added at once.
 BLOCK = 64
@@ -48,7 +48,8 @@ def round_weight(weight: Tensor, grid: Grid, hessian: Tensor, sweeps: int = SWEE
     # Columns of the largest curvature first.
     order = hessian.diagonal().argsort(descending=True)
     weight, hessian = weight[:, order], hessian[order][:, order]
-    scale = fit_row_scales(weight, grid)
+    # A column of huge inputs is to lie on the grid, even where that costs all others.
+    scale = fit_row_scales(weight, grid, hessian.diagonal())
     codes, latent = round_columns(weight, scale, grid, hessian)
     hessian = hessian.to(weight)
     for _ in range(sweeps):

@@ -117,14 +117,18 @@ _WEIGHT_QUANTIZERS = {
     "minmax": MinMaxWeightQuantizer,
 }
 
-#: Choices of `QuantformerConfig.weight_quantizer`. `auto` is `lsq`, and at two bits `lsq_shifted`.
-WEIGHT_QUANTIZERS = ("auto", *_WEIGHT_QUANTIZERS)
+#: Choices that depend on the width: the most bits at which each is `lsq_shifted`; above, it is `lsq`. `auto` is what
+#: checkpoints name that were made before three bits were shifted.
+_SHIFTED_UP_TO = {"lsq_by_width": 3, "auto": 2}
+
+#: Choices of `QuantformerConfig.weight_quantizer`.
+WEIGHT_QUANTIZERS = (*_SHIFTED_UP_TO, *_WEIGHT_QUANTIZERS)
 
 
 def weight_quantizer_kind(name: str, bits: int) -> type[WeightQuantizer]:
     """The class that `name`, one of `WEIGHT_QUANTIZERS`, stands for; at one bit always the binary one."""
-    if name == "auto":
-        name = "lsq_shifted" if bits == 2 else "lsq"
+    if name in _SHIFTED_UP_TO:
+        name = "lsq_shifted" if bits <= _SHIFTED_UP_TO[name] else "lsq"
     return StatsQWeightQuantizer if bits == 1 else _WEIGHT_QUANTIZERS[name]
 
 

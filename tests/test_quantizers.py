@@ -92,17 +92,23 @@ def test_statsq_levels_are_symmetric_without_zero():
     torch.testing.assert_close(levels, torch.tensor([-1.5, -0.5, 0.5, 1.5]) * step)
 
 
-def test_two_bits_are_learned_on_the_half_shifted_grid_unless_told_otherwise():
+@pytest.mark.parametrize(("bits", "ratio"), [(2, 0.85), (3, 0.95)])
+def test_few_bits_are_learned_on_the_half_shifted_grid_unless_told_otherwise(bits, ratio):
     weight = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     errors = {}
-    for name, shift in (("auto", 0.5), ("lsq_shifted", 0.5), ("lsq", 0.0)):
-        quantizer = build_weight_quantizer(name, 2, 3)
+    for name, shift in (("lsq_by_width", 0.5), ("lsq_shifted", 0.5), ("lsq", 0.0)):
+        quantizer = build_weight_quantizer(name, bits, 3)
         quantizer.calibrate(weight)
         levels = (quantizer(weight) / quantizer.scale.unsqueeze(1)).unique()
-        torch.testing.assert_close(levels.round(decimals=3).unique(), torch.tensor([-2.0, -1.0, 0.0, 1.0]) + shift)
+        expected = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) + shift
+        torch.testing.assert_close(levels.round(decimals=3).unique(), expected)
         errors[name] = (quantizer(weight) - weight).square().mean()
-    assert errors["auto"] == errors["lsq_shifted"] < 0.85 * errors["lsq"]
-    assert build_weight_quantizer("auto", 3, 3).shift == 0
+    assert errors["lsq_by_width"] == errors["lsq_shifted"] < ratio * errors["lsq"]
+    assert build_weight_quantizer("lsq_by_width", 4, 3).shift == 0
+
+
+def test_checkpoints_that_say_auto_keep_the_grids_that_they_were_made_with():
+    assert [build_weight_quantizer("auto", bits, 3).shift for bits in (2, 3, 4)] == [0.5, 0, 0]
 
 
 def test_minmax_clips_nothing():
@@ -135,6 +141,24 @@ def test_fitted_row_scales_beat_every_scale_of_a_fine_search(bits, shift):
     fitted = error(fit_row_scales(weight, grid)[:, None])
     fine = torch.stack([error(s) for s in torch.linspace(0.002, 3.0, 2000)]).amin(0)
     assert (fitted <= fine * 1.02).all()
+
+
+@pytest.mark.parametrize("shift", [0, 0.5])
+def test_fitted_row_scales_go_by_how_much_columns_matter(shift):
+    weight = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(400, generator=torch.Generator().manual_seed(1)).pow(8)
+    grid = Grid(3, signed=True, shift=shift)
+
+    def error(scale):
+        return ((weight - grid.nearest(weight / scale) * scale).square() * importance).sum(1)
+
+    fitted = error(fit_row_scales(weight, grid, importance)[:, None])
+    fine = torch.stack([error(s) for s in torch.linspace(0.002, 3.0, 2000)]).amin(0)
+    assert (fitted <= fine * 1.05).all()
+    assert (error(fit_row_scales(weight, grid)[:, None]) > fine * 1.05).any()
+    # Only how columns compare counts, whatever the unit.
+    same = fit_row_scales(weight, grid, importance.double() * 1e-200)
+    torch.testing.assert_close(same, fit_row_scales(weight, grid, importance))
 
 
 def test_row_of_zeros_stays_zero():

@@ -44,9 +44,18 @@ def test_each_step_loses_less_than_the_one_before(weight, hessian, grid):
     losses = [loss(weight, nearest(weight, scale, grid), hessian)]
     losses += [loss(weight, round_weight(weight, grid, hessian, sweeps).weight, hessian) for sweeps in (0, 1, 2, 8)]
     assert losses[1].sum() < 0.8 * losses[0].sum()
-    assert losses[2].sum() < 0.8 * losses[1].sum()
+    assert losses[2].sum() < 0.9 * losses[1].sum()
     for before, after in itertools.pairwise(losses[1:]):
         assert (after <= before * 1.0001).all()
+
+
+def test_scales_begin_where_a_column_of_huge_inputs_is_met(weight, hessian, grid, monkeypatch):
+    weight[:, 7] *= 4
+    hessian[7] *= 30
+    hessian[:, 7] *= 30
+    lost = loss(weight, round_weight(weight, grid, hessian).weight, hessian)
+    monkeypatch.setattr(rounding, "fit_row_scales", lambda weight, grid, importance: fit_row_scales(weight, grid))
+    assert lost.sum() < 0.3 * loss(weight, round_weight(weight, grid, hessian).weight, hessian).sum()
 
 
 def test_latents_round_to_the_same(weight, hessian, grid):

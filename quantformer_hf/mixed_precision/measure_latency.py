@@ -42,7 +42,7 @@ def packed_linear(key: LatencyKey) -> PackedLinear:
     """A packed linear with random weights, and a quantizer of its input with random groups."""
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(key.in_features, key.out_features)
-    weights = build_weight_quantizer("auto", key.weight_bits, key.out_features)
+    weights = build_weight_quantizer("lsq_by_width", key.weight_bits, key.out_features)
     weights.calibrate(linear.weight)
     inputs = GroupActivationQuantizer(
         key.in_features, key.activation_bits, "measured", True, "identity", "packed", key.num_groups
