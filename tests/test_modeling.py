@@ -266,7 +266,7 @@ def test_other_image_sizes_run_with_interpolated_positions():
         ({"num_groups": 48}, r"num_groups is 48, but layer 'vit\.layers\.0.*has only 32 channels"),
         (
             {"weight_quantizer": "lsqq"},
-            "weight_quantizer is 'lsqq': choose one of auto, lsq, lsq_shifted, statsq, minmax",
+            "weight_quantizer is 'lsqq': choose one of lsq_by_width, auto, lsq, lsq_shifted, statsq, minmax",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_what_was_written_of_neutral_arguments_does_not_matter(finished, tmp_pat
     [
         ("pretrain", ["--bit_width", "2"], "has weight_bits 4, and not 2: start from the full-precision checkpoint"),
         ("pretrain", ["--attention_bits", "4"], "has attention_bits 8, and not 4"),
-        ("pretrain", ["--weight_quantizer", "statsq"], "has weight_quantizer auto, and not statsq"),
+        ("pretrain", ["--weight_quantizer", "statsq"], "has weight_quantizer lsq_by_width, and not statsq"),
         ("search", ["--num_groups", "2"], "has num_groups 4, and not 2"),
         ("search", ["--image_size", "32"], "has image_size 16, and not 32"),
         ("finetune", ["--reconstruction_samples", "16"], "is quantized already: weights are refitted on the way"),

@@ -151,8 +151,10 @@ def test_one_command_makes_a_checkpoint_within_the_budget(full_precision, tmp_pa
 @pytest.mark.slow
 def test_a_budget_of_time_is_kept_by_the_table_measured_here_or_given(full_precision, tmp_path):
     common = {"stages": ["allocate"], "sensitivity_samples": 16, "candidate_bits": [2, 4]}
-    # Of bits that are no candidates.
-    run(write_recipe(tmp_path / "here", full_precision, budget=["W8A8ms", "W4A4"], **common))
+    # Of bits that are no candidates. Whether these are as quick here is chance; the table is written before that is asked.
+    done = run(write_recipe(tmp_path / "here", full_precision, budget=["W8A8ms", "W4A4"], **common), code=None)
+    too_little = ("is below the smallest possible cost", "no allocation keeps")
+    assert done.returncode == 0 or any(words in done.stderr for words in too_little), done.stderr
     measured = LatencyTable.read(tmp_path / "here" / "out" / "allocate" / "latency.csv")
     assert {(key.weight_bits, key.activation_bits) for key in measured.times} >= {(2, 2), (2, 4), (8, 8)}
     # A processor on which time goes by bits.
