@@ -294,8 +294,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
         Args:
             num_groups: G; by default the config's.
-            batches: as in `calibrate`, to look anew at the channels' ranges after training. Without it, groups come from those
-                that `calibrate` saw in full precision: the better choice where nothing was trained.
+            batches: as in `calibrate`, to look at the channels' ranges anew, after training. By default groups come from
+                those that `calibrate` saw in full precision, the better choice where nothing was trained.
 
         Raises:
             StageError: not calibrated, or not in the stage `pretrain`.
