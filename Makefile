@@ -26,6 +26,8 @@ NATIVE := build/native
 NATIVE_SOURCES := tests/native/test_kernels.cpp $(wildcard quantformer_hf/csrc/*.cpp)
 NATIVE_DEPENDS := $(NATIVE_SOURCES) $(wildcard quantformer_hf/csrc/*.h tests/native/*.h)
 NATIVE_FLAGS := -g -Wall -Wextra -std=c++17 -pthread -ffp-contract=off -Wno-psabi -Iquantformer_hf/csrc
+# The sanitizers see nothing of what tiles read and write.
+EMULATED_AMX := -DQUANTFORMER_EMULATE_AMX -Itests/native
 AARCH64 := aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
 
@@ -35,11 +37,11 @@ test-native: $(NATIVE)/kernels test-sanitized
 test-sanitized: $(NATIVE)/sanitized
 	UBSAN_OPTIONS=print_stacktrace=1 $(NATIVE)/sanitized
 
-# Instruction sets that this machine has not: AVX-512 by SIMDe, NEON by qemu.
+# Instruction sets that this machine has not: AVX-512 by SIMDe, AMX by hand, NEON by qemu.
 test-emulated: test-avx512 test-neon
 
 test-avx512: $(NATIVE)/avx512
-	$(NATIVE)/avx512 avx512
+	$(NATIVE)/avx512 avx512 amx
 
 # Of the two processors, the older one has no dot products.
 test-neon: $(NATIVE)/aarch64
@@ -52,14 +54,14 @@ $(NATIVE)/kernels: $(NATIVE_DEPENDS)
 
 $(NATIVE)/sanitized: $(NATIVE_DEPENDS)
 	mkdir -p $(NATIVE)
-	$(CXX) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $(NATIVE_FLAGS) $(NATIVE_SOURCES) -o $@
+	$(CXX) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $(NATIVE_FLAGS) $(EMULATED_AMX) $(NATIVE_SOURCES) -o $@
 
 # SIMDe's own code is not free of warnings.
 $(NATIVE)/avx512: $(NATIVE_DEPENDS)
 	@echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - > /dev/null 2>&1 || \
 		{ echo "SIMDe is not installed: apt-get install libsimde-dev"; exit 1; }
 	mkdir -p $(NATIVE)
-	$(CXX) -O1 $(NATIVE_FLAGS) -w -DQUANTFORMER_EMULATE_AVX512 -Itests/native $(NATIVE_SOURCES) -o $@
+	$(CXX) -O1 $(NATIVE_FLAGS) -w -DQUANTFORMER_EMULATE_AVX512 $(EMULATED_AMX) $(NATIVE_SOURCES) -o $@
 
 $(NATIVE)/aarch64: $(NATIVE_DEPENDS)
 	@command -v $(AARCH64) > /dev/null && command -v $(QEMU) > /dev/null || \

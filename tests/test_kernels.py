@@ -17,7 +17,7 @@ from quantformer_hf.packing import pack_codes
 
 def available() -> list[str]:
     names = []
-    for name in ("plain", "avx2", "avx512", "neon", "neon_dotprod"):
+    for name in ("plain", "avx2", "avx512", "amx", "neon", "neon_dotprod"):
         try:
             with using(name):
                 names.append(name)

@@ -41,7 +41,9 @@ def test_avx512_is_exact_where_it_is_emulated():
     )
     if probe.returncode:
         pytest.skip("SIMDe is not installed (libsimde-dev)")
-    assert "avx512: " in make("test-avx512")
+    output = make("test-avx512")
+    assert "avx512: " in output
+    assert "amx: " in output
 
 
 def test_neon_is_exact_where_it_is_emulated():

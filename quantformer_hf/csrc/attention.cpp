@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <new>
 
 #include "scratch.h"
 
@@ -9,34 +10,46 @@ namespace {
 
 int64_t padded(int64_t n) { return divide_up(n, 4) * 4; }
 
-// One operand of an attention product: floating point, or where that is null, codes.
+// One operand of an attention product: floating point, or where that is null, codes. Of each row `room` elements may be read,
+// `columns` or more.
 struct Rows {
   const float* x;
   const uint8_t* codes;
-  int64_t stride, rows, columns;
+  int64_t stride, rows, columns, room;
 };
 
 // Tokens `first` to `last` of a head, by the strides of batch, head and token.
 Rows rows_of_head(const float* x, const uint8_t* codes, const int64_t* strides, const Queries& tokens, int64_t columns) {
   const int64_t at = tokens.b * strides[0] + tokens.h * strides[1] + tokens.first * strides[2];
-  return {x == nullptr ? nullptr : x + at, codes == nullptr ? nullptr : codes + at, strides[2], tokens.count(), columns};
+  return {x == nullptr ? nullptr : x + at, codes == nullptr ? nullptr : codes + at, strides[2], tokens.count(), columns,
+          columns};
 }
 
-// As codes, `(rows, positions)`, padded with zeros. `constants` has room for 2 * positions.
-void take_codes(const Rows& from, int32_t largest, const Operand& operand, float* constants, uint8_t* codes,
-                int64_t positions) {
-  float *offset = constants, *inverse = constants + positions;
-  std::fill_n(offset, positions, operand.offset);
-  std::fill_n(inverse, positions, operand.inverse);
+// Codes, `(rows, stride)`.
+struct OperandCodes {
+  const uint8_t* codes;
+  int64_t stride;
+};
+
+// The codes of an operand: as they lie where they need no padding to `width`, else in `memory`, `(rows, width)`, with zeros
+// beyond the columns. `constants` has room for 2 * width.
+OperandCodes codes_of(const Rows& from, int32_t largest, const Operand& operand, float* constants, uint8_t* memory,
+                      int64_t width) {
+  if (from.x == nullptr && from.columns == width) return {from.codes, from.stride};
+  float *offset = constants, *inverse = constants + width;
+  std::fill_n(offset, width, operand.offset);
+  std::fill_n(inverse, width, operand.inverse);
   for (int64_t r = 0; r < from.rows; ++r) {
-    uint8_t* row = codes + r * positions;
+    uint8_t* row = memory + r * width;
     if (from.x == nullptr) {
       std::copy_n(from.codes + r * from.stride, from.columns, row);
     } else {
-      current().quantize(from.x + r * from.stride, offset, inverse, static_cast<float>(largest), from.columns, row);
+      current().quantize(from.x + r * from.stride, offset, inverse, static_cast<float>(largest), std::min(from.room, width),
+                         row);
     }
-    std::fill_n(row + from.columns, positions - from.columns, 0);
+    std::fill_n(row + from.columns, width - from.columns, 0);
   }
+  return {memory, width};
 }
 
 int32_t sum(const uint8_t* codes, int64_t n) {
@@ -50,14 +63,16 @@ int32_t sum(const uint8_t* codes, int64_t n) {
 int32_t middle_of(int32_t largest) { return (largest + 1) / 2; }
 
 // x times codes of one head less their middle, both of `largest`: one group, whose scale the output's own takes in.
-Product head_product(const uint8_t* x, int64_t rows, const uint8_t* codes, int64_t outputs, int64_t columns,
+Product head_product(const OperandCodes& x, int64_t rows, const OperandCodes& codes, int64_t outputs, int64_t columns,
                      int64_t positions, int32_t largest, const int32_t* source, const int64_t* end, const float* one) {
   Product p = {};
-  p.x = x;
+  p.x = x.codes;
+  p.x_stride = x.stride;
   p.rows = rows;
-  p.x_stride = p.code_stride = p.positions = positions;
+  p.positions = positions;
   p.largest_x = p.largest_code = largest;
-  p.codes = codes;
+  p.codes = codes.codes;
+  p.code_stride = codes.stride;
   p.outputs = outputs;
   p.columns = columns;
   p.bits = 8;
@@ -68,6 +83,11 @@ Product head_product(const uint8_t* x, int64_t rows, const uint8_t* codes, int64
   p.group_scales = one;
   p.groups = 1;
   return p;
+}
+
+// On this thread, which is one of several at work.
+void multiply_here(const Product& p) {
+  if (quantformer_multiply(&p, 1, nullptr) != 0) throw std::bad_alloc();
 }
 
 // Of the first of these queries, in `(batch, heads, queries, keys)`.
@@ -82,29 +102,29 @@ void fill_source(int32_t* source, int64_t columns, int64_t positions) {
 
 }  // namespace
 
-void probabilities_of_queries(const Probabilities& job, const Queries& queries, float* probabilities) {
+void probabilities_of_queries(const Probabilities& job, const Queries& queries, float* probabilities, int64_t stride) {
   const int64_t b = queries.b, h = queries.h, rows = queries.count();
   const int64_t positions = padded(job.head_size);
   thread_local Scratch scratch;
   scratch.reserve((rows + job.keys) * positions + 2 * positions * sizeof(float) +
                   3 * job.keys * sizeof(float) + positions * sizeof(int32_t));
-  auto query = scratch.take<uint8_t>(rows * positions), key = scratch.take<uint8_t>(job.keys * positions);
+  auto query_memory = scratch.take<uint8_t>(rows * positions), key_memory = scratch.take<uint8_t>(job.keys * positions);
   auto constants = scratch.take<float>(2 * positions);
   auto scale = scratch.take<float>(job.keys), bias = scratch.take<float>(job.keys);
   auto both = scratch.take<float>(job.keys);
   auto source = scratch.take<int32_t>(positions);
   const int64_t n = job.head_size;
-  take_codes(rows_of_head(job.query, job.query_codes, job.query_strides, queries, n), job.largest, job.operands[0],
-             constants, query, positions);
-  take_codes(rows_of_head(job.key, job.key_codes, job.key_strides, {b, h, 0, job.keys}, n), job.largest,
-             job.operands[1], constants, key, positions);
+  const OperandCodes query = codes_of(rows_of_head(job.query, job.query_codes, job.query_strides, queries, n), job.largest,
+                                      job.operands[0], constants, query_memory, positions);
+  const OperandCodes key = codes_of(rows_of_head(job.key, job.key_codes, job.key_strides, {b, h, 0, job.keys}, n), job.largest,
+                                    job.operands[1], constants, key_memory, positions);
   // What is the same for all keys of a query is left out: it goes in the softmax.
   const float of_products = job.operands[0].scale * job.operands[1].scale * job.scaling;
   const float of_sums = job.operands[0].offset * job.operands[1].scale * job.scaling;
   const int64_t middles = job.head_size * middle_of(job.largest);
   for (int64_t j = 0; j < job.keys; ++j) {
     scale[j] = of_products;
-    bias[j] = static_cast<float>(sum(key + j * positions, n) - middles) * of_sums;
+    bias[j] = static_cast<float>(sum(key.codes + j * key.stride, n) - middles) * of_sums;
   }
   fill_source(source, job.head_size, positions);
   const float one = 1;
@@ -112,8 +132,8 @@ void probabilities_of_queries(const Probabilities& job, const Queries& queries, 
   p.scale = scale;
   p.bias = bias;
   p.y = probabilities;
-  p.y_stride = job.keys;
-  multiply(p, nullptr, plan(p, current()), current(), 0, divide_up(p.outputs, kPanel), 0, p.rows);
+  p.y_stride = stride;
+  multiply_here(p);
   const float* mask = job.mask;
   if (mask != nullptr) mask += b * job.mask_strides[0] + h * job.mask_strides[1];
   const float* hidden = job.hidden;
@@ -125,26 +145,26 @@ void probabilities_of_queries(const Probabilities& job, const Queries& queries, 
       for (int64_t j = 0; j < job.keys; ++j) both[j] = added[j] + of_query[j];
       added = both;
     }
-    current().softmax(p.y + i * job.keys, added, job.keys);
+    current().softmax(p.y + i * stride, added, job.keys, stride);
   }
 }
 
-void mix_queries(const Mixed& job, const Queries& queries, const float* probabilities) {
+void mix_queries(const Mixed& job, const Queries& queries, const float* probabilities, int64_t stride) {
   const int64_t b = queries.b, h = queries.h, rows = queries.count();
-  const int64_t positions = padded(job.keys), n = job.head_size;
+  const int64_t positions = padded(job.keys), width = roomy_stride(job.keys), n = job.head_size;
   // The value as it lies, token by token: columns of a weight, of whole panels.
-  const int64_t stride = divide_up(n, kPanel) * kPanel;
+  const int64_t value_width = divide_up(n, kPanel) * kPanel, constants_size = 2 * std::max(width, value_width);
   thread_local Scratch scratch;
-  scratch.reserve(rows * positions + job.keys * stride + 2 * std::max(positions, stride) * sizeof(float) +
+  scratch.reserve(rows * width + job.keys * value_width + constants_size * sizeof(float) +
                   n * (2 * sizeof(float) + sizeof(int32_t)) + rows * sizeof(float) + positions * sizeof(int32_t));
-  auto weights = scratch.take<uint8_t>(rows * positions), value = scratch.take<uint8_t>(job.keys * stride);
-  auto constants = scratch.take<float>(2 * std::max(positions, stride));
+  auto weight_memory = scratch.take<uint8_t>(rows * width), value_memory = scratch.take<uint8_t>(job.keys * value_width);
+  auto constants = scratch.take<float>(constants_size);
   auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), of_row = scratch.take<float>(rows);
   auto sums = scratch.take<int32_t>(n), source = scratch.take<int32_t>(positions);
 
   const Operand &p_operand = job.operands[0], &v_operand = job.operands[1];
-  take_codes(rows_of_head(job.value, job.value_codes, job.value_strides, {b, h, 0, job.keys}, n), job.largest,
-             v_operand, constants, value, stride);
+  const OperandCodes value = codes_of(rows_of_head(job.value, job.value_codes, job.value_strides, {b, h, 0, job.keys}, n),
+                                      job.largest, v_operand, constants, value_memory, value_width);
   const int32_t middle = middle_of(job.largest);
   const float of_products = p_operand.scale * v_operand.scale, of_columns = p_operand.offset * v_operand.scale;
   const float centre = static_cast<float>(middle) * v_operand.scale, v_offset = v_operand.offset + centre;
@@ -152,27 +172,26 @@ void mix_queries(const Mixed& job, const Queries& queries, const float* probabil
   const float constant = static_cast<float>(job.keys) * (p_operand.offset * v_offset);
   std::fill_n(sums, n, 0);
   for (int64_t j = 0; j < job.keys; ++j) {
-    for (int64_t d = 0; d < n; ++d) sums[d] += value[j * stride + d] - middle;
+    for (int64_t d = 0; d < n; ++d) sums[d] += value.codes[j * value.stride + d] - middle;
   }
   for (int64_t d = 0; d < n; ++d) {
     scale[d] = of_products;
     bias[d] = static_cast<float>(sums[d]) * of_columns + constant;
   }
-  take_codes({probabilities, nullptr, job.keys, rows, job.keys}, job.largest, p_operand, constants, weights,
-             positions);
+  const OperandCodes weights = codes_of({probabilities, nullptr, stride, rows, job.keys, stride}, job.largest, p_operand,
+                                        constants, weight_memory, width);
   for (int64_t i = 0; i < rows; ++i) {
-    of_row[i] = static_cast<float>(sum(weights + i * positions, job.keys)) * of_rows;
+    of_row[i] = static_cast<float>(sum(weights.codes + i * width, job.keys)) * of_rows;
   }
   fill_source(source, job.keys, positions);
   const float one = 1;
   Product p = head_product(weights, rows, value, n, job.keys, positions, job.largest, source, &positions, &one);
   p.by_column = 1;
-  p.code_stride = stride;
   p.scale = scale;
   p.bias = bias;
   p.y = job.output + ((b * job.queries + queries.first) * job.heads + h) * n;
   p.y_stride = job.heads * n;
-  multiply(p, nullptr, plan(p, current()), current(), 0, divide_up(n, kPanel), 0, p.rows);
+  multiply_here(p);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t d = 0; d < n; ++d) p.y[i * p.y_stride + d] = p.y[i * p.y_stride + d] + of_row[i];
   }
@@ -183,13 +202,13 @@ void mix_queries(const Mixed& job, const Queries& queries, const float* probabil
 int quantformer_probabilities(const Probabilities* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
   return by_queries(*job, threads, parallel_for, [&](const Queries& queries) {
-    probabilities_of_queries(*job, queries, job->probabilities + place_of(*job, queries));
+    probabilities_of_queries(*job, queries, job->probabilities + place_of(*job, queries), job->keys);
   });
 }
 
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
   return by_queries(*job, threads, parallel_for, [&](const Queries& queries) {
-    mix_queries(*job, queries, job->probabilities + place_of(*job, queries));
+    mix_queries(*job, queries, job->probabilities + place_of(*job, queries), job->keys);
   });
 }

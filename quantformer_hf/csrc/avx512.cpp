@@ -135,6 +135,7 @@ const InstructionSet* avx512() {
                                      softmax,
                                      layer_norm,
                                      narrower->reorder,
+                                     nullptr,
                                      nullptr};
   return &set;
 }

@@ -10,7 +10,7 @@ namespace quantformer {
 namespace {
 
 const InstructionSet* best() {
-  for (auto find : {avx512, avx2, neon_dotprod, neon}) {
+  for (auto find : {amx, avx512, avx2, neon_dotprod, neon}) {
     if (const InstructionSet* set = find()) return set;
   }
   return plain();
@@ -35,7 +35,7 @@ extern "C" const char* quantformer_instruction_set() { return quantformer::curre
 
 extern "C" int quantformer_use_instruction_set(const char* name) {
   using namespace quantformer;
-  for (auto find : {plain, avx2, avx512, neon, neon_dotprod}) {
+  for (auto find : {plain, avx2, avx512, amx, neon, neon_dotprod}) {
     const InstructionSet* set = find();
     if (set != nullptr && std::strcmp(set->name, name) == 0) {
       chosen.store(set, std::memory_order_relaxed);

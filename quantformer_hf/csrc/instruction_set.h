@@ -81,6 +81,7 @@ struct Order {
 };
 
 struct Pairs;
+struct Matrices;
 
 struct InstructionSet {
   const char* name;
@@ -96,16 +97,18 @@ struct InstructionSet {
   void (*quantize)(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes);
   // One row, see pointwise.h.
   void (*gelu)(const float* x, int64_t n, float* y);
-  void (*softmax)(float* row, const float* mask, int64_t n);
+  void (*softmax)(float* row, const float* mask, int64_t n, int64_t room);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y);
   // kBlock rows: out[row][position] = rows[row][source[position]], zero where that is `columns`.
   void (*reorder)(const Order&);
   const Pairs* pairs;  // see pairs.h; null where multiplying is as fast
+  const Matrices* matrices;  // see matrices.h; null where there are no such instructions
 };
 
 const InstructionSet* plain();
 const InstructionSet* avx2();    // null where this processor, or this compiler, has it not
 const InstructionSet* avx512();
+const InstructionSet* amx();
 const InstructionSet* neon();
 const InstructionSet* neon_dotprod();
 

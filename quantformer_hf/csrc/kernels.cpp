@@ -4,6 +4,7 @@
 #include <exception>
 #include <new>
 
+#include "matrices.h"
 #include "pairs.h"
 #include "scratch.h"
 #include "threads.h"
@@ -55,6 +56,7 @@ int multiply_rows(const Product& job, const Codes* then, int64_t threads, Parall
   const bool in_pairs = job.ordered != nullptr && job.ordered_bits == 0 && job.output_order == order_of(then);
   if (in_pairs && takes_pairs(job, set)) return look_up(job, then, threads, parallel_for);
   const Plan made = plan(job, set);
+  if (takes_matrices(job, made, set)) return multiply_matrices(job, then, made, threads, parallel_for);
   const int64_t panels = divide_up(places_of(job, then), kPanel);
   if (panels == 0 || job.rows == 0) return 0;
   int64_t parts = std::max<int64_t>(1, std::min(job.rows / kTaskRows, divide_up(kTasksPerThread * threads, panels)));

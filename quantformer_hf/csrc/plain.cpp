@@ -113,6 +113,7 @@ const InstructionSet* plain() {
                                      softmax,
                                      layer_norm,
                                      reorder,
+                                     nullptr,
                                      nullptr};
   return &set;
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace quantformer {
 namespace {
@@ -119,10 +120,11 @@ INLINE Floats lanes_of(V v, int64_t part) {
   return lanes;
 }
 
+constexpr float kLowest = -3.402823466e38f;
+
 // The order does not matter. Two at a time, since each comparison waits for the one before.
 INLINE float largest_of(const float* x, int64_t n) {
-  const float lowest = -3.402823466e38f;
-  typename Vector<kAtOnce>::Floats one = lowest - typename Vector<kAtOnce>::Floats{}, other = one;
+  typename Vector<kAtOnce>::Floats one = kLowest - typename Vector<kAtOnce>::Floats{}, other = one;
   int64_t i = 0;
   for (; i + 2 * kAtOnce <= n; i += 2 * kAtOnce) {
     const auto v = load_floats<kAtOnce>(x + i), w = load_floats<kAtOnce>(x + i + kAtOnce);
@@ -136,7 +138,7 @@ INLINE float largest_of(const float* x, int64_t n) {
     top = v > top ? v : top;
   }
   for (; i < n; i += kLanes) {
-    const Floats v = i + kLanes <= n ? load_floats(x + i) : load_last(x + i, n - i, lowest);
+    const Floats v = i + kLanes <= n ? load_floats(x + i) : load_last(x + i, n - i, kLowest);
     top = v > top ? v : top;
   }
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
@@ -153,12 +155,15 @@ INLINE float sum_of_lanes(Floats sums) {
   return sums[0];
 }
 
-// row = softmax(row + mask), in place; `mask` may be null.
-TARGET inline void softmax(float* row, const float* mask, int64_t n) {
-  const int64_t whole = n / kLanes * kLanes, last = n - whole;
+// row = softmax(row + mask), in place; `mask` may be null. What lies between n and `room` is overwritten: where that makes whole
+// vectors there are no last elements to be looked after, and sums, of 1 or more, stay what they are.
+TARGET inline void softmax(float* row, const float* mask, const int64_t count, int64_t room) {
+  int64_t n = count;
   if (mask != nullptr) {
     for (int64_t i = 0; i < n; ++i) row[i] = row[i] + mask[i];
   }
+  for (; n < room; ++n) row[n] = -std::numeric_limits<float>::infinity();
+  const int64_t whole = n / kLanes * kLanes, last = n - whole;
   const float largest = largest_of(row, n);
 
   Floats sums = Floats{};
@@ -178,7 +183,8 @@ TARGET inline void softmax(float* row, const float* mask, int64_t n) {
     sums = sums + load_last(row + whole, last, 0);
   }
   const float factor = 1.0f / sum_of_lanes(sums);
-  for (int64_t i = 0; i < n; ++i) row[i] = row[i] * factor;
+  // Not what is beyond them: it would become too small for normal numbers, which costs more than all else.
+  for (int64_t i = 0; i < count; ++i) row[i] = row[i] * factor;
 }
 
 // y = (x - mean) / sqrt(variance + epsilon) * weight + bias; `weight` and `bias` may be null.

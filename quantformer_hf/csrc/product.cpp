@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "panels.h"
 #include "scratch.h"
+#include "threads.h"
 #include "writer.h"
 
 namespace quantformer {
@@ -11,27 +13,6 @@ namespace {
 
 // Below this many positions a flush would cost more than wider sums do.
 constexpr int64_t kShortestSegment = 32;
-
-// Bytes that come from memory together.
-constexpr int64_t kLine = 64;
-
-inline void prefetch([[maybe_unused]] const void* address) {
-#ifdef __GNUC__
-  __builtin_prefetch(address);
-#endif
-}
-
-// The weights of the panel that begins at `place`, of which `rows` becomes a part.
-Panel panel_at(const Product& p, const int32_t* order, int64_t places, int64_t place, const uint8_t** rows,
-               uint8_t* scratch) {
-  for (int i = 0; i < kPanel; ++i) {
-    const int64_t output = output_at(order, places, place + i);
-    rows[i] = p.codes + (output >= p.outputs || p.by_column ? 0 : output * p.code_stride);
-  }
-  const int64_t outputs = std::min<int64_t>(kPanel, places - place);
-  return {rows, outputs, p.columns, p.bits, p.multiplier, p.addend, p.source, p.positions, scratch,
-          p.by_column ? p.codes + place : nullptr, p.code_stride};
-}
 
 }  // namespace
 
@@ -80,11 +61,9 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
               int64_t end, int64_t first, int64_t last) {
   thread_local Scratch scratch;
   const int64_t tile_rows = set.tile_rows, tile_size = tile_rows * kPanel, wide_rows = plan.words ? last - first : 0;
-  scratch.reserve(p.positions * kPanel * sizeof(int16_t) + panel_scratch_bytes(p.columns) +
-                  wide_rows * p.positions * sizeof(int16_t) + tile_size * (sizeof(float) + sizeof(int32_t)) +
+  scratch.reserve(Panels::scratch_bytes(p, 1) + wide_rows * p.positions * sizeof(int16_t) + tile_size * (sizeof(float) + sizeof(int32_t)) +
                   Writer<kPanel>::scratch_bytes(tile_rows));
-  auto panel = scratch.take<int16_t>(p.positions * kPanel);
-  auto unpacking = scratch.take<uint8_t>(panel_scratch_bytes(p.columns));
+  Panels panels(p, then, plan.words, set, 1, scratch);
   auto wide = scratch.take<int16_t>(wide_rows * p.positions);
   auto sums = scratch.take<float>(tile_size);
   auto carry = scratch.take<int32_t>(tile_size);
@@ -95,39 +74,17 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
       std::copy_n(p.x + r * p.x_stride, p.positions, wide + (r - first) * p.positions);
     }
   }
-  const int64_t places = places_of(p, then);
-  const int32_t* const order = order_of(then);
-  const bool prepared = p.ordered != nullptr && p.ordered_bits > 0 && p.output_order == order && !plan.words;
   for (int64_t n = begin; n < end; ++n) {
-    const int64_t place = n * kPanel;
-    writer.begin(place);
-    // The next panel comes from far while this one is multiplied.
-    if (prepared) {
-      const int64_t bytes = p.positions * kPanel * p.ordered_bits / 8;
-      const uint8_t* codes = p.ordered + n * bytes;
-      set.unpack_ordered({codes, p.ordered_bits, p.multiplier, p.addend, p.positions}, reinterpret_cast<int8_t*>(panel));
-      for (int64_t byte = 0; place + kPanel < places && byte < bytes; byte += kLine) prefetch(codes + bytes + byte);
-    } else {
-      const uint8_t* rows_of[kPanel];
-      const Panel packed = panel_at(p, order, places, place, rows_of, unpacking);
-      if (plan.words) {
-        set.unpack_words(packed, panel);
-      } else {
-        set.unpack_bytes(packed, reinterpret_cast<int8_t*>(panel));
-      }
-      for (int i = 0; i < kPanel && !p.by_column; ++i) {
-        const int64_t next = output_at(order, places, place + kPanel + i);
-        for (int64_t byte = 0; next < p.outputs && byte < p.code_stride; byte += kLine) {
-          prefetch(p.codes + next * p.code_stride + byte);
-        }
-      }
-    }
+    writer.begin(n * kPanel);
+    const void* panel = panels.unpack(n);
     Tile tile = {plan.words ? static_cast<const void*>(wide) : p.x + first * p.x_stride,
                  plan.words ? p.positions : p.x_stride, panel, plan.segments.data(),
                  static_cast<int64_t>(plan.segments.size()), writer.scale(), writer.bias(), nullptr, writer.y_stride(), sums,
                  carry};
     const int64_t x_step = tile_rows * tile.x_stride * (plan.words ? sizeof(int16_t) : 1);
+    const int64_t tiles = divide_up(last - first, tile_rows);
     for (int64_t row = first; row < last; row += tile_rows) {
+      panels.fetch(n + 1, 1, (row - first) / tile_rows, tiles);
       const int64_t rows = std::min(tile_rows, last - row);
       tile.y = writer.y(row);
       (plan.words ? set.words : set.bytes)[rows - 1](tile);

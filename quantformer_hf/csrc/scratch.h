@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace quantformer {
@@ -47,7 +48,7 @@ class Pool {
   template <typename T>
   using Buffer = std::unique_ptr<T[], Return<T>>;
 
-  // Not initialised.
+  // Not initialised, and aligned to a cache line.
   template <typename T>
   static Buffer<T> take(int64_t count) {
     auto [memory, bytes] = of_thread().find(count * static_cast<int64_t>(sizeof(T)));
@@ -55,7 +56,7 @@ class Pool {
   }
 
   ~Pool() {
-    for (const Block& block : blocks_) delete[] block.memory;
+    for (const Block& block : blocks_) release(block.memory);
   }
 
  private:
@@ -68,6 +69,9 @@ class Pool {
   static constexpr int64_t kMostBytes = int64_t{1} << 24;
   static constexpr size_t kMostBlocks = 16;
 
+  static constexpr std::align_val_t kAlignment{64};
+  static void release(uint8_t* memory) noexcept { ::operator delete(memory, kAlignment); }
+
   static Pool& of_thread() {
     thread_local Pool pool;
     return pool;
@@ -79,7 +83,7 @@ class Pool {
     for (size_t i = 0; i < blocks_.size(); ++i) {
       if (blocks_[i].bytes >= bytes && (best == kMostBlocks || blocks_[i].bytes < blocks_[best].bytes)) best = i;
     }
-    if (best == kMostBlocks) return {new uint8_t[bytes], bytes};
+    if (best == kMostBlocks) return {static_cast<uint8_t*>(::operator new(bytes, kAlignment)), bytes};
     const Block found = blocks_[best];
     blocks_.erase(blocks_.begin() + best);
     kept_ -= found.bytes;
@@ -88,7 +92,7 @@ class Pool {
 
   void give(uint8_t* memory, int64_t bytes) noexcept {
     if (blocks_.size() == kMostBlocks || kept_ + bytes > kMostBytes) {
-      delete[] memory;
+      release(memory);
       return;
     }
     blocks_.push_back({memory, bytes});

@@ -57,9 +57,9 @@ class Writer {
       inverse_[i] = none ? 0 : then_->inverse[output];
     }
     // Of a tile, the same for each of its rows.
-    for (int64_t i = kWidth; then_ != nullptr && i < tile_size_; ++i) {
-      offset_[i] = offset_[i - kWidth];
-      inverse_[i] = inverse_[i - kWidth];
+    for (int64_t i = kWidth; then_ != nullptr && i < tile_size_; i += kWidth) {
+      std::copy_n(offset_, kWidth, offset_ + i);
+      std::copy_n(inverse_, kWidth, inverse_ + i);
     }
   }
 

@@ -256,7 +256,7 @@ def check(status: int) -> None:
 
 
 def instruction_set() -> str | None:
-    """The name of the instructions in use (`avx512`, `avx2`, `neon_dotprod`, `neon`, `plain`), or None without kernels."""
+    """What instructions are in use (`amx`, `avx512`, `avx2`, `neon_dotprod`, `neon`, `plain`), or None without kernels."""
     kernels = library()
     return None if kernels is None else kernels.quantformer_instruction_set().decode()
 

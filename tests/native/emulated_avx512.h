@@ -33,3 +33,10 @@ inline __m128i _mm512_cvtepi32_epi8(__m512i integers) {
   return simde__m128i_from_private(to);
 }
 #endif
+#ifndef _mm512_maskz_loadu_epi8
+inline __m512i _mm512_maskz_loadu_epi8(uint64_t mask, const void* bytes) {
+  simde__m512i_private to;
+  for (int i = 0; i < 64; ++i) to.u8[i] = mask >> i & 1 ? static_cast<const uint8_t*>(bytes)[i] : 0;
+  return simde__m512i_from_private(to);
+}
+#endif

@@ -66,16 +66,19 @@ void test_gelu(const InstructionSet& set, Random& random) {
 }
 
 void test_softmax(const InstructionSet& set, Random& random) {
-  for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 197}) {
+  for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 49, 197}) {
     for (bool masked : {false, true}) {
-      const auto got = random.reals(n, -100, 100), mask = random.reals(n, -5, 5);
-      mask[0] = -100;
-      if (n > 1) mask[n - 1] = -std::numeric_limits<float>::infinity();
-      Exact<float> expected(n);
-      for (int64_t i = 0; i < n; ++i) expected[i] = masked ? got[i] + mask[i] : got[i];
-      cases::softmax(expected, n);
-      set.softmax(got, masked ? mask.begin() : nullptr, n);
-      check(same_bits(got, expected), set, "softmax", describe({{"n", n}, {"masked", masked}}));
+      for (int64_t room : {n, n + 1, (n + 15) / 16 * 16}) {
+        const auto got = random.reals(room, -100, 100), mask = random.reals(n, -5, 5);
+        mask[0] = -100;
+        if (n > 1) mask[n - 1] = -std::numeric_limits<float>::infinity();
+        Exact<float> expected(n), made(n);
+        for (int64_t i = 0; i < n; ++i) expected[i] = masked ? got[i] + mask[i] : got[i];
+        cases::softmax(expected, n);
+        set.softmax(got, masked ? mask.begin() : nullptr, n, room);
+        std::copy_n(got.begin(), n, made.begin());
+        check(same_bits(made, expected), set, "softmax", describe({{"n", n}, {"masked", masked}, {"room", room}}));
+      }
     }
   }
 }
@@ -663,6 +666,13 @@ void test(const InstructionSet& set) {
                              {3, 9, 0, 2}, {3, 0, 9, 2}, {0, 0, 0, 1}}) {
     for (int bits : {1, 4, 8}) test_layer(set, Layer(random, shape, bits, bits == 1 ? 2 : bits, 1));
   }
+  // Matrices: blocks and parts of one, groups of several steps and of a part of one, fewer groups than are in work at a time.
+  for (const Shape& shape : {Shape{8, 64, 16, 1}, {16, 50, 33, 2}, {17, 130, 16, 1}, {49, 300, 40, 3}, {300, 250, 50, 8},
+                             {31, 1000, 7, 5}}) {
+    for (int bits : {1, 2, 4, 8}) {
+      for (int multiplier : {1, 2}) test_layer(set, Layer(random, shape, bits, bits == 1 ? 2 : bits, multiplier));
+    }
+  }
   // Pairs: several panels and parts of one, groups of several runs, and one that is too long.
   for (const Shape& shape : {Shape{9, 57, 200, 2}, {5, 300, 97, 2}, {131, 40, 96, 3}, {2, 3640, 33, 1}, {2, 3700, 33, 1}}) {
     for (int bits : {1, 2}) {
@@ -702,7 +712,7 @@ void test(const InstructionSet& set) {
 
 int main(int count, char** names) {
   std::vector<const InstructionSet*> found;
-  for (auto find : {plain, avx2, avx512, neon, neon_dotprod}) {
+  for (auto find : {plain, avx2, avx512, amx, neon, neon_dotprod}) {
     if (const InstructionSet* set = find()) found.push_back(set);
   }
   std::vector<const InstructionSet*> asked = count > 1 ? std::vector<const InstructionSet*>{} : found;
