@@ -1,22 +1,42 @@
-"""The last block of a ViT or DeiT, of which the classifier reads the class token alone: no other row is worked out there.
+"""A pass of a ViT or DeiT for its logits alone.
 
-That is most of the block. Whoever looks at the tokens that come out of it (hooks, a `forward` in place of the class's own,
-`output_hidden_states`, a call of the encoder by itself) gets all of them.
+The classifier reads the class token alone: in the last block no other row is worked out, which is most of the block. And
+nobody looks at what lies between two blocks, so that the first one may run them all (`packed_encoder.py`).
+
+Whoever looks at the tokens that come out of a block (hooks, a `forward` in place of the class's own, `output_hidden_states`,
+a call of the encoder by itself) gets all of them.
 """
 
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .class_token import CLASS_TOKENS
 from .hooks import has_listener
 
 
-#: The block, and how many of its first tokens are read.
-_last: ContextVar[tuple[nn.Module, int] | None] = ContextVar("last", default=None)
+@dataclass(eq=False)
+class Pass:
+    """One pass through `blocks`, of whose output the first `tokens` are read."""
+
+    blocks: nn.ModuleList
+    tokens: int
+    #: What comes out of the last block, when the first one has run them all.
+    output: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.first, self.last = self.blocks[0], self.blocks[-1]
+
+    def read_of(self, tokens: int) -> int:
+        """How many of `tokens`, the first ones, the last block is to put out."""
+        return tokens if _is_heard(self.last) else min(tokens, self.tokens)
+
+
+_pass: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 
 @contextlib.contextmanager
@@ -24,20 +44,19 @@ def classes_only(backbone: PreTrainedModel) -> Iterator[None]:
     """Inside the `with` block, `backbone`, an image classifier, is run for its logits alone."""
     kind = backbone.config.model_type
     encoder = getattr(backbone, kind)
-    last = None
+    made = None
     if kind in CLASS_TOKENS and encoder.layers and not any(map(_is_heard, (encoder, *encoder.layernorm.modules()))):
-        last = encoder.layers[-1], CLASS_TOKENS[kind]
-    token = _last.set(last)
+        made = Pass(encoder.layers, CLASS_TOKENS[kind])
+    token = _pass.set(made)
     try:
         yield
     finally:
-        _last.reset(token)
+        _pass.reset(token)
 
 
-def tokens_read(block: nn.Module, tokens: int) -> int:
-    """How many of its `tokens`, the first ones, `block` is to put out."""
-    last = _last.get()
-    return tokens if last is None or last[0] is not block or _is_heard(block) else min(tokens, last[1])
+def current_pass() -> Pass | None:
+    """The pass that goes on in this thread; None where all that a block puts out is wanted."""
+    return _pass.get()
 
 
 def _is_heard(module: nn.Module) -> bool:

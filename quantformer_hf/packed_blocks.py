@@ -12,12 +12,9 @@ import types
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, DeiTMLP
-from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, SwinMLP, window_partition
-from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
+from transformers.models.swin.modeling_swin import SwinLayer, window_partition
 
 from .attention import ATTENTION_IMPLEMENTATION
-from .classes_only import tokens_read
 from .hooks import has_listener
 from .kernels import ChannelPlan, Remembered, in_integers, operators
 from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Block, Mlp, check, library
@@ -30,18 +27,18 @@ from .quantizers import ActivationQuantizer
 Prepared = tuple[ctypes.Structure, tuple]
 
 
-class _Job(Remembered[Prepared | None]):
+class Job(Remembered[Prepared | None]):
     """What a module has prepared; None where its layers are of other kinds, and are to be called."""
 
     def __reduce__(self) -> tuple:
         # Addresses mean nothing to a copy, or in another process.
-        return _Job, ()
+        return Job, ()
 
 
 class _OneJob:
     """A module that may be one job."""
 
-    _job: _Job
+    _job: Job
 
     def prepare(self, channels: ChannelPlan | None) -> Prepared | None:
         """The job, or None where the module has layers that are not packed.
@@ -53,18 +50,19 @@ class _OneJob:
 
     def job(self, x: Tensor, channels: ChannelPlan | None = None) -> ctypes.Structure | None:
         """A copy of the job for `x`, since several threads may run it; None where the layers are to be called."""
-        if not (operators.nobody_listens(x) and x.is_contiguous() and library() is not None and in_integers()):
-            return None
-        inside = _quiet_modules(self)
-        if inside is None:
-            return None
-        prepared = self._job.get(inside, lambda: self.prepare(channels), of=(channels, inside))
+        prepared = self.prepared(quiet_modules(self), channels) if kernels_take(x) else None
         if prepared is None:
             return None
         job = type(prepared[0]).from_buffer_copy(prepared[0])
         # Another thread may make it anew meanwhile.
         job.points_into = prepared
         return job
+
+    def prepared(self, inside: list[nn.Module] | None, channels: ChannelPlan | None = None) -> Prepared | None:
+        """What was prepared, or is now, of the `quiet_modules` inside this one."""
+        if inside is None:
+            return None
+        return self._job.get(inside, lambda: self.prepare(channels), of=(channels, inside))
 
 
 class PackedMlp(_OneJob):
@@ -131,7 +129,7 @@ class PackedAttention(_OneJob):
         return bool(
             has_listener(self)
             or kwargs.get("output_attentions")
-            or getattr(self, "captured_attention", None) is not None
+            or self.__dict__.get("captured_attention") is not None
             or self.config._attn_implementation != ATTENTION_IMPLEMENTATION
         )
 
@@ -164,20 +162,21 @@ class PackedBlock(_OneJob):
 
     def block_job(self, x: Tensor, kwargs: dict) -> Block | None:
         """The job, of which the rows of attention are still to be filled in."""
-        if (
-            x.dtype != torch.float32
-            or x.dim() != 3
-            or x.shape[-1:] != self.layernorm_before.normalized_shape
-            # Dropout, and gradients, are for the layers.
-            or self.training
-            or (x.requires_grad and torch.is_grad_enabled())
-            or self.attention.maps_are_wanted(kwargs)
-        ):
-            return None
-        job = self.job(x)
+        job = self.job(x) if self.takes(x) and not self.attention.maps_are_wanted(kwargs) else None
         if job is not None:
             job.x, job.before.rows = x.data_ptr(), x.shape[:-1].numel()
         return job
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `x` is one that the kernels work on."""
+        return (
+            x.dtype == torch.float32
+            and x.dim() == 3
+            and x.shape[-1:] == self.layernorm_before.normalized_shape
+            # Dropout, and gradients, are for the layers.
+            and not self.training
+            and not (x.requires_grad and torch.is_grad_enabled())
+        )
 
     def run(self, job: Block, x: Tensor, kept: int) -> Tensor:
         """Run the job on `x` `(batch, tokens, channels)`, of which the first `kept` tokens come out."""
@@ -205,24 +204,6 @@ class PackedBlock(_OneJob):
         prepared = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
         job = Block(0, *prepared, 0, 0, 0, before.job, attention[0], after.job, mlp[0])
         return job, (before, after, attention[1], mlp[1])
-
-
-class PackedPlainBlock(PackedBlock):
-    """That of ViT and DeiT, whose attention is among all tokens."""
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """`(batch, tokens, channels)` in and out; of the last block's tokens, those that are read (`classes_only.py`)."""
-        job = self.block_job(hidden_states, kwargs) if attention_mask is None else None
-        if job is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        batch, tokens = hidden_states.shape[:2]
-        kept = tokens_read(self, tokens)
-        set_sizes(job.attention, batch, tokens, kept)
-        return self.run(job, hidden_states, kept)
-
-    def reads(self) -> ActivationQuantizer | None:
-        norm = self.layernorm_before
-        return norm.output_quantizer if type(norm) is QuantLayerNorm else None
 
 
 class PackedWindowBlock(PackedBlock):
@@ -282,7 +263,12 @@ def set_sizes(job: AttentionBlock, batch: int, tokens: int, queries: int | None 
         part.batch, part.queries, part.keys = batch, tokens if queries is None else queries, tokens
 
 
-def _quiet_modules(module: nn.Module) -> list[nn.Module] | None:
+def kernels_take(x: Tensor) -> bool:
+    """Whether the compiled kernels are there, and are to compute with `x`."""
+    return operators.nobody_listens(x) and x.is_contiguous() and library() is not None and in_integers()
+
+
+def quiet_modules(module: nn.Module) -> list[nn.Module] | None:
     """All modules inside `module`, or None where one of them is to be called: it has a hook, is in training, or does
     something else than to quantize."""
     if _has_any_global_hook():
@@ -329,69 +315,3 @@ def _check_positions(codes: Tensor, channels: ChannelPlan) -> None:
 
 def _output(codes: Tensor, outputs: int) -> Tensor:
     return torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32)
-
-
-class PackedViTMLP(PackedMlp, ViTMLP):
-    pass
-
-
-class PackedDeiTMLP(PackedMlp, DeiTMLP):
-    pass
-
-
-class PackedSwinMLP(PackedMlp, SwinMLP):
-    pass
-
-
-class PackedViTAttention(PackedAttention, ViTAttention):
-    pass
-
-
-class PackedDeiTAttention(PackedAttention, DeiTAttention):
-    pass
-
-
-class PackedSwinAttention(PackedAttention, SwinAttention):
-    def _mask(self, attention_mask: Tensor | None, batch: int) -> Tensor:
-        """The relative position bias, and what hides from each other tokens of a window that were shifted together."""
-        bias = self.relative_position_bias()
-        if attention_mask is None:
-            return bias
-        windows = bias + attention_mask.unsqueeze(1)
-        return windows.repeat(batch // len(windows), 1, 1, 1)
-
-
-class PackedViTLayer(PackedPlainBlock, ViTLayer):
-    pass
-
-
-class PackedDeiTLayer(PackedPlainBlock, DeiTLayer):
-    pass
-
-
-class PackedSwinLayer(PackedWindowBlock, SwinLayer):
-    pass
-
-
-#: The class that a module of each class has in a packed model: parameters and submodules are the same.
-PACKED_FORMS = {
-    ViTMLP: PackedViTMLP,
-    DeiTMLP: PackedDeiTMLP,
-    SwinMLP: PackedSwinMLP,
-    ViTAttention: PackedViTAttention,
-    DeiTAttention: PackedDeiTAttention,
-    SwinAttention: PackedSwinAttention,
-    ViTLayer: PackedViTLayer,
-    DeiTLayer: PackedDeiTLayer,
-    SwinLayer: PackedSwinLayer,
-}
-PLAIN_FORMS = {packed: plain for plain, packed in PACKED_FORMS.items()}
-
-
-def choose_forms(backbone: nn.Module, packed: bool) -> None:
-    """Give the modules of `backbone` their classes for a packed model, or those of transformers."""
-    forms = PACKED_FORMS if packed else PLAIN_FORMS
-    for module in backbone.modules():
-        if type(module) in forms:
-            module.__class__ = forms[type(module)]
-            module._job = _Job()

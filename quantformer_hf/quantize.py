@@ -16,7 +16,7 @@ from .image_batches import Batches, pixel_values_in
 from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
 from .layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNorm, QuantLinear, quantize_first_argument
 from .ops import PRODUCERS
-from .packed_blocks import choose_forms
+from .packed_forms import choose_forms
 from .packed_layers import PackedLinear, packed_form
 from .paused import Place
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer

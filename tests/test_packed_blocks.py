@@ -15,7 +15,9 @@ from torch import nn
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.attention import capture_attention
 from quantformer_hf.kernels import instruction_set, using
-from quantformer_hf.packed_blocks import PACKED_FORMS, PLAIN_FORMS, PackedBlock, PackedPlainBlock
+from quantformer_hf.packed_blocks import PackedBlock
+from quantformer_hf.packed_encoder import PackedPlainBlock
+from quantformer_hf.packed_forms import PACKED_FORMS, PLAIN_FORMS
 from quantformer_hf.packed_layers import PackedLinear
 from quantformer_hf.quantizers import ActivationQuantizer
 
@@ -154,6 +156,8 @@ def test_a_job_keeps_what_it_points_into_when_another_is_made(packed):
         # The inverses of the scales, which nothing but the job has.
         pointed_into = weakref.ref(block._job.value[1][0].inverse)
         block._job.forget()
+        if isinstance(block, PackedPlainBlock):
+            block._all.forget()
         for quantizer in block.modules():
             if isinstance(quantizer, ActivationQuantizer):
                 quantizer.forget_plans()
@@ -293,18 +297,23 @@ def test_an_image_of_another_size_than_its_tokens_is_refused():
 @needs_kernels
 @pytest.mark.parametrize("backbone", ["vit", "deit", "deit-distilled"])
 @pytest.mark.parametrize("class_token_bits", [None, 8])
-def test_the_last_block_works_out_the_class_token_alone(backbone, class_token_bits):
-    """Unless somebody looks at the others; logits are the same."""
+@pytest.mark.parametrize("together", [False, True])
+def test_the_last_block_works_out_the_class_token_alone(backbone, class_token_bits, together, monkeypatch):
+    """Unless somebody looks at the others; logits are the same. By itself, or with all blocks in one call."""
     packed = make_quantized(backbone, "finetune", class_token_bits=class_token_bits).pack()
-    last = [module for module in packed.modules() if isinstance(module, PackedPlainBlock)][-1]
+    first, *_, last = [module for module in packed.modules() if isinstance(module, PackedPlainBlock)]
     encoder = getattr(packed.backbone, packed.config.backbone_config.model_type)
     tokens = {"vit": 1, "deit": 2}[packed.config.backbone_config.model_type]
     sizes = []
-    run = last.run
-    last.run = lambda *arguments: sizes.append(run(*arguments).shape[1]) or run(*arguments)
+    if not together:
+        listen([first])
+    block, name = (first, "_run_all") if together else (last, "run")
+    run = getattr(block, name)
     for images in (*make_batches(), make_batches()[0][:1]):
         expected = one_by_one(packed, images)
-        assert torch.equal(logits(packed, images), expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(block, name, lambda *given: sizes.append(run(*given).shape[1]) or run(*given))
+            assert torch.equal(logits(packed, images), expected)
         assert sizes.pop() == tokens
     with torch.no_grad():
         all_tokens = encoder(images).last_hidden_state
@@ -328,6 +337,25 @@ def test_who_listens_is_told_of_all_tokens(heard):
     assert torch.equal(logits(packed, images), expected)
     output = getattr(seen[-1], "last_hidden_state", seen[-1])
     assert output.shape[1] == 1 + (images.shape[-1] // packed.config.backbone_config.patch_size) ** 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", [0, 1])
+def test_who_listens_to_a_block_is_told_what_it_puts_out(place):
+    """And not what all of them do together, in one call before and after."""
+    packed = make_quantized("vit", "finetune").pack()
+    first, heard = packed.backbone.vit.layers[0], packed.backbone.vit.layers[place]
+    images, seen = make_batches()[0], []
+    expected = logits(packed, images)
+    assert first._all.value is not None
+    handle = heard.register_forward_hook(lambda module, given, output: seen.append(output))
+    assert torch.equal(logits(packed, images), expected)
+    with using(None):
+        logits(packed, images)
+    assert torch.equal(*seen)
+    handle.remove()
+    assert torch.equal(logits(packed, images), expected)
+    assert len(seen) == 2
 
 
 @needs_kernels

@@ -116,6 +116,17 @@ struct Block {
 };
 int quantformer_block(const Block* job, int64_t threads, ParallelFor parallel_for);
 
+// Blocks one after the other, which read no windows: of x, and of y, `(images, kept, channels)`, what the last one puts out of the
+// first `kept` tokens of each image. Of the blocks' own rows and numbers of images and tokens nothing is looked at.
+struct Blocks {
+  const Block* const* blocks;
+  int64_t count;
+  const float* x;  // `(images, tokens, channels)`
+  int64_t images, tokens, kept;
+  float* y;
+};
+int quantformer_blocks(const Blocks* job, int64_t threads, ParallelFor parallel_for);
+
 // Of all these jobs together: what a caller compares with its own, in case it was written for another build.
 int64_t quantformer_job_bytes();
 }

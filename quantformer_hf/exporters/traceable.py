@@ -25,7 +25,7 @@ from torch.onnx.ops import symbolic
 from ..attention import attention_modules
 from ..layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNorm, QuantLinear
 from ..ops import PRODUCERS, positive
-from ..packed_blocks import choose_forms
+from ..packed_forms import choose_forms
 from ..packed_layers import PackedWeight
 from ..quantizers import ActivationQuantizer
 

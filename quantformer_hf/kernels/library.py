@@ -178,6 +178,20 @@ class Block(Structure):
     ]
 
 
+class Blocks(Structure):
+    """`Blocks` of `kernels.h`."""
+
+    _fields_ = [
+        ("blocks", POINTER(POINTER(Block))),
+        ("count", c_int64),
+        ("x", c_void_p),
+        ("images", c_int64),
+        ("tokens", c_int64),
+        ("kept", c_int64),
+        ("y", c_void_p),
+    ]
+
+
 def library() -> ctypes.CDLL | None:
     """The kernels, or None, with one warning, where they were not built."""
     global _kernels, _looked
@@ -209,6 +223,7 @@ def _load() -> ctypes.CDLL | None:
         "quantformer_mlp": Mlp,
         "quantformer_attention_block": AttentionBlock,
         "quantformer_block": Block,
+        "quantformer_blocks": Blocks,
     }
     try:
         kernels = ctypes.CDLL(found.origin)
