@@ -52,12 +52,6 @@ OperandCodes codes_of(const Rows& from, int32_t largest, const Operand& operand,
   return {memory, width};
 }
 
-int32_t sum(const uint8_t* codes, int64_t n) {
-  int32_t total = 0;
-  for (int64_t i = 0; i < n; ++i) total += codes[i];
-  return total;
-}
-
 // What is taken off the codes of one operand of a product, its middle: they are then signed bytes, and its offset is
 // greater by so many scales.
 int32_t middle_of(int32_t largest) { return (largest + 1) / 2; }
@@ -124,7 +118,7 @@ void probabilities_of_queries(const Probabilities& job, const Queries& queries, 
   const int64_t middles = job.head_size * middle_of(job.largest);
   for (int64_t j = 0; j < job.keys; ++j) {
     scale[j] = of_products;
-    bias[j] = static_cast<float>(sum(key.codes + j * key.stride, n) - middles) * of_sums;
+    bias[j] = static_cast<float>(current().sum(key.codes + j * key.stride, n) - middles) * of_sums;
   }
   fill_source(source, job.head_size, positions);
   const float one = 1;
@@ -181,7 +175,7 @@ void mix_queries(const Mixed& job, const Queries& queries, const float* probabil
   const OperandCodes weights = codes_of({probabilities, nullptr, stride, rows, job.keys, stride}, job.largest, p_operand,
                                         constants, weight_memory, width);
   for (int64_t i = 0; i < rows; ++i) {
-    of_row[i] = static_cast<float>(sum(weights.codes + i * width, job.keys)) * of_rows;
+    of_row[i] = static_cast<float>(current().sum(weights.codes + i * width, job.keys)) * of_rows;
   }
   fill_source(source, job.keys, positions);
   const float one = 1;

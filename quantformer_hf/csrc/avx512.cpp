@@ -134,6 +134,8 @@ const InstructionSet* avx512() {
                                      gelu,
                                      softmax,
                                      layer_norm,
+                                     add,
+                                     sum,
                                      narrower->reorder,
                                      nullptr,
                                      nullptr};

@@ -95,10 +95,13 @@ struct InstructionSet {
   void (*unpack_ordered)(const Ordered&, int8_t* panel);
   // One row: codes = clamp(round((x - offset) * inverse), 0, largest), in the order of the channels.
   void (*quantize)(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes);
-  // One row, see pointwise.h.
+  // See pointwise.h: one row, and of the last one rows side by side.
   void (*gelu)(const float* x, int64_t n, float* y);
   void (*softmax)(float* row, const float* mask, int64_t n, int64_t room);
-  void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y);
+  void (*layer_norm)(const float* x, int64_t rows, const float* weight, const float* bias, float epsilon, int64_t n,
+                     float* y);
+  void (*add)(const float* a, const float* b, int64_t n, float* y);
+  int32_t (*sum)(const uint8_t* codes, int64_t n);
   // kBlock rows: out[row][position] = rows[row][source[position]], zero where that is `columns`.
   void (*reorder)(const Order&);
   const Pairs* pairs;  // see pairs.h; null where multiplying is as fast

@@ -20,32 +20,40 @@ constexpr int64_t kTaskRows = 192;
 // is worth; one of 3 bits takes 4.
 constexpr int kMostOrderedBits = 4;
 
+// Rows that are made together, before they become codes.
+constexpr int64_t kMadeRows = 4;
+
 void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
   const InstructionSet& set = current();
   const auto largest = static_cast<float>(job.largest);
   const int64_t stride = divide_up(job.channels, 16) * 16;
   thread_local Scratch scratch;
-  scratch.reserve(job.channels * sizeof(float) + (2 * stride + 1) * kBlock);
-  auto made = scratch.take<float>(job.channels);
-  const auto quantize = [&](int64_t r, uint8_t* codes) {
-    const float* x = job.x + r * job.channels;
-    if (job.gelu) {
-      set.gelu(x, job.channels, made);
-      x = made;
-    } else if (job.norm != nullptr) {
-      set.layer_norm(x, job.norm->weight, job.norm->bias, job.norm->epsilon, job.channels, made);
-      x = made;
+  scratch.reserve(kMadeRows * job.channels * sizeof(float) + (2 * stride + 1) * kBlock);
+  auto made = scratch.take<float>(kMadeRows * job.channels);
+  const auto quantize = [&](int64_t first, int64_t last, uint8_t* codes, int64_t codes_stride) {
+    for (int64_t r = first; r < last; r += kMadeRows) {
+      const int64_t rows = std::min(kMadeRows, last - r);
+      const float* x = job.x + r * job.channels;
+      if (job.gelu) {
+        set.gelu(x, rows * job.channels, made);
+        x = made;
+      } else if (job.norm != nullptr) {
+        set.layer_norm(x, rows, job.norm->weight, job.norm->bias, job.norm->epsilon, job.channels, made);
+        x = made;
+      }
+      for (int64_t i = 0; i < rows; ++i, codes += codes_stride) {
+        set.quantize(x + i * job.channels, job.offset, job.inverse, largest, job.channels, codes);
+      }
     }
-    set.quantize(x, job.offset, job.inverse, largest, job.channels, codes);
   };
   if (job.source == nullptr) {
-    for (int64_t r = begin; r < end; ++r) quantize(r, job.codes + r * job.channels);
+    quantize(begin, end, job.codes + begin * job.channels, job.channels);
     return;
   }
   auto rows = scratch.take<uint8_t>(stride * kBlock), columns = scratch.take<uint8_t>((stride + 1) * kBlock);
   for (int64_t r = begin; r < end; r += kBlock) {
     const int64_t n = std::min<int64_t>(kBlock, end - r);
-    for (int64_t i = 0; i < n; ++i) quantize(r + i, rows + i * stride);
+    quantize(r, r + n, rows, stride);
     set.reorder({rows, stride, job.channels, job.source, job.positions, job.codes + r * job.positions, n, columns});
   }
 }
@@ -120,9 +128,8 @@ int quantformer_layer_norm(const Norm* job, int64_t threads, ParallelFor paralle
   using namespace quantformer;
   return by_rows(*job, threads, parallel_for, [&](int64_t begin, int64_t end) {
     const LayerNorm& norm = job->norm;
-    for (int64_t at = begin * job->channels; at < end * job->channels; at += job->channels) {
-      current().layer_norm(job->x + at, norm.weight, norm.bias, norm.epsilon, job->channels, job->y + at);
-    }
+    const int64_t at = begin * job->channels;
+    current().layer_norm(job->x + at, end - begin, norm.weight, norm.bias, norm.epsilon, job->channels, job->y + at);
   });
 }
 

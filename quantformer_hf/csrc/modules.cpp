@@ -114,10 +114,6 @@ int each_row(int64_t rows, int64_t channels, int64_t threads, ParallelFor parall
   });
 }
 
-void add_rows(const float* a, const float* b, int64_t channels, float* y) {
-  for (int64_t c = 0; c < channels; ++c) y[c] = a[c] + b[c];
-}
-
 // The row of `job.x` of a token that attention reads, -1 for padding.
 int64_t row_of(const Block& job, int64_t token) {
   if (job.order == nullptr) return token;
@@ -169,11 +165,11 @@ int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
   // Each row is one token's.
   const auto add_attended = [&](int64_t token) {
     const int64_t row = row_of(job, token);
-    if (row >= 0) add_rows(attended.get() + token * width, job.x + row * width, width, hidden.get() + row * width);
+    if (row >= 0) current().add(attended.get() + token * width, job.x + row * width, width, hidden.get() + row * width);
   };
   const auto add_to_kept = [&](int64_t row) {
     const float* x = job.x + (row / queries * image_rows + row % queries) * width;
-    add_rows(attended.get() + row * width, x, width, hidden.get() + row * width);
+    current().add(attended.get() + row * width, x, width, hidden.get() + row * width);
   };
   const int added = all ? each_row(tokens, width, threads, parallel_for, add_attended)
                         : each_row(kept, width, threads, parallel_for, add_to_kept);
@@ -187,7 +183,7 @@ int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
   if (quantformer_quantize(&after, threads, parallel_for) != 0) return -1;
   if (run_mlp(mlp, threads, parallel_for) != 0) return -1;
   return each_row(kept, width, threads, parallel_for, [&](int64_t row) {
-    add_rows(y + row * width, hidden.get() + row * width, width, y + row * width);
+    current().add(y + row * width, hidden.get() + row * width, width, y + row * width);
   });
 }
 

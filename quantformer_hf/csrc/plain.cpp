@@ -112,6 +112,8 @@ const InstructionSet* plain() {
                                      gelu,
                                      softmax,
                                      layer_norm,
+                                     add,
+                                     sum,
                                      reorder,
                                      nullptr,
                                      nullptr};

@@ -187,32 +187,68 @@ TARGET inline void softmax(float* row, const float* mask, const int64_t count, i
   for (int64_t i = 0; i < count; ++i) row[i] = row[i] * factor;
 }
 
-// y = (x - mean) / sqrt(variance + epsilon) * weight + bias; `weight` and `bias` may be null.
-TARGET inline void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y) {
+// Of kRows rows side by side: each sum of a row waits for the one before it.
+template <int64_t kRows>
+INLINE void layer_norm_rows(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y) {
   const int64_t whole = n / kLanes * kLanes, last = n - whole;
   const float share = static_cast<float>(1.0 / static_cast<double>(n));
-  Floats sums = Floats{};
-  for (int64_t i = 0; i < whole; i += kLanes) sums = sums + load_floats(x + i);
-  if (last > 0) sums = sums + load_last(x + whole, last, 0);
-  const float mean = sum_of_lanes(sums) * share;
-  sums = Floats{};
+  Floats sums[kRows], squares[kRows];
+  float mean[kRows], factor[kRows];
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kRows; ++r) sums[r] = squares[r] = Floats{};
   for (int64_t i = 0; i < whole; i += kLanes) {
-    const Floats difference = load_floats(x + i) - mean;
-    store_floats(y + i, difference);
-    sums = sums + difference * difference;
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r) sums[r] = sums[r] + load_floats(x + r * n + i);
   }
-  if (last > 0) {
-    store_last(y + whole, load_last(x + whole, last, 0) - mean, last);
-    const Floats difference = load_last(y + whole, last, 0);
-    sums = sums + difference * difference;
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kRows; ++r) {
+    if (last > 0) sums[r] = sums[r] + load_last(x + r * n + whole, last, 0);
+    mean[r] = sum_of_lanes(sums[r]) * share;
   }
-  const float factor = 1.0f / std::sqrt(sum_of_lanes(sums) * share + epsilon);
-  for (int64_t i = 0; i < n; ++i) {
-    float made = y[i] * factor;
-    if (weight != nullptr) made = made * weight[i];
-    if (bias != nullptr) made = made + bias[i];
-    y[i] = made;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r) {
+      const Floats difference = load_floats(x + r * n + i) - mean[r];
+      store_floats(y + r * n + i, difference);
+      squares[r] = squares[r] + difference * difference;
+    }
   }
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kRows; ++r) {
+    if (last > 0) {
+      store_last(y + r * n + whole, load_last(x + r * n + whole, last, 0) - mean[r], last);
+      const Floats difference = load_last(y + r * n + whole, last, 0);
+      squares[r] = squares[r] + difference * difference;
+    }
+    factor[r] = 1.0f / std::sqrt(sum_of_lanes(squares[r]) * share + epsilon);
+  }
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t i = 0; i < n; ++i) {
+      float made = y[r * n + i] * factor[r];
+      if (weight != nullptr) made = made * weight[i];
+      if (bias != nullptr) made = made + bias[i];
+      y[r * n + i] = made;
+    }
+  }
+}
+
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias, row by row; `weight` and `bias` may be null.
+TARGET inline void layer_norm(const float* x, int64_t rows, const float* weight, const float* bias, float epsilon, int64_t n,
+                              float* y) {
+  constexpr int64_t kTogether = 4;
+  int64_t r = 0;
+  for (; r + kTogether <= rows; r += kTogether) layer_norm_rows<kTogether>(x + r * n, weight, bias, epsilon, n, y + r * n);
+  for (; r < rows; ++r) layer_norm_rows<1>(x + r * n, weight, bias, epsilon, n, y + r * n);
+}
+
+TARGET inline void add(const float* a, const float* b, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = a[i] + b[i];
+}
+
+TARGET inline int32_t sum(const uint8_t* codes, int64_t n) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += codes[i];
+  return total;
 }
 
 }  // namespace

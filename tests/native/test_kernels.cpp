@@ -85,16 +85,18 @@ void test_softmax(const InstructionSet& set, Random& random) {
 
 void test_layer_norm(const InstructionSet& set, Random& random) {
   for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 192}) {
-    const auto x = random.reals(n, -4, 300), weight = random.reals(n, -2, 2), bias = random.reals(n, -1, 1);
-    for (bool affine : {false, true}) {
-      Exact<float> got(n), expected(n), again(n);
-      std::copy(x.begin(), x.end(), expected.begin());
-      const LayerNorm norm = {affine ? weight.begin() : nullptr, affine ? bias.begin() : nullptr, 1e-5f};
-      cases::layer_norm(expected, norm.weight, norm.bias, norm.epsilon, n);
-      set.layer_norm(x, norm.weight, norm.bias, norm.epsilon, n, got);
-      const Norm job = {x, 1, n, norm, again};
-      const bool right = quantformer_layer_norm(&job, 3, nullptr) == 0 && same_bits(again, expected);
-      check(right && same_bits(got, expected), set, "LayerNorm", describe({{"n", n}, {"affine", affine}}));
+    for (int64_t rows : {1, 3, 4, 5, 9}) {
+      const auto x = random.reals(rows * n, -4, 300), weight = random.reals(n, -2, 2), bias = random.reals(n, -1, 1);
+      for (bool affine : {false, true}) {
+        Exact<float> got(rows * n), expected(rows * n), again(rows * n);
+        std::copy(x.begin(), x.end(), expected.begin());
+        const LayerNorm norm = {affine ? weight.begin() : nullptr, affine ? bias.begin() : nullptr, 1e-5f};
+        for (int64_t r = 0; r < rows; ++r) cases::layer_norm(expected + r * n, norm.weight, norm.bias, norm.epsilon, n);
+        set.layer_norm(x, rows, norm.weight, norm.bias, norm.epsilon, n, got);
+        const Norm job = {x, rows, n, norm, again};
+        const bool right = quantformer_layer_norm(&job, 3, nullptr) == 0 && same_bits(again, expected);
+        check(right && same_bits(got, expected), set, "LayerNorm", describe({{"n", n}, {"rows", rows}, {"affine", affine}}));
+      }
     }
   }
 }
