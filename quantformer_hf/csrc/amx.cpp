@@ -96,8 +96,8 @@ TARGET void prepare(const uint8_t* codes, int64_t stride, int64_t rows, const Ma
   }
 }
 
-// Groups in work at a time. While the first of these is multiplied, the integers of the one two before it are stored, and those
-// of the one three before it become floating point: each waits long for the one before.
+// Groups in work at a time. While one is multiplied, the integers of that two before it leave the tiles, and those of that three
+// before it become floating point: each would wait long for what comes before it.
 constexpr int kSlots = 4, kStored = 2, kAdded = 3;
 
 template <int kSlot>

@@ -10,19 +10,17 @@ namespace {
 
 int64_t padded(int64_t n) { return divide_up(n, 4) * 4; }
 
-// One operand of an attention product: floating point, or where that is null, codes. Of each row `room` elements may be read,
-// `columns` or more.
+// One operand of an attention product: floating point, or where that is null, codes.
 struct Rows {
   const float* x;
   const uint8_t* codes;
-  int64_t stride, rows, columns, room;
+  int64_t stride, rows, columns;
 };
 
 // Tokens `first` to `last` of a head, by the strides of batch, head and token.
 Rows rows_of_head(const float* x, const uint8_t* codes, const int64_t* strides, const Queries& tokens, int64_t columns) {
   const int64_t at = tokens.b * strides[0] + tokens.h * strides[1] + tokens.first * strides[2];
-  return {x == nullptr ? nullptr : x + at, codes == nullptr ? nullptr : codes + at, strides[2], tokens.count(), columns,
-          columns};
+  return {x == nullptr ? nullptr : x + at, codes == nullptr ? nullptr : codes + at, strides[2], tokens.count(), columns};
 }
 
 // Codes, `(rows, stride)`.
@@ -44,8 +42,7 @@ OperandCodes codes_of(const Rows& from, int32_t largest, const Operand& operand,
     if (from.x == nullptr) {
       std::copy_n(from.codes + r * from.stride, from.columns, row);
     } else {
-      current().quantize(from.x + r * from.stride, offset, inverse, static_cast<float>(largest), std::min(from.room, width),
-                         row);
+      current().quantize(from.x + r * from.stride, offset, inverse, static_cast<float>(largest), from.columns, row);
     }
     std::fill_n(row + from.columns, width - from.columns, 0);
   }
@@ -96,7 +93,7 @@ void fill_source(int32_t* source, int64_t columns, int64_t positions) {
 
 }  // namespace
 
-void probabilities_of_queries(const Probabilities& job, const Queries& queries, float* probabilities, int64_t stride) {
+void probabilities_of_queries(const Probabilities& job, const Queries& queries, float* probabilities) {
   const int64_t b = queries.b, h = queries.h, rows = queries.count();
   const int64_t positions = padded(job.head_size);
   thread_local Scratch scratch;
@@ -126,7 +123,7 @@ void probabilities_of_queries(const Probabilities& job, const Queries& queries, 
   p.scale = scale;
   p.bias = bias;
   p.y = probabilities;
-  p.y_stride = stride;
+  p.y_stride = job.keys;
   multiply_here(p);
   const float* mask = job.mask;
   if (mask != nullptr) mask += b * job.mask_strides[0] + h * job.mask_strides[1];
@@ -139,19 +136,19 @@ void probabilities_of_queries(const Probabilities& job, const Queries& queries, 
       for (int64_t j = 0; j < job.keys; ++j) both[j] = added[j] + of_query[j];
       added = both;
     }
-    current().softmax(p.y + i * stride, added, job.keys, stride);
+    current().softmax(p.y + i * job.keys, added, job.keys);
   }
 }
 
-void mix_queries(const Mixed& job, const Queries& queries, const float* probabilities, int64_t stride) {
+void mix_queries(const Mixed& job, const Queries& queries, const float* probabilities) {
   const int64_t b = queries.b, h = queries.h, rows = queries.count();
-  const int64_t positions = padded(job.keys), width = roomy_stride(job.keys), n = job.head_size;
+  const int64_t positions = padded(job.keys), n = job.head_size;
   // The value as it lies, token by token: columns of a weight, of whole panels.
-  const int64_t value_width = divide_up(n, kPanel) * kPanel, constants_size = 2 * std::max(width, value_width);
+  const int64_t value_width = divide_up(n, kPanel) * kPanel, constants_size = 2 * std::max(positions, value_width);
   thread_local Scratch scratch;
-  scratch.reserve(rows * width + job.keys * value_width + constants_size * sizeof(float) +
+  scratch.reserve(rows * positions + job.keys * value_width + constants_size * sizeof(float) +
                   n * (2 * sizeof(float) + sizeof(int32_t)) + rows * sizeof(float) + positions * sizeof(int32_t));
-  auto weight_memory = scratch.take<uint8_t>(rows * width), value_memory = scratch.take<uint8_t>(job.keys * value_width);
+  auto weight_memory = scratch.take<uint8_t>(rows * positions), value_memory = scratch.take<uint8_t>(job.keys * value_width);
   auto constants = scratch.take<float>(constants_size);
   auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), of_row = scratch.take<float>(rows);
   auto sums = scratch.take<int32_t>(n), source = scratch.take<int32_t>(positions);
@@ -172,10 +169,10 @@ void mix_queries(const Mixed& job, const Queries& queries, const float* probabil
     scale[d] = of_products;
     bias[d] = static_cast<float>(sums[d]) * of_columns + constant;
   }
-  const OperandCodes weights = codes_of({probabilities, nullptr, stride, rows, job.keys, stride}, job.largest, p_operand,
-                                        constants, weight_memory, width);
+  const OperandCodes weights = codes_of({probabilities, nullptr, job.keys, rows, job.keys}, job.largest, p_operand,
+                                        constants, weight_memory, positions);
   for (int64_t i = 0; i < rows; ++i) {
-    of_row[i] = static_cast<float>(current().sum(weights.codes + i * width, job.keys)) * of_rows;
+    of_row[i] = static_cast<float>(current().sum(weights.codes + i * positions, job.keys)) * of_rows;
   }
   fill_source(source, job.keys, positions);
   const float one = 1;
@@ -196,13 +193,13 @@ void mix_queries(const Mixed& job, const Queries& queries, const float* probabil
 int quantformer_probabilities(const Probabilities* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
   return by_queries(*job, threads, parallel_for, [&](const Queries& queries) {
-    probabilities_of_queries(*job, queries, job->probabilities + place_of(*job, queries), job->keys);
+    probabilities_of_queries(*job, queries, job->probabilities + place_of(*job, queries));
   });
 }
 
 int quantformer_mix(const Mixed* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
   return by_queries(*job, threads, parallel_for, [&](const Queries& queries) {
-    mix_queries(*job, queries, job->probabilities + place_of(*job, queries), job->keys);
+    mix_queries(*job, queries, job->probabilities + place_of(*job, queries));
   });
 }

@@ -9,6 +9,7 @@
 #define TARGET __attribute__((target("avx2")))
 #include "columns.h"
 #include "pairs.h"
+#define MASKED_PARTS
 #include "pointwise.h"
 
 namespace quantformer {
@@ -166,9 +167,8 @@ TARGET void unpack_words(const Panel& p, int16_t* panel) {
   }
 }
 
-TARGET inline __m256i quantize8(const float* x, const float* offset, const float* inverse, __m256 top) {
-  const __m256 difference = _mm256_sub_ps(_mm256_loadu_ps(x), _mm256_loadu_ps(offset));
-  const __m256 position = _mm256_mul_ps(difference, _mm256_loadu_ps(inverse));
+TARGET inline __m256i quantize8(__m256 x, __m256 offset, __m256 inverse, __m256 top) {
+  const __m256 position = _mm256_mul_ps(_mm256_sub_ps(x, offset), inverse);
   // The order of operands makes zero of a NaN.
   return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top));
 }
@@ -176,7 +176,13 @@ TARGET inline __m256i quantize8(const float* x, const float* offset, const float
 TARGET void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n,
                      uint8_t* codes) {
   const __m256 top = _mm256_set1_ps(largest);
-  const auto quantized = [&](int64_t at) TARGET { return quantize8(x + at, offset + at, inverse + at, top); };
+  const auto quantized = [&](int64_t at) TARGET {
+    return quantize8(_mm256_loadu_ps(x + at), _mm256_loadu_ps(offset + at), _mm256_loadu_ps(inverse + at), top);
+  };
+  const auto to_bytes = [](__m256i q) TARGET {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    return _mm_packus_epi16(words, words);
+  };
   // Packing works on halves, and leaves runs of four in this order.
   const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = 0;
@@ -185,12 +191,12 @@ TARGET void quantize(const float* x, const float* offset, const float* inverse, 
     const __m256i more = _mm256_packs_epi32(quantized(i + 16), quantized(i + 24));
     store(codes + i, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, more), in_order));
   }
-  for (; i + 8 <= n; i += 8) {
-    const __m256i q = quantized(i);
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm_packus_epi16(words, words));
-  }
-  if (i < n) plain()->quantize(x + i, offset + i, inverse + i, largest, n - i, codes + i);
+  for (; i + 8 <= n; i += 8) _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), to_bytes(quantized(i)));
+  if (i == n) return;
+  const auto last = [&](const float* p) TARGET { return load_last(p + i, n - i, 0); };
+  uint8_t bytes[8];
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), to_bytes(quantize8(last(x), last(offset), last(inverse), top)));
+  for (int64_t at = 0; at < n - i; ++at) codes[i + at] = bytes[at];
 }
 
 }  // namespace

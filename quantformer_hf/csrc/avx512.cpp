@@ -7,6 +7,7 @@
 #include "emulated_avx512.h"  // tests/native: for machines without it
 #else
 #include <immintrin.h>
+#define MASKED_PARTS
 // GCC 12 warns of its own header, which leaves a vector undefined where the mask keeps nothing of it (PR 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
@@ -92,18 +93,22 @@ constexpr TileFunction kTiles[kTileRows] = {
     multiply<Kind, 5>, multiply<Kind, 6>,  multiply<Kind, 7>,  multiply<Kind, 8>,
     multiply<Kind, 9>, multiply<Kind, 10>, multiply<Kind, 11>, multiply<Kind, 12>};
 
+// The first ones of 16, as `mask` has bits.
+TARGET inline void quantize16(const float* x, const float* offset, const float* inverse, __m512 top, uint16_t mask,
+                              uint8_t* codes) {
+  const __m512 difference = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, offset));
+  const __m512 position = _mm512_mul_ps(difference, _mm512_maskz_loadu_ps(mask, inverse));
+  // The order of operands makes zero of a NaN.
+  const __m512 clipped = _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top);
+  _mm_mask_storeu_epi8(codes, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clipped)));
+}
+
 TARGET void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n,
                      uint8_t* codes) {
   const __m512 top = _mm512_set1_ps(largest);
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(offset + i));
-    const __m512 position = _mm512_mul_ps(difference, _mm512_loadu_ps(inverse + i));
-    // The order of operands makes zero of a NaN.
-    const __m512 clipped = _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clipped)));
-  }
-  avx2()->quantize(x + i, offset + i, inverse + i, largest, n - i, codes + i);
+  for (; i + 16 <= n; i += 16) quantize16(x + i, offset + i, inverse + i, top, 0xffff, codes + i);
+  if (i < n) quantize16(x + i, offset + i, inverse + i, top, static_cast<uint16_t>((1 << (n - i)) - 1), codes + i);
 }
 
 bool available() {

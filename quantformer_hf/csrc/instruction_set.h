@@ -97,7 +97,7 @@ struct InstructionSet {
   void (*quantize)(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes);
   // See pointwise.h: one row, and of the last one rows side by side.
   void (*gelu)(const float* x, int64_t n, float* y);
-  void (*softmax)(float* row, const float* mask, int64_t n, int64_t room);
+  void (*softmax)(float* row, const float* mask, int64_t n);
   void (*layer_norm)(const float* x, int64_t rows, const float* weight, const float* bias, float epsilon, int64_t n,
                      float* y);
   void (*add)(const float* a, const float* b, int64_t n, float* y);

@@ -86,11 +86,10 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   mix.output = mixed.get();
   const auto attend = [&](const Queries& queries) {
     thread_local Scratch scratch;
-    const int64_t stride = roomy_stride(mix.keys), count = queries.count() * stride;
-    scratch.reserve(count * sizeof(float));
-    auto probabilities = scratch.take<float>(count);
-    probabilities_of_queries(scores, queries, probabilities, stride);
-    mix_queries(mix, queries, probabilities, stride);
+    scratch.reserve(queries.count() * mix.keys * sizeof(float));
+    auto probabilities = scratch.take<float>(queries.count() * mix.keys);
+    probabilities_of_queries(scores, queries, probabilities);
+    mix_queries(mix, queries, probabilities);
   };
   if (by_queries(mix, threads, parallel_for, attend) != 0) return -1;
   between.x = mix.output;

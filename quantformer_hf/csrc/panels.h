@@ -94,7 +94,9 @@ class Panels {
 
   static void fetch_part(const uint8_t* from, int64_t begin, int64_t end, int64_t part, int64_t parts) {
     const int64_t lines = divide_up(std::max<int64_t>(0, end - begin), kLine), share = divide_up(lines, parts);
-    for (int64_t line = part * share; line < std::min((part + 1) * share, lines); ++line) prefetch(from + begin + line * kLine);
+    for (int64_t line = part * share; line < std::min((part + 1) * share, lines); ++line) {
+      prefetch(from + begin + line * kLine);
+    }
   }
 
   const Product& product_;

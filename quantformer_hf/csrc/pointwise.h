@@ -1,12 +1,11 @@
 // Softmax, GELU and LayerNorm, written once for all instruction sets in the vector extensions of GCC and Clang:
-// TARGET, which the including file defines, says which instructions they become. One rounding an operation, in the order written here;
-// `reference.py` does the same, so that all give the same bits.
+// TARGET, which the including file defines, says which instructions they become. One rounding an operation, in the order written
+// here; `reference.py` does the same, so that all give the same bits.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 namespace quantformer {
 namespace {
@@ -42,6 +41,22 @@ INLINE void store_floats(float* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+#ifdef MASKED_PARTS  // by the including file: the processor reads and writes the first floats of a vector alone
+
+INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// The last `count` floats of a row, less than kLanes, and `rest` in the lanes beyond.
+INLINE Floats load_last(const float* p, int64_t count, float rest) {
+  const __m256i mask = first_lanes(count);
+  return _mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+}
+
+INLINE void store_last(float* p, Floats v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+
+#else
+
 // Less than kLanes floats. Sizes that the compiler knows take no call.
 INLINE void copy_floats(const float* from, int64_t count, float* to) {
   static_assert(kLanes == 8, "counts up to 7");
@@ -51,7 +66,6 @@ INLINE void copy_floats(const float* from, int64_t count, float* to) {
   if (count & 1) to[one] = from[one];
 }
 
-// The last `count` floats of a row, less than kLanes, and `rest` in the lanes beyond.
 INLINE Floats load_last(const float* p, int64_t count, float rest) {
   float lanes[kLanes];
   store_floats(lanes, rest - Floats{});
@@ -64,6 +78,8 @@ INLINE void store_last(float* p, Floats v, int64_t count) {
   store_floats(lanes, v);
   copy_floats(lanes, count, p);
 }
+
+#endif
 
 // e^x for x <= 0, and 2^-124 for all that is less than that: 2^n 2^f, f within half of zero, by the polynomial of degree 5
 // with the least relative error there. To within 2e-7 where x is small, and the last digit of x elsewhere.
@@ -155,15 +171,24 @@ INLINE float sum_of_lanes(Floats sums) {
   return sums[0];
 }
 
-// row = softmax(row + mask), in place; `mask` may be null. What lies between n and `room` is overwritten: where that makes whole
-// vectors there are no last elements to be looked after, and sums, of 1 or more, stay what they are.
-TARGET inline void softmax(float* row, const float* mask, const int64_t count, int64_t room) {
-  int64_t n = count;
-  if (mask != nullptr) {
-    for (int64_t i = 0; i < n; ++i) row[i] = row[i] + mask[i];
-  }
-  for (; n < room; ++n) row[n] = -std::numeric_limits<float>::infinity();
+TARGET inline void add(const float* a, const float* b, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) store_floats(y + i, load_floats<kAtOnce>(a + i) + load_floats<kAtOnce>(b + i));
+  for (; i + kLanes <= n; i += kLanes) store_floats(y + i, load_floats(a + i) + load_floats(b + i));
+  if (i < n) store_last(y + i, load_last(a + i, n - i, 0) + load_last(b + i, n - i, 0), n - i);
+}
+
+INLINE void scale(float* row, float factor, int64_t n) {
+  int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) store_floats(row + i, load_floats<kAtOnce>(row + i) * factor);
+  for (; i + kLanes <= n; i += kLanes) store_floats(row + i, load_floats(row + i) * factor);
+  if (i < n) store_last(row + i, load_last(row + i, n - i, 0) * factor, n - i);
+}
+
+// row = softmax(row + mask), in place; `mask` may be null.
+TARGET inline void softmax(float* row, const float* mask, int64_t n) {
   const int64_t whole = n / kLanes * kLanes, last = n - whole;
+  if (mask != nullptr) add(row, mask, n, row);
   const float largest = largest_of(row, n);
 
   Floats sums = Floats{};
@@ -182,9 +207,7 @@ TARGET inline void softmax(float* row, const float* mask, const int64_t count, i
     store_last(row + whole, exponential(load_last(row + whole, last, 0) - largest), last);
     sums = sums + load_last(row + whole, last, 0);
   }
-  const float factor = 1.0f / sum_of_lanes(sums);
-  // Not what is beyond them: it would become too small for normal numbers, which costs more than all else.
-  for (int64_t i = 0; i < count; ++i) row[i] = row[i] * factor;
+  scale(row, 1.0f / sum_of_lanes(sums), n);
 }
 
 // Of kRows rows side by side: each sum of a row waits for the one before it.
@@ -239,10 +262,6 @@ TARGET inline void layer_norm(const float* x, int64_t rows, const float* weight,
   int64_t r = 0;
   for (; r + kTogether <= rows; r += kTogether) layer_norm_rows<kTogether>(x + r * n, weight, bias, epsilon, n, y + r * n);
   for (; r < rows; ++r) layer_norm_rows<1>(x + r * n, weight, bias, epsilon, n, y + r * n);
-}
-
-TARGET inline void add(const float* a, const float* b, int64_t n, float* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = a[i] + b[i];
 }
 
 TARGET inline int32_t sum(const uint8_t* codes, int64_t n) {

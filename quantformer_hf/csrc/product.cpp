@@ -61,7 +61,8 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
               int64_t end, int64_t first, int64_t last) {
   thread_local Scratch scratch;
   const int64_t tile_rows = set.tile_rows, tile_size = tile_rows * kPanel, wide_rows = plan.words ? last - first : 0;
-  scratch.reserve(Panels::scratch_bytes(p, 1) + wide_rows * p.positions * sizeof(int16_t) + tile_size * (sizeof(float) + sizeof(int32_t)) +
+  scratch.reserve(Panels::scratch_bytes(p, 1) + wide_rows * p.positions * sizeof(int16_t) +
+                  tile_size * (sizeof(float) + sizeof(int32_t)) +
                   Writer<kPanel>::scratch_bytes(tile_rows));
   Panels panels(p, then, plan.words, set, 1, scratch);
   auto wide = scratch.take<int16_t>(wide_rows * p.positions);

@@ -40,3 +40,18 @@ inline __m512i _mm512_maskz_loadu_epi8(uint64_t mask, const void* bytes) {
   return simde__m512i_from_private(to);
 }
 #endif
+#ifndef _mm512_maskz_loadu_ps
+inline __m512 _mm512_maskz_loadu_ps(uint16_t mask, const void* numbers) {
+  simde__m512_private to;
+  for (int i = 0; i < 16; ++i) to.f32[i] = mask >> i & 1 ? static_cast<const float*>(numbers)[i] : 0;
+  return simde__m512_from_private(to);
+}
+#endif
+#ifndef _mm_mask_storeu_epi8
+inline void _mm_mask_storeu_epi8(void* bytes, uint16_t mask, __m128i from) {
+  const simde__m128i_private lanes = simde__m128i_to_private(from);
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) static_cast<int8_t*>(bytes)[i] = lanes.i8[i];
+  }
+}
+#endif

@@ -66,19 +66,16 @@ void test_gelu(const InstructionSet& set, Random& random) {
 }
 
 void test_softmax(const InstructionSet& set, Random& random) {
-  for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 49, 197}) {
+  for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 24, 49, 197}) {
     for (bool masked : {false, true}) {
-      for (int64_t room : {n, n + 1, (n + 15) / 16 * 16}) {
-        const auto got = random.reals(room, -100, 100), mask = random.reals(n, -5, 5);
-        mask[0] = -100;
-        if (n > 1) mask[n - 1] = -std::numeric_limits<float>::infinity();
-        Exact<float> expected(n), made(n);
-        for (int64_t i = 0; i < n; ++i) expected[i] = masked ? got[i] + mask[i] : got[i];
-        cases::softmax(expected, n);
-        set.softmax(got, masked ? mask.begin() : nullptr, n, room);
-        std::copy_n(got.begin(), n, made.begin());
-        check(same_bits(made, expected), set, "softmax", describe({{"n", n}, {"masked", masked}, {"room", room}}));
-      }
+      const auto got = random.reals(n, -100, 100), mask = random.reals(n, -5, 5);
+      mask[0] = -100;
+      if (n > 1) mask[n - 1] = -std::numeric_limits<float>::infinity();
+      Exact<float> expected(n);
+      for (int64_t i = 0; i < n; ++i) expected[i] = masked ? got[i] + mask[i] : got[i];
+      cases::softmax(expected, n);
+      set.softmax(got, masked ? mask.begin() : nullptr, n);
+      check(same_bits(got, expected), set, "softmax", describe({{"n", n}, {"masked", masked}}));
     }
   }
 }
