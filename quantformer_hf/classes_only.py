@@ -1,7 +1,7 @@
-"""A pass of a ViT or DeiT for its logits alone.
+"""A pass of a backbone for its logits alone.
 
-The classifier reads the class token alone: in the last block no other row is worked out, which is most of the block. And
-nobody looks at what lies between two blocks, so that the first one may run them all (`packed_encoder.py`).
+The classifier of a ViT or DeiT reads the class token alone: in the last block no other row is worked out, which is most of
+the block. And nobody looks at what lies between two blocks, so that the first one may run them all (`packed_encoder.py`).
 
 Whoever looks at the tokens that come out of a block (hooks, a `forward` in place of the class's own, `output_hidden_states`,
 a call of the encoder by itself) gets all of them.
@@ -21,19 +21,18 @@ from .hooks import has_listener
 
 @dataclass(eq=False)
 class Pass:
-    """One pass through `blocks`, of whose output the first `tokens` are read."""
+    """One pass through a backbone: its blocks that follow one another, by the first one, and what is read of them."""
 
-    blocks: nn.ModuleList
-    tokens: int
-    #: What comes out of the last block, when the first one has run them all.
+    chains: dict[nn.Module, nn.ModuleList]
+    #: The block of whose output the first `tokens` are read.
+    last: nn.Module | None = None
+    tokens: int = 0
+    #: What comes out of the last block of a chain, when the first one has run them all.
     output: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self.first, self.last = self.blocks[0], self.blocks[-1]
-
-    def read_of(self, tokens: int) -> int:
-        """How many of `tokens`, the first ones, the last block is to put out."""
-        return tokens if _is_heard(self.last) else min(tokens, self.tokens)
+    def read_of(self, block: nn.Module, tokens: int) -> int:
+        """How many of `tokens`, the first ones, `block` is to put out."""
+        return min(tokens, self.tokens) if block is self.last and not _is_heard(block) else tokens
 
 
 _pass: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -44,9 +43,10 @@ def classes_only(backbone: PreTrainedModel) -> Iterator[None]:
     """Inside the `with` block, `backbone`, an image classifier, is run for its logits alone."""
     kind = backbone.config.model_type
     encoder = getattr(backbone, kind)
-    made = None
+    lists = [encoder.layers] if kind in CLASS_TOKENS else [stage.blocks for stage in encoder.encoder.layers]
+    made = Pass({blocks[0]: blocks for blocks in lists if blocks})
     if kind in CLASS_TOKENS and encoder.layers and not any(map(_is_heard, (encoder, *encoder.layernorm.modules()))):
-        made = Pass(encoder.layers, CLASS_TOKENS[kind])
+        made.last, made.tokens = encoder.layers[-1], CLASS_TOKENS[kind]
     token = _pass.set(made)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Transformer blocks of a packed model, and their attention and multilayer perceptron, each in one call of the kernels.
+"""Attention and perceptrons of a packed model, each in one call of the kernels; whole blocks: `packed_encoder.py`.
 
 What Python does between two kernels takes as long as a kernel of a small model. So where nobody looks at what lies between
 them (no hook, no tracing, no attention map to return), and the model is on a CPU, the whole module is one job for the
@@ -6,19 +6,16 @@ compiled kernels. They compute what the layers compute one by one, bit for bit. 
 """
 
 import ctypes
-import functools
-import types
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.models.swin.modeling_swin import SwinLayer, window_partition
 
 from .attention import ATTENTION_IMPLEMENTATION
 from .hooks import has_listener
 from .kernels import ChannelPlan, Remembered, in_integers, operators
-from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Block, Mlp, check, library
-from .layers import InferenceLayerNorm, QuantLayerNorm, quantize_first_argument
+from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Mlp, check, library
+from .layers import quantize_first_argument
 from .packed_layers import PackedLinear
 from .quantizers import ActivationQuantizer
 
@@ -35,7 +32,7 @@ class Job(Remembered[Prepared | None]):
         return Job, ()
 
 
-class _OneJob:
+class OneJob:
     """A module that may be one job."""
 
     _job: Job
@@ -65,7 +62,7 @@ class _OneJob:
         return self._job.get(inside, lambda: self.prepare(channels), of=(channels, inside))
 
 
-class PackedMlp(_OneJob):
+class PackedMlp(OneJob):
     """`fc2(gelu(fc1(x)))` of codes."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -93,7 +90,7 @@ class PackedMlp(_OneJob):
         return Mlp(first, between.job, second), (*plans, between, *kept, *more)
 
 
-class PackedAttention(_OneJob):
+class PackedAttention(OneJob):
     """Attention of codes, from q, k and v to the output projection."""
 
     def forward(
@@ -155,105 +152,6 @@ class PackedAttention(_OneJob):
             output[0],
         )
         return job, (*plans, between, *inputs, output, of_scores, of_mix)
-
-
-class PackedBlock(_OneJob):
-    """`h = x + attention(LayerNorm(x))`, `y = h + mlp(LayerNorm(h))`, from floating point to floating point."""
-
-    def block_job(self, x: Tensor, kwargs: dict) -> Block | None:
-        """The job, of which the rows of attention are still to be filled in."""
-        job = self.job(x) if self.takes(x) and not self.attention.maps_are_wanted(kwargs) else None
-        if job is not None:
-            job.x, job.before.rows = x.data_ptr(), x.shape[:-1].numel()
-        return job
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether `x` is one that the kernels work on."""
-        return (
-            x.dtype == torch.float32
-            and x.dim() == 3
-            and x.shape[-1:] == self.layernorm_before.normalized_shape
-            # Dropout, and gradients, are for the layers.
-            and not self.training
-            and not (x.requires_grad and torch.is_grad_enabled())
-        )
-
-    def run(self, job: Block, x: Tensor, kept: int) -> Tensor:
-        """Run the job on `x` `(batch, tokens, channels)`, of which the first `kept` tokens come out."""
-        output = x.new_empty((len(x), kept, x.shape[2]))
-        job.mlp.second.y = output.data_ptr()
-        kernels = library()
-        check(kernels.quantformer_block(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
-        return output
-
-    def reads(self) -> ActivationQuantizer | None:
-        """What quantizes the input of attention; None where it does not make codes."""
-        raise NotImplementedError(f"{type(self).__name__} must say what quantizes the input of its attention")
-
-    def prepare(self, channels: None = None) -> Prepared | None:
-        norms, reads = (self.layernorm_before, self.layernorm_after), self.reads()
-        tensors = [tensor for norm in norms for tensor in norm.parameters(recurse=False)]
-        kinds = isinstance(norms[0], InferenceLayerNorm) and type(norms[1]) is QuantLayerNorm
-        if reads is None or not kinds or any(tensor.dtype != torch.float32 for tensor in tensors):
-            return None
-        (width,) = norms[0].normalized_shape
-        before, after = reads.plan(width), norms[1].output_quantizer.plan(width)
-        attention, mlp = self.attention.prepare(before), self.mlp.prepare(after)
-        if attention is None or mlp is None:
-            return None
-        prepared = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
-        job = Block(0, *prepared, 0, 0, 0, before.job, attention[0], after.job, mlp[0])
-        return job, (before, after, attention[1], mlp[1])
-
-
-class PackedWindowBlock(PackedBlock):
-    """That of Swin, whose attention is within windows of the image, shifted in every other block."""
-
-    def forward(
-        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
-        """`(batch, height * width, channels)` in and out, and, where the layers are called, the probabilities."""
-        job = self.block_job(hidden_states, kwargs)
-        if not always_partition:
-            self.set_shift_and_window_size(input_dimensions)
-        area, (height, width) = self.window_size**2, input_dimensions
-        fits = area == self.attention.relative_position_bias.window_area and height * width == hidden_states.shape[1]
-        if job is None or not fits:
-            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
-        order, hidden = _windows(height, width, self.window_size, self.shift_size)
-        job.order, job.image_tokens, job.image_rows = order.data_ptr(), len(order), hidden_states.shape[1]
-        set_sizes(job.attention, len(hidden_states) * len(order) // area, area)
-        if hidden is not None:
-            job.attention.scores.hidden, job.attention.scores.windows = hidden.data_ptr(), len(hidden)
-        return self.run(job, hidden_states, hidden_states.shape[1]), None
-
-    def reads(self) -> ActivationQuantizer | None:
-        attention = self.attention
-        return attention.input_quantizer if getattr(attention, "gives_codes", False) else None
-
-    def prepare(self, channels: None = None) -> Prepared | None:
-        prepared = super().prepare()
-        if prepared is None:
-            return None
-        job, tensors = prepared
-        bias = self.attention.relative_position_bias().float().contiguous()
-        job.attention.scores.mask, job.attention.scores.mask_strides = bias.data_ptr(), (0, *bias.stride()[1:3])
-        return job, (*tensors, bias)
-
-
-@functools.lru_cache(maxsize=64)
-def _windows(height: int, width: int, window_size: int, shift_size: int) -> tuple[Tensor, Tensor | None]:
-    """The row of each token of an image cut into windows, -1 for padding, `(tokens,)` int32, and what hides from each other
-    the tokens of a window that were shifted together, `(windows, area, area)` float32, where there is a shift."""
-    # The methods of the layer ask it for these two alone.
-    sizes = types.SimpleNamespace(window_size=window_size, shift_size=shift_size)
-    with torch.inference_mode(False), torch.device("cpu"):
-        # Rows from 1, for padding is 0.
-        image = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, height, width, 1)
-        image, _ = SwinLayer.maybe_pad(sizes, image, height, width)
-        windows = window_partition(SwinLayer.cyclic_shift(sizes, image), window_size)
-        hidden = SwinLayer.get_attn_mask(sizes, *image.shape[1:3], dtype=torch.float32, device=image.device)
-        return windows.flatten().int() - 1, hidden
 
 
 def set_sizes(job: AttentionBlock, batch: int, tokens: int, queries: int | None = None) -> None:

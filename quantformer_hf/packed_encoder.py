@@ -1,76 +1,213 @@
-"""Blocks of a packed ViT or DeiT, one by one, or all of them in one call of the kernels.
+"""Blocks of a packed transformer, one by one, or all that follow one another in one call of the kernels.
 
 Between two calls of the kernels Python comes back to caches that hold weights and activations, and takes several times as
 long as in a loop of its own. So where nobody looks at what lies between the blocks, the first one runs them all.
 """
 
 import ctypes
+import functools
+import types
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers.models.swin.modeling_swin import SwinLayer, window_partition
 
-from .classes_only import Pass, current_pass
+from .classes_only import current_pass
+from .kernels import operators
 from .kernels.library import Block, Blocks, check, library
-from .layers import QuantLayerNorm
-from .packed_blocks import Job, PackedBlock, Prepared, kernels_take, quiet_modules, set_sizes
+from .layers import InferenceLayerNorm, QuantLayerNorm
+from .packed_blocks import Job, OneJob, Prepared, kernels_take, quiet_modules, set_sizes
 from .quantizers import ActivationQuantizer
 
 
-class PackedPlainBlock(PackedBlock):
-    """A block whose attention is among all tokens."""
+class PackedBlock(OneJob):
+    """`h = x + attention(LayerNorm(x))`, `y = h + mlp(LayerNorm(h))`, from floating point to floating point."""
 
-    #: What the first block has prepared of all of them.
-    _all: Job
+    #: Jobs of all blocks of the chain that this one begins, and of this one by itself, for inputs of one size.
+    _chain: Job
+    _alone: Job
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """`(batch, tokens, channels)` in and out; of the last block's tokens, those that are read (`classes_only.py`)."""
-        if attention_mask is not None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
+    def run(self, x: Tensor, kwargs: dict, *geometry) -> Tensor | None:
+        """What comes out of this block, `(batch, tokens, channels)`, or of all in its chain; None where the layers are to be
+        called.
+
+        Args:
+            x: `(batch, tokens, channels)`.
+            kwargs: that transformers calls the block with.
+            geometry: what else it is called with, see `place`.
+        """
         current = current_pass()
-        if current is not None:
-            if current.output is hidden_states:
-                # Of this block too.
-                return hidden_states
-            if current.first is self:
-                current.output = self._run_all(current, hidden_states, kwargs)
-                if current.output is not None:
-                    return current.output
-        job = self.block_job(hidden_states, kwargs)
-        if job is None:
-            return super().forward(hidden_states, None, **kwargs)
-        batch, tokens = hidden_states.shape[:2]
-        kept = tokens if current is None or current.last is not self else current.read_of(tokens)
-        set_sizes(job.attention, batch, tokens, kept)
-        return self.run(job, hidden_states, kept)
+        if current is not None and current.output is x:
+            # The first block of the chain has run this one too.
+            return x
+        if not (kernels_take(x) and self._takes(x)):
+            return None
+        chain = None if current is None else current.chains.get(self)
+        if chain is not None:
+            current.output = self._run(self._chain, list(chain), quiet_modules(chain), x, kwargs, geometry)
+            if current.output is not None:
+                return current.output
+        return self._run(self._alone, [self], quiet_modules(self), x, kwargs, geometry)
 
     def reads(self) -> ActivationQuantizer | None:
-        norm = self.layernorm_before
-        return norm.output_quantizer if type(norm) is QuantLayerNorm else None
+        """What quantizes the input of attention; None where it does not make codes."""
+        raise NotImplementedError(f"{type(self).__name__} must say what quantizes the input of its attention")
 
-    def _run_all(self, current: Pass, x: Tensor, kwargs: dict) -> Tensor | None:
-        """What comes out of the last block; None where they are to be called one by one."""
-        inside = quiet_modules(current.blocks) if kernels_take(x) and self.takes(x) else None
-        if inside is None or any(block.attention.maps_are_wanted(kwargs) for block in current.blocks):
+    def place(self, *geometry) -> tuple:
+        """All that says, beside the size of `x`, which rows attention reads."""
+        return ()
+
+    def fill(self, job: Block, batch: int, tokens: int, kept: int, *place) -> tuple | None:
+        """Tell `job` what it is run on, of whose output the first `kept` tokens are read.
+
+        Returns:
+            Tensors that the job then points into; None where the layers are to be called.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its attention reads")
+
+    def prepare(self, channels: None = None) -> Prepared | None:
+        norms, reads = (self.layernorm_before, self.layernorm_after), self.reads()
+        tensors = [tensor for norm in norms for tensor in norm.parameters(recurse=False)]
+        kinds = isinstance(norms[0], InferenceLayerNorm) and type(norms[1]) is QuantLayerNorm
+        if reads is None or not kinds or any(tensor.dtype != torch.float32 for tensor in tensors):
             return None
-        prepared = self._all.get(inside, lambda: _prepare_all(current.blocks), of=inside)
+        (width,) = norms[0].normalized_shape
+        before, after = reads.plan(width), norms[1].output_quantizer.plan(width)
+        attention, mlp = self.attention.prepare(before), self.mlp.prepare(after)
+        if attention is None or mlp is None:
+            return None
+        prepared = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
+        job = Block(0, *prepared, 0, 0, 0, before.job, attention[0], after.job, mlp[0])
+        return job, (before, after, attention[1], mlp[1])
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether `x` is one that the kernels work on."""
+        return (
+            x.dtype == torch.float32
+            and x.dim() == 3
+            and x.shape[-1:] == self.layernorm_before.normalized_shape
+            # Dropout, and gradients, are for the layers.
+            and not self.training
+            and not (x.requires_grad and torch.is_grad_enabled())
+        )
+
+    def _run(
+        self,
+        jobs: Job,
+        blocks: list["PackedBlock"],
+        inside: list[nn.Module] | None,
+        x: Tensor,
+        kwargs: dict,
+        geometry: tuple,
+    ) -> Tensor | None:
+        """What comes out of the last one of `blocks`, in which are the modules `inside`, of which none is to be called."""
+        if inside is None or any(block.attention.maps_are_wanted(kwargs) for block in blocks):
+            return None
+        current = current_pass()
+        batch, tokens, channels = x.shape
+        kept = tokens if current is None else current.read_of(blocks[-1], tokens)
+        size = batch, tokens, kept, *(block.place(*geometry) for block in blocks)
+        prepared = jobs.get(inside, lambda: _prepare(blocks, *size), of=(inside, size))
         if prepared is None:
             return None
-        blocks, _ = prepared
-        batch, tokens, width = x.shape
-        kept = current.read_of(tokens)
-        output = x.new_empty((batch, kept, width))
-        job = Blocks(blocks, len(blocks), x.data_ptr(), batch, tokens, kept, output.data_ptr())
+        pointers, _ = prepared
+        output = x.new_empty((batch, kept, channels))
+        job = Blocks(pointers, len(pointers), x.data_ptr(), output.data_ptr())
         kernels = library()
         check(kernels.quantformer_blocks(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
         return output
 
 
-def _prepare_all(blocks: nn.ModuleList) -> Prepared | None:
-    """Pointers to the jobs of all blocks, and what they point into; None where one of them has none."""
-    prepared = [
-        block.prepared(quiet_modules(block)) if isinstance(block, PackedPlainBlock) else None for block in blocks
-    ]
-    if None in prepared:
-        return None
-    pointers = (ctypes.POINTER(Block) * len(prepared))(*(ctypes.pointer(job) for job, _ in prepared))
-    return pointers, tuple(prepared)
+class PackedPlainBlock(PackedBlock):
+    """That of ViT and DeiT, whose attention is among all tokens."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """`(batch, tokens, channels)` in and out; of the last block's tokens, those that are read (`classes_only.py`)."""
+        output = self.run(hidden_states, kwargs) if attention_mask is None else None
+        return super().forward(hidden_states, attention_mask, **kwargs) if output is None else output
+
+    def reads(self) -> ActivationQuantizer | None:
+        norm = self.layernorm_before
+        return norm.output_quantizer if type(norm) is QuantLayerNorm else None
+
+    def fill(self, job: Block, batch: int, tokens: int, kept: int) -> tuple:
+        set_sizes(job.attention, batch, tokens, kept)
+        return ()
+
+
+class PackedWindowBlock(PackedBlock):
+    """That of Swin, whose attention is within windows of the image, shifted in every other block."""
+
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(batch, height * width, channels)` in and out, and, where the layers are called, the probabilities."""
+        output = self.run(hidden_states, kwargs, input_dimensions, always_partition)
+        if output is None:
+            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+        return output, None
+
+    def reads(self) -> ActivationQuantizer | None:
+        attention = self.attention
+        return attention.input_quantizer if getattr(attention, "gives_codes", False) else None
+
+    def place(self, input_dimensions: tuple[int, int], always_partition: bool) -> tuple:
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+        return *input_dimensions, self.window_size, self.shift_size
+
+    def fill(
+        self, job: Block, batch: int, tokens: int, kept: int, height: int, width: int, window_size: int, shift_size: int
+    ) -> tuple | None:
+        area = window_size**2
+        if area != self.attention.relative_position_bias.window_area or height * width != tokens:
+            return None
+        order, hidden = _windows(height, width, window_size, shift_size)
+        job.order, job.image_tokens, job.image_rows = order.data_ptr(), len(order), tokens
+        set_sizes(job.attention, batch * len(order) // area, area)
+        if hidden is not None:
+            job.attention.scores.hidden, job.attention.scores.windows = hidden.data_ptr(), len(hidden)
+        return order, hidden
+
+    def prepare(self, channels: None = None) -> Prepared | None:
+        prepared = super().prepare()
+        if prepared is None:
+            return None
+        job, tensors = prepared
+        bias = self.attention.relative_position_bias().float().contiguous()
+        job.attention.scores.mask, job.attention.scores.mask_strides = bias.data_ptr(), (0, *bias.stride()[1:3])
+        return job, (*tensors, bias)
+
+
+def _prepare(blocks: Iterable[nn.Module], batch: int, tokens: int, kept: int, *places: tuple) -> Prepared | None:
+    """Pointers to the jobs of `blocks` for inputs of one size, and what they point into; None where one of them has none."""
+    jobs, points_into = [], []
+    for block, place in zip(blocks, places, strict=True):
+        prepared = block.prepared(quiet_modules(block))
+        if prepared is None:
+            return None
+        job = Block.from_buffer_copy(prepared[0])
+        job.before.rows = batch * tokens
+        filled = block.fill(job, batch, tokens, kept if block is blocks[-1] else tokens, *place)
+        if filled is None:
+            return None
+        jobs.append(job)
+        points_into += [prepared, filled]
+    pointers = (ctypes.POINTER(Block) * len(jobs))(*map(ctypes.pointer, jobs))
+    return pointers, (jobs, points_into)
+
+
+@functools.lru_cache(maxsize=64)
+def _windows(height: int, width: int, window_size: int, shift_size: int) -> tuple[Tensor, Tensor | None]:
+    """The row of each token of an image cut into windows, -1 for padding, `(tokens,)` int32, and what hides from each other
+    the tokens of a window that were shifted together, `(windows, area, area)` float32, where there is a shift."""
+    # The methods of the layer ask it for these two alone.
+    sizes = types.SimpleNamespace(window_size=window_size, shift_size=shift_size)
+    with torch.inference_mode(False), torch.device("cpu"):
+        # Rows from 1, for padding is 0.
+        image = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, height, width, 1)
+        image, _ = SwinLayer.maybe_pad(sizes, image, height, width)
+        windows = window_partition(SwinLayer.cyclic_shift(sizes, image), window_size)
+        hidden = SwinLayer.get_attn_mask(sizes, *image.shape[1:3], dtype=torch.float32, device=image.device)
+        return windows.flatten().int() - 1, hidden

@@ -5,8 +5,8 @@ from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, Dei
 from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, SwinMLP
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
-from .packed_blocks import Job, PackedAttention, PackedMlp, PackedWindowBlock
-from .packed_encoder import PackedPlainBlock
+from .packed_blocks import Job, PackedAttention, PackedMlp
+from .packed_encoder import PackedBlock, PackedPlainBlock, PackedWindowBlock
 
 
 class PackedViTMLP(PackedMlp, ViTMLP):
@@ -73,5 +73,5 @@ def choose_forms(backbone: nn.Module, packed: bool) -> None:
         if type(module) in forms:
             module.__class__ = forms[type(module)]
             module._job = Job()
-            if isinstance(module, PackedPlainBlock):
-                module._all = Job()
+            if isinstance(module, PackedBlock):
+                module._chain, module._alone = Job(), Job()

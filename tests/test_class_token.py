@@ -18,7 +18,7 @@ from quantformer_hf.layer_bits import check_same_quantization
 from quantformer_hf.mixed_precision.candidates import grouped_quantizer
 from quantformer_hf.mixed_precision.cost import CostModel
 from quantformer_hf.mixed_precision.search_space import SearchSpace
-from quantformer_hf.packed_blocks import PackedBlock
+from quantformer_hf.packed_encoder import PackedBlock
 from quantformer_hf.quantize import reading_layers
 from quantformer_hf.quantizers import GroupActivationQuantizer
 from quantformer_hf.report import bit_operations, distinct_levels, products

@@ -15,8 +15,7 @@ from torch import nn
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.attention import capture_attention
 from quantformer_hf.kernels import instruction_set, using
-from quantformer_hf.packed_blocks import PackedBlock
-from quantformer_hf.packed_encoder import PackedPlainBlock
+from quantformer_hf.packed_encoder import PackedBlock, PackedPlainBlock
 from quantformer_hf.packed_forms import PACKED_FORMS, PLAIN_FORMS
 from quantformer_hf.packed_layers import PackedLinear
 from quantformer_hf.quantizers import ActivationQuantizer
@@ -155,9 +154,8 @@ def test_a_job_keeps_what_it_points_into_when_another_is_made(packed):
         job = block.job(x)
         # The inverses of the scales, which nothing but the job has.
         pointed_into = weakref.ref(block._job.value[1][0].inverse)
-        block._job.forget()
-        if isinstance(block, PackedPlainBlock):
-            block._all.forget()
+        for remembered in (block._job, block._chain):
+            remembered.forget()
         for quantizer in block.modules():
             if isinstance(quantizer, ActivationQuantizer):
                 quantizer.forget_plans()
@@ -307,14 +305,14 @@ def test_the_last_block_works_out_the_class_token_alone(backbone, class_token_bi
     sizes = []
     if not together:
         listen([first])
-    block, name = (first, "_run_all") if together else (last, "run")
-    run = getattr(block, name)
+    block = first if together else last
+    run = block._run
     for images in (*make_batches(), make_batches()[0][:1]):
         expected = one_by_one(packed, images)
         with monkeypatch.context() as patch:
-            patch.setattr(block, name, lambda *given: sizes.append(run(*given).shape[1]) or run(*given))
+            patch.setattr(block, "_run", lambda *given: sizes.append(run(*given)) or sizes[-1])
             assert torch.equal(logits(packed, images), expected)
-        assert sizes.pop() == tokens
+        assert sizes.pop().shape[1] == tokens
     with torch.no_grad():
         all_tokens = encoder(images).last_hidden_state
         # With hooks that stay.
@@ -340,19 +338,22 @@ def test_who_listens_is_told_of_all_tokens(heard):
 
 
 @needs_kernels
+@pytest.mark.parametrize("backbone", ["vit", "swin"])
 @pytest.mark.parametrize("place", [0, 1])
-def test_who_listens_to_a_block_is_told_what_it_puts_out(place):
+def test_who_listens_to_a_block_is_told_what_it_puts_out(backbone, place):
     """And not what all of them do together, in one call before and after."""
-    packed = make_quantized("vit", "finetune").pack()
-    first, heard = packed.backbone.vit.layers[0], packed.backbone.vit.layers[place]
+    packed = make_quantized(backbone, "finetune").pack()
+    inner = getattr(packed.backbone, backbone)
+    blocks = inner.layers if backbone == "vit" else inner.encoder.layers[0].blocks
     images, seen = make_batches()[0], []
     expected = logits(packed, images)
-    assert first._all.value is not None
-    handle = heard.register_forward_hook(lambda module, given, output: seen.append(output))
+    assert blocks[0]._chain.value is not None
+    handle = blocks[place].register_forward_hook(lambda module, given, output: seen.append(output))
     assert torch.equal(logits(packed, images), expected)
     with using(None):
         logits(packed, images)
-    assert torch.equal(*seen)
+    ours, plain = (output if backbone == "vit" else output[0] for output in seen)
+    assert torch.equal(ours, plain)
     handle.remove()
     assert torch.equal(logits(packed, images), expected)
     assert len(seen) == 2

@@ -100,30 +100,27 @@ struct AttentionBlock {
 };
 int quantformer_attention_block(const AttentionBlock* job, int64_t threads, ParallelFor parallel_for);
 
-// A transformer block: h = x + attention(LayerNorm(x)), y = h + mlp(LayerNorm(h)). `before` has the rows; the norms are
-// those given here. With fewer queries than keys (and no windows), y has the first rows of each image alone.
+// A transformer block: h = x + attention(LayerNorm(x)), y = h + mlp(LayerNorm(h)). `before` has the rows, and attention its sizes;
+// the norms are those given here. With fewer queries than keys (and no windows), y has the first rows of each image alone.
 struct Block {
-  const float* x;       // `(rows, channels)`
+  const float* x;       // `(rows, channels)`; filled in by the call, as y is
   LayerNorm norm_before, norm_after;
   // Where attention reads windows: the row of each token within its image of `image_rows`, -1 for padding, which is zero.
   // Null: the rows as they are.
   const int32_t* order;  // `(image_tokens,)`
   int64_t image_tokens, image_rows;
   Codes before;
-  AttentionBlock attention;  // its rows are the caller's: all tokens
+  AttentionBlock attention;
   Codes after;
   Mlp mlp;
 };
-int quantformer_block(const Block* job, int64_t threads, ParallelFor parallel_for);
 
-// Blocks one after the other, which read no windows: of x, and of y, `(images, kept, channels)`, what the last one puts out of the
-// first `kept` tokens of each image. Of the blocks' own rows and numbers of images and tokens nothing is looked at.
+// Blocks one after the other, each of what the one before it puts out.
 struct Blocks {
   const Block* const* blocks;
   int64_t count;
-  const float* x;  // `(images, tokens, channels)`
-  int64_t images, tokens, kept;
-  float* y;
+  const float* x;  // of the first one
+  float* y;        // of the last one
 };
 int quantformer_blocks(const Blocks* job, int64_t threads, ParallelFor parallel_for);
 

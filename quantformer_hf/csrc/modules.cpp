@@ -187,21 +187,18 @@ int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
 }
 
 int run_blocks(const Blocks& job, int64_t threads, ParallelFor parallel_for) {
-  if (job.count == 0) return 0;
-  const int64_t rows = job.images * job.tokens, width = job.blocks[0]->before.channels;
-  const Pool::Buffer<float> between[] = {Pool::take<float>(rows * width), Pool::take<float>(rows * width)};
   const float* x = job.x;
+  Pool::Buffer<float> between[2];
   for (int64_t i = 0; i < job.count; ++i) {
-    const bool last = i + 1 == job.count;
     Block block = *job.blocks[i];
     block.x = x;
-    block.before.rows = block.attention.query.rows = rows;
-    Probabilities& scores = block.attention.scores;
-    Mixed& mix = block.attention.mix;
-    scores.batch = mix.batch = job.images;
-    scores.keys = mix.keys = job.tokens;
-    scores.queries = mix.queries = last ? job.kept : job.tokens;
-    block.mlp.second.y = last ? job.y : between[i % 2].get();
+    block.attention.query.rows = block.attention.mix.batch * block.attention.mix.keys;
+    if (i + 1 == job.count) {
+      block.mlp.second.y = job.y;
+    } else {
+      between[i % 2] = Pool::take<float>(block.before.rows * block.before.channels);
+      block.mlp.second.y = between[i % 2].get();
+    }
     if (run_block(block, threads, parallel_for) != 0) return -1;
     x = block.mlp.second.y;
   }
@@ -227,10 +224,6 @@ int quantformer_mlp(const Mlp* job, int64_t threads, ParallelFor parallel_for) {
 
 int quantformer_attention_block(const AttentionBlock* job, int64_t threads, ParallelFor parallel_for) {
   return quantformer::guarded(quantformer::run_attention_block, job, threads, parallel_for);
-}
-
-int quantformer_block(const Block* job, int64_t threads, ParallelFor parallel_for) {
-  return quantformer::guarded(quantformer::run_block, job, threads, parallel_for);
 }
 
 int quantformer_blocks(const Blocks* job, int64_t threads, ParallelFor parallel_for) {

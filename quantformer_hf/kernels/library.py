@@ -185,9 +185,6 @@ class Blocks(Structure):
         ("blocks", POINTER(POINTER(Block))),
         ("count", c_int64),
         ("x", c_void_p),
-        ("images", c_int64),
-        ("tokens", c_int64),
-        ("kept", c_int64),
         ("y", c_void_p),
     ]
 
@@ -222,13 +219,12 @@ def _load() -> ctypes.CDLL | None:
         "quantformer_mix": AttentionMix,
         "quantformer_mlp": Mlp,
         "quantformer_attention_block": AttentionBlock,
-        "quantformer_block": Block,
         "quantformer_blocks": Blocks,
     }
     try:
         kernels = ctypes.CDLL(found.origin)
         kernels.quantformer_job_bytes.restype = c_int64
-        fits = kernels.quantformer_job_bytes() == sum(ctypes.sizeof(job) for job in jobs.values())
+        fits = kernels.quantformer_job_bytes() == sum(ctypes.sizeof(job) for job in (*jobs.values(), Block))
         kernels.quantformer_plan_order.argtypes = [POINTER(Product), POINTER(Codes)]
         kernels.quantformer_plan_order.restype = c_int64
     except (OSError, AttributeError):

@@ -545,6 +545,13 @@ void test_attention_block(const InstructionSet& set, Random& random, const Atten
   check(ran && stepped && same_bits(got, expected), set, "attention block", query.name);
 }
 
+// By itself, of its x, to where its multilayer perceptron says.
+bool run_block(const Block& job) {
+  const Block* const one = &job;
+  const Blocks all = {&one, 1, job.x, job.mlp.second.y};
+  return quantformer_blocks(&all, 3, in_threads) == 0;
+}
+
 // In windows, tokens are those of the images turned round, and one is padding.
 void test_block(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, bool windows) {
   const int64_t tokens = s.batch * s.queries, image_rows = s.queries - windows, rows = s.batch * image_rows;
@@ -584,7 +591,7 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   Block job = {x, one, other, nullptr, s.queries, image_rows, codes_of(query, rows, false), attention,
                codes_of(first, rows, false), {first.product(nullptr), codes_of(second, rows, true), second.product(got)}};
   if (windows) job.order = order;
-  const bool ran = quantformer_block(&job, 3, in_threads) == 0;
+  const bool ran = run_block(job);
 
   const auto norm_codes = [&](Codes step, const LayerNorm* norm, const float* of, Exact<uint8_t>& codes) {
     step.norm = norm;
@@ -625,6 +632,18 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   stepped = stepped && norm_codes(job.after, &other, hidden, more) && quantformer_mlp(&mlp, 1, nullptr) == 0;
   for (int64_t i = 0; i < hidden.size; ++i) expected[i] += hidden[i];
   check(ran && stepped && same_bits(got, expected), set, windows ? "block of windows" : "block", query.name);
+  // One after the other.
+  Exact<float> once(got.size), twice(got.size), thrice(got.size), in_one(got.size);
+  Block next = job;
+  bool each = true;
+  for (const auto& [from, to] : {std::pair{x.begin(), once.begin()}, {once.begin(), twice.begin()}, {twice.begin(), thrice.begin()}}) {
+    next.x = from;
+    next.mlp.second.y = to;
+    each = each && run_block(next);
+  }
+  const Block* const chain[] = {&job, &job, &job};
+  const Blocks all = {chain, 3, x, in_one};
+  check(each && quantformer_blocks(&all, 3, in_threads) == 0 && same_bits(in_one, thrice), set, "blocks", query.name);
   // The first rows of each image alone are those of all.
   for (int64_t kept = 1; !windows && kept < std::min<int64_t>(s.queries, 3); ++kept) {
     Exact<float> few(s.batch * kept * width), wanted(few.size);
@@ -635,7 +654,7 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
     Block part = job;
     part.attention.scores.queries = part.attention.mix.queries = kept;
     part.mlp.second.y = few;
-    check(quantformer_block(&part, 3, in_threads) == 0 && same_bits(few, wanted), set, "block, first rows", query.name);
+    check(run_block(part) && same_bits(few, wanted), set, "block, first rows", query.name);
   }
 }
 
