@@ -27,8 +27,9 @@ class Pass:
     #: The block of whose output the first `tokens` are read.
     last: nn.Module | None = None
     tokens: int = 0
-    #: What comes out of the last block of a chain, when the first one has run them all.
+    #: What comes out of the last block of a chain, when the first one has run them all, and which these are.
     output: Tensor | None = None
+    ran: frozenset[nn.Module] = frozenset()
 
     def read_of(self, block: nn.Module, tokens: int) -> int:
         """How many of `tokens`, the first ones, `block` is to put out."""

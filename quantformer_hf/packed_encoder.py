@@ -38,16 +38,18 @@ class PackedBlock(OneJob):
             geometry: what else it is called with, see `place`.
         """
         current = current_pass()
-        if current is not None and current.output is x:
+        if current is not None and current.output is x and self in current.ran:
             # The first block of the chain has run this one too.
             return x
         if not (kernels_take(x) and self._takes(x)):
             return None
         chain = None if current is None else current.chains.get(self)
-        if chain is not None:
-            current.output = self._run(self._chain, list(chain), quiet_modules(chain), x, kwargs, geometry)
-            if current.output is not None:
-                return current.output
+        # Somebody may have put another module in the place of a block.
+        if chain is not None and all(isinstance(block, PackedBlock) for block in chain):
+            output = self._run(self._chain, list(chain), quiet_modules(chain), x, kwargs, geometry)
+            if output is not None:
+                current.output, current.ran = output, frozenset(chain)
+                return output
         return self._run(self._alone, [self], quiet_modules(self), x, kwargs, geometry)
 
     def reads(self) -> ActivationQuantizer | None:

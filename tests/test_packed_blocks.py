@@ -14,6 +14,7 @@ from torch import nn
 
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.attention import capture_attention
+from quantformer_hf.classes_only import classes_only
 from quantformer_hf.kernels import instruction_set, using
 from quantformer_hf.packed_encoder import PackedBlock, PackedPlainBlock
 from quantformer_hf.packed_forms import PACKED_FORMS, PLAIN_FORMS
@@ -357,6 +358,35 @@ def test_who_listens_to_a_block_is_told_what_it_puts_out(backbone, place):
     handle.remove()
     assert torch.equal(logits(packed, images), expected)
     assert len(seen) == 2
+
+
+class Doubling(nn.Module):
+    def forward(self, hidden_states, *_, **kwargs):
+        return 2 * hidden_states
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_module_in_the_place_of_a_block_is_called(place):
+    packed = make_quantized("vit", "finetune").pack()
+    packed.backbone.vit.layers[place] = Doubling()
+    images = make_batches()[0]
+    with using(None):
+        expected = logits(packed, images)
+    assert torch.equal(logits(packed, images), expected)
+
+
+@needs_kernels
+def test_a_block_that_is_given_what_others_did_together_still_runs():
+    packed, other = (make_quantized("vit", "finetune").pack() for _ in range(2))
+    first, block = packed.backbone.vit.layers[0], other.backbone.vit.layers[-1]
+    x = torch.randn(2, 5, *first.layernorm_before.normalized_shape)
+    with torch.no_grad(), classes_only(packed.backbone):
+        together = first(x)
+        assert packed.backbone.vit.layers[-1](together) is together
+        after = block(together)
+    with torch.no_grad():
+        assert torch.equal(after, block(together))
 
 
 @needs_kernels
