@@ -52,6 +52,8 @@ class QuantformerConfig(PreTrainedConfig):
         stage: `pretrain`, `search`, `finetune` or `packed`. The verbs of the model set it.
         packing_layout: version of the layout of packed weights (`packing.py`), in the stage `packed`. `pack()` sets it.
         calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
+        whole_multiples: whether scales of groups are small whole multiples of few units (`multiples.py`), so that
+            kernels add up all groups as one. `begin_search()` sets it; older checkpoints have other scales.
         channels_rotated: whether hidden states are those of the full-precision model times `rotation.rotation`.
             `calibrate()` sets it.
         full_precision_name_or_path: the checkpoint that the model was made from, its default teacher.
@@ -78,6 +80,7 @@ class QuantformerConfig(PreTrainedConfig):
     stage: str = "pretrain"
     packing_layout: int | None = None
     calibrated: bool = False
+    whole_multiples: bool = False
     channels_rotated: bool = False
     full_precision_name_or_path: str | None = None
     run_history: list | None = None

@@ -154,6 +154,19 @@ def refine_affine(
     return scale.squeeze(-1), offset.squeeze(-1)
 
 
+def fit_offset(
+    values: Tensor, weights: Tensor, grid: Grid, scale: Tensor, offset: Tensor, refinements: int = 3
+) -> Tensor:
+    """As `refine_affine`, of the offset alone: for fixed codes, it is the mean of what they leave."""
+    weights = weights.detach().float()
+    values = values.detach().float().expand_as(weights)
+    scale, offset = scale.unsqueeze(-1), offset.unsqueeze(-1)
+    for _ in range(refinements):
+        codes = ((values - offset) / scale).round().clamp(grid.qmin, grid.qmax)
+        offset = _weighted_mean(values - codes * scale, weights)
+    return offset.squeeze(-1)
+
+
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     tiny = torch.finfo(weights.dtype).tiny
     return (weights * values).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(tiny)

@@ -9,9 +9,14 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
-from .grids import Grid, fit_affine, refine_affine
+from .grids import Grid, fit_affine, fit_offset, refine_affine
+from .kernels import STEP
+from .multiples import to_multiples
 from .observers import QUANTILE_WEIGHTS
 
+
+#: Of what all channels of a layer lose, the most that one may lose by leaving its group for a step of the kernels.
+LARGEST_MOVE = 1e-3
 
 #: Share of the groups' maximum entropy that the first assignment has: certain enough to start near the k-means
 #: solution, and open enough for a gradient to move a channel.
@@ -24,7 +29,8 @@ def cluster_channels(
     """Groups of channels, each with the quantizer that fits it, and each channel in the group that costs it least.
 
     K-means on the channels' ranges, then Lloyd's iteration with the error of quantization as the distance: fit a scale
-    and an offset to each group, give each channel to the group whose quantizer has the least squared error for it.
+    and an offset to each group, give each channel to the group whose quantizer has the least squared error for it. Offsets
+    and errors are those of scales that are multiples in the end (`multiples.py`).
 
     Args:
         quantiles: `(channels, quantiles)`, ascending along the second dimension, at the probabilities `QUANTILES`.
@@ -35,7 +41,8 @@ def cluster_channels(
 
     Returns:
         scale and offset `(num_groups,)`, and the mean squared error of each channel in each group
-        `(num_groups, channels)`, float32. A group that nobody wants keeps its last quantizer.
+        `(num_groups, channels)`, float32, the least of each channel being that in its own group (`in_whole_steps`). A group
+        that nobody wants keeps its last quantizer.
     """
     index = _cluster_ranges(quantiles, num_groups)
     mass = channel_mass(importance).unsqueeze(1) * QUANTILE_WEIGHTS.to(quantiles.device)
@@ -57,7 +64,19 @@ def cluster_channels(
         inhabited = torch.bincount(index, minlength=num_groups) > 0
         fitted = refine_affine(values, weights_of_groups(), grid, scale, offset, refinements=4)
         scale, offset = fitted[0].where(inhabited, scale), fitted[1].where(inhabited, offset)
-    return scale, offset, channel_errors(quantiles, scale, offset, grid)
+    if num_groups == 1:
+        return scale, offset, channel_errors(quantiles, scale, offset, grid)
+    # An empty group is not to ask for larger units.
+    scale = scale.clamp(max=scale[torch.bincount(index, minlength=num_groups) > 0].max())
+    multiples = to_multiples(scale)
+    offset = fit_offset(values, weights_of_groups(), grid, multiples, offset)
+    errors = channel_errors(quantiles, multiples, offset, grid)
+    nearest = errors.argmin(0, keepdim=True)
+    index = in_whole_steps(nearest.squeeze(0), errors * importance).unsqueeze(0)
+    # Of a channel that changes its group for that, the two errors change places.
+    least = errors.gather(0, nearest)
+    errors.scatter_(0, nearest, errors.gather(0, index)).scatter_(0, index, least)
+    return scale, offset, errors
 
 
 @torch.no_grad()
@@ -90,6 +109,40 @@ def _cluster_ranges(quantiles: Tensor, num_groups: int) -> Tensor:
     # A numbering that does not depend on k-means' random start: by width, then by position.
     order = sorted(range(num_groups), key=lambda g: ((centres[g, 1] - centres[g, 0]).item(), centres[g, 0].item()))
     return torch.cdist(centres[order], ranges).argmin(0).to(quantiles.device)
+
+
+def in_whole_steps(index: Tensor, losses: Tensor) -> Tensor:
+    """Groups of which as many as may be are multiples of `STEP` channels, where that costs next to nothing.
+
+    Kernels take so many channels of a group together, and what a group lacks to a multiple of that is multiplied for
+    nothing. So groups of at least so many, beginning with those that are nearest to the next multiple, are filled up with
+    channels that others have too much, as long as one loses less by it than `LARGEST_MOVE` of what all lose.
+
+    Args:
+        index: `(channels,)` int64, the group of each channel, which is the one where it loses least.
+        losses: `(groups, channels)`, what each channel loses in each group.
+
+    Returns:
+        `(channels,)`, int64.
+    """
+    index = index.clone()
+    sizes = torch.bincount(index, minlength=len(losses))
+    beyond = (sizes % STEP).where(sizes >= STEP, 0)
+    filled = beyond.argsort(descending=True, stable=True)[: int(beyond.sum()) // STEP]
+    lacks = torch.zeros_like(beyond)
+    lacks[filled] = STEP - beyond[filled]
+    beyond[filled] = 0
+    least = losses.gather(0, index.unsqueeze(0))
+    costs, limit = losses - least, LARGEST_MOVE * least.sum()
+    for _ in range(int(lacks.sum())):
+        allowed = (lacks > 0).unsqueeze(1) & (beyond > 0)[index].unsqueeze(0) & (costs < limit)
+        if not allowed.any():
+            break
+        group, channel = divmod(int(costs.where(allowed, torch.inf).argmin()), costs.shape[1])
+        beyond[index[channel]] -= 1
+        lacks[group] -= 1
+        index[channel] = group
+    return index
 
 
 def initial_assignment_logits(distances: Tensor) -> Tensor:

@@ -307,6 +307,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         num_groups = self.config.num_groups if num_groups is None else num_groups
         quantize.begin_search(self, num_groups, batches)
         self.config.num_groups = num_groups
+        self.config.whole_multiples = True
         self.config.stage = "search"
         note_change(self.config)
         return self

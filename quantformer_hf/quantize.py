@@ -45,6 +45,7 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
             producer,
             config.stage,
             config.num_groups,
+            config.whole_multiples,
         )
         if config.class_token_bits is not None:
             ClassTokenQuantizer(quantizer, config.class_token_bits, CLASS_TOKENS[backbone.config.model_type])

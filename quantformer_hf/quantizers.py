@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grids import Grid, fit_affine
+from .grids import Grid, fit_affine, fit_offset
 from .groups import channel_mass, cluster_channels, initial_assignment_logits
 from .kernels import ChannelPlan, Remembered, TokenPlan, plan_channels
+from .multiples import to_multiples
 from .observers import QUANTILE_WEIGHTS, QUANTILES, Observer
 from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, positive
 from .weight_quantizers import (
@@ -107,6 +108,10 @@ class ActivationQuantizer(nn.Module):
     def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
         return fake_quantize_groups(x, self.scale, self.offset, None, self.grid.qmax, gradient_scale, self.producer)
 
+    def step(self) -> Tensor:
+        """The scales that it quantizes with, positive, of the shape of `scale`."""
+        return positive(self.scale)
+
     @property
     def hard(self) -> bool:
         """Whether each value has one level, as codes need."""
@@ -123,7 +128,7 @@ class ActivationQuantizer(nn.Module):
 
     def _make_plan(self, channels: int) -> ChannelPlan:
         gelu = self.producer == "gelu"
-        return plan_channels(channels, positive(self.scale), self.offset, self.channel_groups(), self.grid.qmax, gelu)
+        return plan_channels(channels, self.step(), self.offset, self.channel_groups(), self.grid.qmax, gelu)
 
     @property
     def plan_of_codes(self) -> ChannelPlan:
@@ -182,6 +187,8 @@ class GroupActivationQuantizer(ActivationQuantizer):
         bits, name, calibrated, producer: as in `ActivationQuantizer`.
         stage: `pretrain`, `search` or `finetune`.
         num_groups: G, of the last two stages.
+        whole_multiples: whether it quantizes with multiples of one unit near its scales (`multiples.py`); where there is one
+            group, it does not.
     """
 
     def __init__(
@@ -193,9 +200,11 @@ class GroupActivationQuantizer(ActivationQuantizer):
         producer: str = "identity",
         stage: str = "pretrain",
         num_groups: int = 1,
+        whole_multiples: bool = False,
     ):
         super().__init__(bits, name, calibrated, producer)
         self.channels = channels
+        self.whole_multiples = whole_multiples
         # The quantizer of the first tokens, where these have scales and offsets of their own (`class_token.py`).
         self.class_token: GroupActivationQuantizer | None = None
         self._token_plan: TokenPlan | None = None
@@ -261,11 +270,15 @@ class GroupActivationQuantizer(ActivationQuantizer):
     def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
         if self.stage == "pretrain":
             return super().quantize(x, gradient_scale)
-        parameters = x, self.scale, self.offset
+        parameters = x, self.step(), self.offset
         arguments = self.grid.qmax, gradient_scale, self.producer
         if self.stage == "search":
             return fake_quantize_mixture(*parameters, self.assignment_probabilities(), *arguments)
         return fake_quantize_groups(*parameters, self.group_index.long(), *arguments)
+
+    def step(self) -> Tensor:
+        scale = super().step()
+        return to_multiples(scale) if self.whole_multiples and scale.numel() > 1 else scale
 
     @property
     def hard(self) -> bool:
@@ -298,6 +311,7 @@ class GroupActivationQuantizer(ActivationQuantizer):
             importance = torch.ones(self.channels, device=self.scale.device)
         scale, offset, errors = cluster_channels(self.channel_quantiles, importance, num_groups, self.grid)
         self.set_stage("search", num_groups)
+        self.whole_multiples = True
         self.scale.copy_(scale)
         self.offset.copy_(offset)
         self.assignment_logits.copy_(initial_assignment_logits(errors))
@@ -322,8 +336,15 @@ class GroupActivationQuantizer(ActivationQuantizer):
         """`refit` with `members` `(groups, channels)`: how much of each channel belongs to each group."""
         inhabited = members.sum(1) > 0
         mass = (members * channel_mass(importance)).unsqueeze(2) * QUANTILE_WEIGHTS.to(quantiles.device)
-        scale, offset = fit_affine(quantiles.flatten(), mass[inhabited].flatten(1), self.grid)
-        self.scale[inhabited], self.offset[inhabited] = scale, offset
+        values, mass = quantiles.flatten(), mass.flatten(1)
+        scale, offset = self.scale.clone(), self.offset.clone()
+        scale[inhabited], offset[inhabited] = fit_affine(values, mass[inhabited], self.grid)
+        self.scale.copy_(scale)
+        if self.whole_multiples:
+            # An empty group is not to ask for larger units.
+            self.scale.clamp_(max=scale[inhabited].max())
+            offset = fit_offset(values, mass, self.grid, self.step(), offset).where(inhabited, offset)
+        self.offset.copy_(offset)
 
     @torch.no_grad()
     def freeze_groups(self) -> None:

@@ -153,9 +153,7 @@ TARGET inline void spread(const uint8_t* codes, int64_t positions, typename V::B
 
 template <typename V>
 TARGET void unpack_ordered(const Ordered& o, int8_t* panel) {
-  uint8_t weights[16];
-  for (int code = 0; code < 16; ++code) weights[code] = static_cast<uint8_t>(code * o.multiplier + o.addend);
-  (o.bits == 2 ? spread<V, 2> : spread<V, 4>)(o.codes, o.positions, V::load(weights), panel);
+  (o.bits == 2 ? spread<V, 2> : spread<V, 4>)(o.codes, o.positions, V::load(o.weights), panel);
 }
 
 // How vectors decode codes of up to 7 bits, eight at a time: a code lies in two neighbouring bytes, which a shuffle by

@@ -12,11 +12,12 @@ constexpr int kPanel = 16;
 constexpr int kMostTileRows = 12;
 
 // A run of positions whose products add up as integers before they become floating point: a whole group, or, for an
-// instruction set of narrow sums, what cannot overflow these.
+// instruction set of narrow sums, what cannot overflow these. Groups whose scales are multiples of a unit may be as one.
 struct Segment {
   int64_t positions;  // multiple of 4
   bool first, last;   // of its group
   float scale;        // of the group
+  int multiple;       // of what its products add up to; other than 1 for sets of narrow sums alone
 };
 
 // `rows` rows of activations against one panel; for each row and output, with one rounding an operation, in this order:
@@ -61,9 +62,12 @@ struct Panel {
 struct Ordered {
   const uint8_t* codes;    // `[positions / 4][8 * bits]`
   int bits;                // 2 or 4
-  int multiplier, addend;  // as of `Panel`
+  const uint8_t* weights;  // of each code, signed bytes, `[kWeights]`
   int64_t positions;
 };
+
+// Codes of weights that `Ordered` tells apart.
+constexpr int kWeights = 16;
 
 inline int64_t panel_scratch_bytes(int64_t columns) { return 3 * (columns + 32) * kPanel; }
 

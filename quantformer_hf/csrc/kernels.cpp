@@ -63,7 +63,7 @@ int multiply_rows(const Product& job, const Codes* then, int64_t threads, Parall
   const InstructionSet& set = current();
   const bool in_pairs = job.ordered != nullptr && job.ordered_bits == 0 && job.output_order == order_of(then);
   if (in_pairs && takes_pairs(job, set)) return look_up(job, then, threads, parallel_for);
-  const Plan made = plan(job, set);
+  const Plan made = plan(job, then, set);
   if (takes_matrices(job, made, set)) return multiply_matrices(job, then, made, threads, parallel_for);
   const int64_t panels = divide_up(places_of(job, then), kPanel);
   if (panels == 0 || job.rows == 0) return 0;

@@ -39,6 +39,7 @@ struct Work {
   const Product& p;
   const Codes* then;
   const InstructionSet& set;
+  const Plan& plan;
   std::vector<MatrixStep> steps;
   std::vector<float> group_scales;
   const uint8_t* x;
@@ -61,7 +62,7 @@ void run_tasks(const Work& work, int64_t begin, int64_t end) {
   const Product& p = work.p;
   thread_local Scratch scratch;
   scratch.reserve(Panels::scratch_bytes(p, kMatrixPanels) + Writer<kWidth>::scratch_bytes(kMatrixRows));
-  Panels panels(p, work.then, false, work.set, kMatrixPanels, scratch);
+  Panels panels(p, work.then, work.plan, work.set, kMatrixPanels, scratch);
   Writer<kWidth> writer(p, work.then, work.set, kMatrixRows, scratch);
   const auto num_steps = static_cast<int64_t>(work.steps.size()), num_groups = static_cast<int64_t>(work.group_scales.size());
   const int64_t places = places_of(p, work.then);
@@ -95,7 +96,7 @@ bool takes_matrices(const Product& p, const Plan& plan, const InstructionSet& se
 int multiply_matrices(const Product& p, const Codes* then, const Plan& plan, int64_t threads, ParallelFor parallel_for) {
   const InstructionSet& set = current();
   const Matrices& matrices = *set.matrices;
-  Work work = {p, then, set, steps_of(plan), {}, nullptr, 1, 0};
+  Work work = {p, then, set, plan, steps_of(plan), {}, nullptr, 1, 0};
   for (const Segment& group : plan.segments) {
     if (group.positions > 0) work.group_scales.push_back(group.scale);
   }

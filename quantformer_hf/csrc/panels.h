@@ -34,14 +34,23 @@ inline Panel panel_at(const Product& p, const int32_t* order, int64_t places, in
 // Unpacks panels, of which it holds some at a time.
 class Panels {
  public:
-  Panels(const Product& product, const Codes* then, bool words, const InstructionSet& set, int64_t held, Scratch& scratch)
-      : product_(product), set_(set), order_(order_of(then)), places_(places_of(product, then)), words_(words),
-        prepared_(product.ordered != nullptr && product.ordered_bits > 0 && product.output_order == order_ && !words),
+  Panels(const Product& product, const Codes* then, const Plan& plan, const InstructionSet& set, int64_t held,
+         Scratch& scratch)
+      : product_(product), set_(set), order_(order_of(then)), places_(places_of(product, then)), words_(plan.words),
+        prepared_(in_order(product, then) && !plan.words), merged_(plan.merged),
         panels_(scratch.take<int16_t>(held * words_in(product))),
-        unpacking_(scratch.take<uint8_t>(panel_scratch_bytes(product.columns))) {}
+        unpacking_(scratch.take<uint8_t>(panel_scratch_bytes(product.columns))),
+        weights_(scratch.take<uint8_t>(product.groups * kWeights)) {
+    for (int64_t g = 0; g < (merged_ ? product.groups : 1); ++g) {
+      const int multiple = merged_ ? product.multiples[g] : 1;
+      for (int code = 0; code < kWeights; ++code) {
+        weights_[g * kWeights + code] = static_cast<uint8_t>((code * product.multiplier + product.addend) * multiple);
+      }
+    }
+  }
 
   static size_t scratch_bytes(const Product& product, int64_t held) {
-    return held * words_in(product) * sizeof(int16_t) + panel_scratch_bytes(product.columns);
+    return held * words_in(product) * sizeof(int16_t) + panel_scratch_bytes(product.columns) + product.groups * kWeights;
   }
 
   // Bytes from one that is held to the next.
@@ -53,7 +62,13 @@ class Panels {
     int16_t* const panel = panels_ + at * words_in(p);
     if (prepared_) {
       const uint8_t* codes = p.ordered + n * prepared_bytes();
-      set_.unpack_ordered({codes, p.ordered_bits, p.multiplier, p.addend, p.positions}, reinterpret_cast<int8_t*>(panel));
+      int64_t start = 0;
+      for (int64_t g = 0; g < (merged_ ? p.groups : 1); ++g) {
+        const int64_t end = merged_ ? p.group_ends[g] : p.positions;
+        set_.unpack_ordered({codes + prepared_bytes(start), p.ordered_bits, weights_ + g * kWeights, end - start},
+                            reinterpret_cast<int8_t*>(panel) + start * kPanel);
+        start = end;
+      }
       return panel;
     }
     const uint8_t* rows[kPanel];
@@ -90,7 +105,8 @@ class Panels {
   // Of the words that it may be made of. Who multiplies matrices reads beyond the last position, a matrix at most.
   static int64_t words_in(const Product& product) { return (product.positions + kMatrixPositions) * kPanel; }
 
-  int64_t prepared_bytes() const { return product_.positions * kPanel * product_.ordered_bits / 8; }
+  int64_t prepared_bytes() const { return prepared_bytes(product_.positions); }
+  int64_t prepared_bytes(int64_t positions) const { return positions * kPanel * product_.ordered_bits / 8; }
 
   static void fetch_part(const uint8_t* from, int64_t begin, int64_t end, int64_t part, int64_t parts) {
     const int64_t lines = divide_up(std::max<int64_t>(0, end - begin), kLine), share = divide_up(lines, parts);
@@ -103,9 +119,10 @@ class Panels {
   const InstructionSet& set_;
   const int32_t* const order_;
   const int64_t places_;
-  const bool words_, prepared_;
+  const bool words_, prepared_, merged_;
   int16_t* const panels_;
   uint8_t* const unpacking_;
+  uint8_t* const weights_;  // `[groups or one][kWeights]`
 };
 
 }  // namespace quantformer

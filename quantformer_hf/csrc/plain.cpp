@@ -71,7 +71,7 @@ void unpack_ordered(const Ordered& o, int8_t* panel) {
   for (int64_t k = 0; k < o.positions; k += 4, codes += run, panel += 4 * kPanel) {
     for (int i = 0; i < 4 * kPanel; ++i) {
       const int code = codes[i % run] >> i / run * o.bits & ((1 << o.bits) - 1);
-      panel[i] = static_cast<int8_t>(code * o.multiplier + o.addend);
+      panel[i] = static_cast<int8_t>(o.weights[code]);
     }
   }
 }

@@ -14,6 +14,30 @@ namespace {
 // Below this many positions a flush would cost more than wider sums do.
 constexpr int64_t kShortestSegment = 32;
 
+// What becomes floating point by itself: each group, or all groups of a unit, whose sums or weights are multiplied before.
+enum class Sums { kOfGroups, kOfMultiples, kOfUnits };
+
+std::vector<Segment> segments_of(const Product& p, int64_t longest, Sums sums) {
+  std::vector<Segment> segments;
+  int64_t at = 0;
+  bool first = true;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    int64_t next = g + 1;
+    while (next < p.groups && p.group_ends[next] == p.group_ends[g]) ++next;
+    const bool goes_on = sums != Sums::kOfGroups && next < p.groups && p.units[next] == p.units[g];
+    if (sums == Sums::kOfUnits && goes_on) continue;
+    while (at < p.group_ends[g]) {
+      const int64_t length = std::min(longest, p.group_ends[g] - at);
+      at += length;
+      const bool last = at == p.group_ends[g] && !goes_on;
+      const int multiple = sums == Sums::kOfMultiples ? p.multiples[g] : 1;
+      segments.push_back({length, first, last, sums == Sums::kOfGroups ? p.group_scales[g] : p.units[g], multiple});
+      first = last;
+    }
+  }
+  return segments;
+}
+
 }  // namespace
 
 void order_panels(const Product& p, const Codes* then, uint8_t* ordered) {
@@ -35,24 +59,28 @@ void order_panels(const Product& p, const Codes* then, uint8_t* ordered) {
   }
 }
 
-Plan plan(const Product& p, const InstructionSet& set) {
+Plan plan(const Product& p, const Codes* then, const InstructionSet& set) {
   const int64_t lowest = p.addend, highest = int64_t{p.largest_code} * p.multiplier + p.addend;
   const int64_t largest_weight = std::max(std::abs(lowest), std::abs(highest));
-  Plan made{lowest < -128 || highest > 127 || p.largest_x > set.largest_byte, {}};
-  int64_t longest = p.positions;
-  if (set.narrow_sums && !made.words) {
-    // 16 bits hold the sums of pairs; four positions are two pairs, in two sums.
-    longest = 32767 / std::max<int64_t>(1, 2 * p.largest_x * largest_weight) * 4;
-    made.words = longest < kShortestSegment;
-    if (made.words) longest = p.positions;
+  Plan made{lowest < -128 || highest > 127 || p.largest_x > set.largest_byte, false, {}};
+  // 16 bits hold the sums of pairs; four positions are two pairs, in two sums.
+  const auto longest_of = [&](int64_t weight) {
+    return set.narrow_sums ? 32767 / std::max<int64_t>(1, 2 * p.largest_x * weight) * 4 : p.positions;
+  };
+  const int64_t longest = longest_of(largest_weight);
+  made.words = made.words || longest < std::min(kShortestSegment, p.positions);
+  if (made.words) {
+    made.segments = segments_of(p, p.positions, Sums::kOfGroups);
+    return made;
   }
-  int64_t at = 0;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    for (bool first = true; at < p.group_ends[g]; first = false) {
-      const int64_t length = std::min(longest, p.group_ends[g] - at);
-      at += length;
-      made.segments.push_back({length, first, at == p.group_ends[g], p.group_scales[g]});
-    }
+  made.segments = segments_of(p, longest, p.multiples != nullptr && set.narrow_sums ? Sums::kOfMultiples : Sums::kOfGroups);
+  if (p.multiples == nullptr || !in_order(p, then)) return made;
+  const int64_t shorter = longest_of(largest_weight * *std::max_element(p.multiples, p.multiples + p.groups));
+  if (shorter < std::min(kShortestSegment, p.positions)) return made;
+  auto merged = segments_of(p, shorter, Sums::kOfUnits);
+  if (merged.size() < made.segments.size()) {
+    made.merged = true;
+    made.segments = std::move(merged);
   }
   return made;
 }
@@ -64,7 +92,7 @@ void multiply(const Product& p, const Codes* then, const Plan& plan, const Instr
   scratch.reserve(Panels::scratch_bytes(p, 1) + wide_rows * p.positions * sizeof(int16_t) +
                   tile_size * (sizeof(float) + sizeof(int32_t)) +
                   Writer<kPanel>::scratch_bytes(tile_rows));
-  Panels panels(p, then, plan.words, set, 1, scratch);
+  Panels panels(p, then, plan, set, 1, scratch);
   auto wide = scratch.take<int16_t>(wide_rows * p.positions);
   auto sums = scratch.take<float>(tile_size);
   auto carry = scratch.take<int32_t>(tile_size);

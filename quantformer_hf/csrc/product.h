@@ -27,6 +27,10 @@ struct Product {
   const int64_t* group_ends;  // `(groups,)`, multiples of 4 that rise to `positions`
   const float* group_scales;
   int64_t groups;
+  // The scales once more, as whole multiples of units, where those of a unit may be added up as one: weights times multiples
+  // are bytes, and no sum in floating point is rounded, so that the bits are the same (`merging.py`). Null: they may not.
+  const uint8_t* multiples;  // `(groups,)`
+  const float* units;        // `(groups,)`
 
   const float* scale;  // `(outputs,)`
   const float* bias;   // `(outputs,)`
@@ -49,11 +53,13 @@ struct Product {
 
 // How a product is cut into segments for the instruction set at hand.
 struct Plan {
-  bool words;  // whether it takes words in place of bytes
+  bool words;   // whether it takes words in place of bytes
+  bool merged;  // whether groups of a unit are one, and weights are multiplied by the groups' multiples
   std::vector<Segment> segments;
 };
 
-Plan plan(const Product& product, const InstructionSet& set);
+// As read by `then`, which may be null.
+Plan plan(const Product& product, const Codes* then, const InstructionSet& set);
 
 // The weights in `ordered_bits`, 2 or 4, each, in the order in which panels of bytes have them, and outputs in that in which
 // `then` takes them, where there is one: `(panels, positions / 4, 8 * bits)`, see `Ordered`.

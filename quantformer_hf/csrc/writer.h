@@ -14,6 +14,11 @@ namespace quantformer {
 inline const int32_t* order_of(const Codes* then) { return then == nullptr ? nullptr : then->source; }
 inline int64_t places_of(const Product& p, const Codes* then) { return then == nullptr ? p.outputs : then->positions; }
 
+// Whether panels of its weights lie in the order in which they are read.
+inline bool in_order(const Product& p, const Codes* then) {
+  return p.ordered != nullptr && p.ordered_bits > 0 && p.output_order == order_of(then);
+}
+
 // The output that is at a place, as many as there are or more where there is none.
 inline int64_t output_at(const int32_t* order, int64_t places, int64_t place) {
   return order != nullptr && place < places ? int64_t{order[place]} : place;

@@ -24,7 +24,7 @@ from torch.onnx.ops import symbolic
 
 from ..attention import attention_modules
 from ..layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNorm, QuantLinear
-from ..ops import PRODUCERS, positive
+from ..ops import PRODUCERS
 from ..packed_forms import choose_forms
 from ..packed_layers import PackedWeight
 from ..quantizers import ActivationQuantizer
@@ -43,7 +43,7 @@ class TraceableActivation(nn.Module):
 
     def __init__(self, quantizer: ActivationQuantizer):
         super().__init__()
-        scale, offset = positive(quantizer.scale.detach()), quantizer.offset.detach()
+        scale, offset = quantizer.step().detach(), quantizer.offset.detach()
         index = getattr(quantizer, "group_index", None)
         if index is not None:
             scale, offset = scale[index.long()], offset[index.long()]

@@ -4,10 +4,11 @@ from . import operators, reference
 from .arithmetic import fake_quantized, in_integers, infers
 from .info import describe_device, describe_layer
 from .library import instruction_set, using
-from .plans import ChannelPlan, LinearPlan, Remembered, TokenPlan, plan_channels, plan_linear, plan_weight
+from .plans import STEP, ChannelPlan, LinearPlan, Remembered, TokenPlan, plan_channels, plan_linear, plan_weight
 
 
 __all__ = [
+    "STEP",
     "ChannelPlan",
     "LinearPlan",
     "Remembered",

@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import logging
 from collections.abc import Iterator
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
 from pathlib import Path
 
 import torch
@@ -82,6 +82,8 @@ Product._fields_ = [
     ("group_ends", POINTER(c_int64)),
     ("group_scales", c_void_p),
     ("groups", c_int64),
+    ("multiples", POINTER(c_uint8)),
+    ("units", POINTER(c_float)),
     ("scale", c_void_p),
     ("bias", c_void_p),
     ("y", c_void_p),

@@ -6,7 +6,7 @@ elsewhere and without these the plain torch of `reference.py`, with the same res
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import c_int64
+from ctypes import c_float, c_int64, c_uint8
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from ..packing import packed_width
 from . import cuda, reference
 from .library import AttentionMix, AttentionProbabilities, Codes, LayerNorm, Norm, Product, check, library
+from .merging import merged_groups
 
 
 _LIBRARY = torch.library.Library("quantformer", "DEF")
@@ -206,6 +207,9 @@ def prepare_multiply(
     outputs, positions = weight.shape[0], source.numel()
     _check_float32(group_scales, scale, bias)
     _check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
+    largest_weight = reference.largest_weight(largest_code, multiplier, addend)
+    merged = merged_groups(group_ends, group_scales, largest, largest_weight)
+    multiples, units = (None, None) if merged is None else zip(*merged, strict=True)
     return Product(
         0,
         0,
@@ -224,6 +228,8 @@ def prepare_multiply(
         (c_int64 * len(group_ends))(*group_ends),
         group_scales.data_ptr(),
         group_scales.numel(),
+        merged and (c_uint8 * len(multiples))(*multiples),
+        merged and (c_float * len(units))(*units),
         scale.data_ptr(),
         bias.data_ptr(),
         0,

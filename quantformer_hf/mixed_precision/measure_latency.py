@@ -45,7 +45,14 @@ def packed_linear(key: LatencyKey) -> PackedLinear:
     weights = build_weight_quantizer("lsq_by_width", key.weight_bits, key.out_features)
     weights.calibrate(linear.weight)
     inputs = GroupActivationQuantizer(
-        key.in_features, key.activation_bits, "measured", True, "identity", "packed", key.num_groups
+        key.in_features,
+        key.activation_bits,
+        "measured",
+        True,
+        "identity",
+        "packed",
+        key.num_groups,
+        whole_multiples=True,
     )
     # As in a packed model: what follows from its tensors is made once, and not in each call.
     inputs.packed = True

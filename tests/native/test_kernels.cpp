@@ -129,7 +129,7 @@ struct Layer {
       : shape(shape), layout(random, shape.columns, shape.groups), source(layout.source()),
         weight(random, shape.outputs, shape.columns, bits, multiplier), largest((1 << activation_bits) - 1),
         x(activations(random, layout, shape.rows, largest)), group_scales(random.reals(shape.groups, 0.001f, 1)),
-        scale(random.reals(shape.outputs, -1, 1)), bias(random.reals(shape.outputs, -9, 9)),
+        multiples(shape.groups), units(shape.groups), merges(random.integer(0, 1) && make_multiples(random)), scale(random.reals(shape.outputs, -1, 1)), bias(random.reals(shape.outputs, -9, 9)),
         expected(shape.rows * shape.outputs) {
     for (int64_t i = 0; i < expected.size; ++i) {
       const int64_t row = i / shape.outputs, o = i % shape.outputs;
@@ -137,14 +137,29 @@ struct Layer {
     }
     name = describe({{"rows", shape.rows}, {"columns", shape.columns}, {"outputs", shape.outputs},
                      {"groups", shape.groups}, {"bits", bits}, {"of activations", activation_bits},
-                     {"multiplier", multiplier}});
+                     {"multiplier", multiplier}, {"merges", merges}});
   }
 
   Product product(float* y) const {
     return {x, shape.rows, layout.positions(), largest, weight.packed, weight.width, shape.outputs, shape.columns,
             weight.bits, (1 << weight.bits) - 1, weight.multiplier, weight.addend, source, layout.positions(),
-            layout.ends.data(), group_scales, shape.groups, scale, bias, y, shape.outputs, 0, nullptr, 0, nullptr, nullptr,
+            layout.ends.data(), group_scales, shape.groups, merges ? multiples.begin() : nullptr,
+            merges ? units.begin() : nullptr, scale, bias, y, shape.outputs, 0, nullptr, 0, nullptr, nullptr,
             0, 0};
+  }
+
+  // Scales that are multiples of few units, where nothing is rounded then: whether that is so.
+  bool make_multiples(Random& random) {
+    const int64_t largest_weight = std::abs(weight.addend), most = std::min<int64_t>(15, 127 / largest_weight);
+    constexpr float kUnits[] = {0.125f, 0.625f};
+    if (most < 1 || layout.positions() * largest * largest_weight * most * 5 >= 1 << 24) return false;
+    const int64_t changes = random.integer(0, shape.groups);
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      multiples[g] = static_cast<uint8_t>(random.integer(1, most));
+      units[g] = kUnits[g < changes];
+      group_scales[g] = static_cast<float>(multiples[g]) * units[g];
+    }
+    return true;
   }
 
   Shape shape;
@@ -153,7 +168,11 @@ struct Layer {
   Weight weight;
   int largest;
   Exact<uint8_t> x;
-  Exact<float> group_scales, scale, bias, expected;
+  Exact<float> group_scales;
+  Exact<uint8_t> multiples;
+  Exact<float> units;
+  bool merges;
+  Exact<float> scale, bias, expected;
   std::string name;
 };
 
@@ -205,12 +224,12 @@ void test_tiles(const InstructionSet& set, Random& random, int bits, int activat
   for (int64_t rows = 1; rows <= set.tile_rows; ++rows) {
     const int64_t columns = random.integer(0, 90), outputs = random.integer(1, kPanel);
     const Layer layer(random, {rows, columns, outputs, random.integer(1, 8)}, bits, activation_bits, multiplier);
-    Plan made = plan(layer.product(nullptr), set);
+    Plan made = plan(layer.product(nullptr), nullptr, set);
     if (!made.words) {
       test_tile<uint8_t, int8_t>(set, layer, made, set.unpack_bytes, set.bytes, 4);
       InstructionSet of_words = set;
       of_words.largest_byte = -1;
-      made = plan(layer.product(nullptr), of_words);
+      made = plan(layer.product(nullptr), nullptr, of_words);
     }
     test_tile<int16_t, int16_t>(set, layer, made, set.unpack_words, set.words, 2);
   }
@@ -240,7 +259,7 @@ struct OrderedWeights {
     job.ordered = ordered;
     job.ordered_bits = bits;
     job.output_order = order;
-    if (!plan(job, set).words) job.codes = zeros;
+    if (!plan(job, nullptr, set).words) job.codes = zeros;
     return job;
   }
 
@@ -295,6 +314,7 @@ void test_first_rows(const InstructionSet& set, Random& random, int bits, int fi
   Product others = layer.product(nullptr), first = others;
   first.largest_x = (1 << first_bits) - 1;
   first.group_scales = group_scales;
+  first.multiples = nullptr;
   first.bias = bias;
   Exact<uint8_t> x(rows * positions);
   for (int64_t i = 0; i < x.size; ++i) {
