@@ -98,11 +98,11 @@ void probabilities_of_queries(const Probabilities& job, const Queries& queries, 
   const int64_t positions = padded(job.head_size);
   thread_local Scratch scratch;
   scratch.reserve((rows + job.keys) * positions + 2 * positions * sizeof(float) +
-                  3 * job.keys * sizeof(float) + positions * sizeof(int32_t));
+                  (2 + (job.hidden == nullptr ? 0 : rows)) * job.keys * sizeof(float) + positions * sizeof(int32_t));
   auto query_memory = scratch.take<uint8_t>(rows * positions), key_memory = scratch.take<uint8_t>(job.keys * positions);
   auto constants = scratch.take<float>(2 * positions);
   auto scale = scratch.take<float>(job.keys), bias = scratch.take<float>(job.keys);
-  auto both = scratch.take<float>(job.keys);
+  auto both = scratch.take<float>(job.hidden == nullptr ? 0 : rows * job.keys);
   auto source = scratch.take<int32_t>(positions);
   const int64_t n = job.head_size;
   const OperandCodes query = codes_of(rows_of_head(job.query, job.query_codes, job.query_strides, queries, n), job.largest,
@@ -127,17 +127,17 @@ void probabilities_of_queries(const Probabilities& job, const Queries& queries, 
   multiply_here(p);
   const float* mask = job.mask;
   if (mask != nullptr) mask += b * job.mask_strides[0] + h * job.mask_strides[1];
-  const float* hidden = job.hidden;
-  if (hidden != nullptr) hidden += b % job.windows * job.queries * job.keys;
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* added = mask == nullptr ? nullptr : mask + (queries.first + i) * job.mask_strides[2];
-    if (hidden != nullptr) {
-      const float* of_query = hidden + (queries.first + i) * job.keys;
-      for (int64_t j = 0; j < job.keys; ++j) both[j] = added[j] + of_query[j];
-      added = both;
+  int64_t stride = job.mask_strides[2];
+  if (mask != nullptr) mask += queries.first * stride;
+  if (job.hidden != nullptr) {
+    const float* const hidden = job.hidden + (b % job.windows * job.queries + queries.first) * job.keys;
+    for (int64_t i = 0; i < rows; ++i) {
+      current().add(mask + i * stride, hidden + i * job.keys, job.keys, both + i * job.keys);
     }
-    current().softmax(p.y + i * job.keys, added, job.keys);
+    mask = both;
+    stride = job.keys;
   }
+  current().softmax(probabilities, rows, mask, stride, job.keys);
 }
 
 void mix_queries(const Mixed& job, const Queries& queries, const float* probabilities) {

@@ -99,9 +99,9 @@ struct InstructionSet {
   void (*unpack_ordered)(const Ordered&, int8_t* panel);
   // One row: codes = clamp(round((x - offset) * inverse), 0, largest), in the order of the channels.
   void (*quantize)(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes);
-  // See pointwise.h: one row, and of the last one rows side by side.
+  // See pointwise.h; of softmax and LayerNorm rows side by side.
   void (*gelu)(const float* x, int64_t n, float* y);
-  void (*softmax)(float* row, const float* mask, int64_t n);
+  void (*softmax)(float* rows, int64_t count, const float* masks, int64_t stride, int64_t n);
   void (*layer_norm)(const float* x, int64_t rows, const float* weight, const float* bias, float epsilon, int64_t n,
                      float* y);
   void (*add)(const float* a, const float* b, int64_t n, float* y);

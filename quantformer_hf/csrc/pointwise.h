@@ -55,6 +55,9 @@ INLINE Floats load_last(const float* p, int64_t count, float rest) {
 
 INLINE void store_last(float* p, Floats v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
 
+// With zeros in the lanes beyond the first `count`.
+INLINE Floats first_of(Floats v, int64_t count) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(count))); }
+
 #else
 
 // Less than kLanes floats. Sizes that the compiler knows take no call.
@@ -77,6 +80,11 @@ INLINE void store_last(float* p, Floats v, int64_t count) {
   float lanes[kLanes];
   store_floats(lanes, v);
   copy_floats(lanes, count, p);
+}
+
+INLINE Floats first_of(Floats v, int64_t count) {
+  for (int64_t lane = count; lane < kLanes; ++lane) v[lane] = 0;
+  return v;
 }
 
 #endif
@@ -185,29 +193,55 @@ INLINE void scale(float* row, float factor, int64_t n) {
   if (i < n) store_last(row + i, load_last(row + i, n - i, 0) * factor, n - i);
 }
 
-// row = softmax(row + mask), in place; `mask` may be null.
-TARGET inline void softmax(float* row, const float* mask, int64_t n) {
+// Of kRows rows side by side: each sum of a row waits for the one before it.
+template <int64_t kRows>
+INLINE void softmax_rows(float* rows, int64_t n) {
   const int64_t whole = n / kLanes * kLanes, last = n - whole;
-  if (mask != nullptr) add(row, mask, n, row);
-  const float largest = largest_of(row, n);
-
-  Floats sums = Floats{};
+  Floats sums[kRows];
+  float largest[kRows];
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kRows; ++r) {
+    largest[r] = largest_of(rows + r * n, n);
+    sums[r] = Floats{};
+  }
   int64_t done = 0;
   for (; done + kAtOnce <= n; done += kAtOnce) {
-    const auto e = exponential<kAtOnce>(load_floats<kAtOnce>(row + done) - largest);
-    store_floats(row + done, e);
-    for (int64_t part = 0; part < kAtOnce / kLanes; ++part) sums = sums + lanes_of(e, part);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r) {
+      float* const at = rows + r * n + done;
+      const auto e = exponential<kAtOnce>(load_floats<kAtOnce>(at) - largest[r]);
+      store_floats(at, e);
+      for (int64_t part = 0; part < kAtOnce / kLanes; ++part) sums[r] = sums[r] + lanes_of(e, part);
+    }
   }
   for (; done < whole; done += kLanes) {
-    const Floats e = exponential(load_floats(row + done) - largest);
-    store_floats(row + done, e);
-    sums = sums + e;
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r) {
+      float* const at = rows + r * n + done;
+      const Floats e = exponential(load_floats(at) - largest[r]);
+      store_floats(at, e);
+      sums[r] = sums[r] + e;
+    }
   }
-  if (last > 0) {
-    store_last(row + whole, exponential(load_last(row + whole, last, 0) - largest), last);
-    sums = sums + load_last(row + whole, last, 0);
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kRows; ++r) {
+    float* const at = rows + r * n + whole;
+    if (last > 0) {
+      const Floats e = exponential(load_last(at, last, 0) - largest[r]);
+      store_last(at, e, last);
+      sums[r] = sums[r] + first_of(e, last);
+    }
+    scale(rows + r * n, 1.0f / sum_of_lanes(sums[r]), n);
   }
-  scale(row, 1.0f / sum_of_lanes(sums), n);
+}
+
+// Rows one after the other, each row = softmax(row + mask), in place; `masks` may be null, or lie `stride` apart.
+TARGET inline void softmax(float* rows, int64_t count, const float* masks, int64_t stride, int64_t n) {
+  constexpr int64_t kTogether = 4;
+  for (int64_t r = 0; masks != nullptr && r < count; ++r) add(rows + r * n, masks + r * stride, n, rows + r * n);
+  int64_t r = 0;
+  for (; r + kTogether <= count; r += kTogether) softmax_rows<kTogether>(rows + r * n, n);
+  for (; r < count; ++r) softmax_rows<1>(rows + r * n, n);
 }
 
 // Of kRows rows side by side: each sum of a row waits for the one before it.

@@ -67,15 +67,21 @@ void test_gelu(const InstructionSet& set, Random& random) {
 
 void test_softmax(const InstructionSet& set, Random& random) {
   for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 24, 49, 197}) {
-    for (bool masked : {false, true}) {
-      const auto got = random.reals(n, -100, 100), mask = random.reals(n, -5, 5);
-      mask[0] = -100;
-      if (n > 1) mask[n - 1] = -std::numeric_limits<float>::infinity();
-      Exact<float> expected(n);
-      for (int64_t i = 0; i < n; ++i) expected[i] = masked ? got[i] + mask[i] : got[i];
-      cases::softmax(expected, n);
-      set.softmax(got, masked ? mask.begin() : nullptr, n);
-      check(same_bits(got, expected), set, "softmax", describe({{"n", n}, {"masked", masked}}));
+    for (int64_t rows : {1, 4, 6}) {
+      for (bool masked : {false, true}) {
+        const int64_t stride = n + rows % 3;
+        const auto got = random.reals(rows * n, -100, 100), masks = random.reals((rows - 1) * stride + n, -5, 5);
+        masks[0] = -100;
+        if (n > 1) masks[n - 1] = -std::numeric_limits<float>::infinity();
+        Exact<float> expected(rows * n);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* const row = expected + r * n;
+          for (int64_t i = 0; i < n; ++i) row[i] = masked ? got[r * n + i] + masks[r * stride + i] : got[r * n + i];
+          cases::softmax(row, n);
+        }
+        set.softmax(got, rows, masked ? masks.begin() : nullptr, stride, n);
+        check(same_bits(got, expected), set, "softmax", describe({{"n", n}, {"rows", rows}, {"masked", masked}}));
+      }
     }
   }
 }
