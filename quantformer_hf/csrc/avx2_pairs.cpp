@@ -102,26 +102,53 @@ INLINE void flush(Words words, __m256 less, __m256 scale, float* sums) {
   add(_mm256_unpackhi_epi16(words.high, above), 24);
 }
 
+// Words of all rows and blocks, which `words_at` makes: added to those that wait, but for the first ones, and made floating
+// point, if they are the last ones, or left to wait.
+template <int R, int B, bool kFirst, typename WordsAt>
+INLINE void put(const PairTile& tile, int64_t g, bool first, bool last, const WordsAt& words_at) {
+  uint16_t* const carry = tile.carry;
+  const auto more_at = [&](auto i) LAMBDA {
+    const Words words = words_at(i);
+    const uint16_t* const from = carry + i * kPairBlock;
+    return Words{_mm256_add_epi16(words.low, load(from)), _mm256_add_epi16(words.high, load(from + kPairBlock / 2))};
+  };
+  if (last) {
+    const auto flush_it = [&](auto i, Words words) LAMBDA {
+      const float less = kTwo23 - static_cast<float>(tile.row_sums[i / B * tile.num_groups + g]);
+      flush<kFirst>(words, _mm256_set1_ps(less), _mm256_set1_ps(tile.groups[g].scale), tile.sums + i * kPairBlock);
+    };
+    if (first) {
+      each<R * B>([&](auto i) LAMBDA { flush_it(i, words_at(i)); });
+    } else {
+      each<R * B>([&](auto i) LAMBDA { flush_it(i, more_at(i)); });
+    }
+    return;
+  }
+  const auto keep = [&](auto i, Words words) LAMBDA {
+    store(carry + i * kPairBlock, words.low);
+    store(carry + i * kPairBlock + kPairBlock / 2, words.high);
+  };
+  if (first) {
+    each<R * B>([&](auto i) LAMBDA { keep(i, words_at(i)); });
+  } else {
+    each<R * B>([&](auto i) LAMBDA { keep(i, more_at(i)); });
+  }
+}
+
 // All pairs of group g. `x` and `panel` move on.
 template <int R, int B, bool kFirst>
 INLINE void add_group(const PairTile& tile, int64_t g, const uint8_t*& x, const uint8_t*& panel) {
   uint8_t* const bytes = tile.bytes;
-  uint16_t* const carry = tile.carry;
-  const int64_t pairs = tile.groups[g].pairs;
-  // To be called where they are needed: until then their registers are.
-  const auto multiplier = [&]() LAMBDA { return _mm256_set1_epi8(static_cast<char>(tile.multiplier)); };
-  const auto scale = [&]() LAMBDA { return _mm256_set1_ps(tile.groups[g].scale); };
-  const auto less = [&](int r) LAMBDA {
-    return _mm256_set1_ps(kTwo23 - static_cast<float>(tile.row_sums[r * tile.num_groups + g]));
-  };
+  const PairGroup& group = tile.groups[g];
+  const int64_t pairs = group.pairs;
+  // To be called where it is needed: until then its register is.
+  const auto multiplier = [&]() LAMBDA { return _mm256_set1_epi8(static_cast<char>(tile.multiplier * group.multiple)); };
   __m256i sums[R * B];
-  // The usual cases by themselves: groups of few pairs.
+  // The usual case by itself: groups of few pairs.
   if (pairs <= kPairsInByte) {
     add_pairs<R, B>(x, tile.x_stride, panel, pairs, sums);
-    each<R * B>([&](auto i) LAMBDA {
-      const Words words = words_of(sums[i], _mm256_setzero_si256(), multiplier());
-      flush<kFirst>(words, less(i / B), scale(), tile.sums + i * kPairBlock);
-    });
+    put<R, B, kFirst>(tile, g, group.first, group.last,
+                      [&](auto i) LAMBDA { return words_of(sums[i], _mm256_setzero_si256(), multiplier()); });
     return;
   }
   for (int64_t done = 0; done < pairs;) {
@@ -130,26 +157,10 @@ INLINE void add_group(const PairTile& tile, int64_t g, const uint8_t*& x, const 
     add_pairs<R, B>(x, tile.x_stride, panel, run, sums);
     each<R * B>([&](auto i) LAMBDA { store(bytes + i * kPairBlock, sums[i]); });
     add_pairs<R, B>(x, tile.x_stride, panel, both - run, sums);
-    const bool begins = done == 0, ends = done + both == pairs;
+    const bool first = group.first && done == 0, last = group.last && done + both == pairs;
     done += both;
-    if (begins && ends) {
-      each<R * B>([&](auto i) LAMBDA {
-        const Words words = words_of(load(bytes + i * kPairBlock), sums[i], multiplier());
-        flush<kFirst>(words, less(i / B), scale(), tile.sums + i * kPairBlock);
-      });
-      return;
-    }
-    each<R * B>([&](auto i) LAMBDA {
-      Words words = words_of(load(bytes + i * kPairBlock), sums[i], multiplier());
-      uint16_t* const to = carry + i * kPairBlock;
-      if (!begins) words = {_mm256_add_epi16(words.low, load(to)), _mm256_add_epi16(words.high, load(to + kPairBlock / 2))};
-      if (ends) {
-        flush<kFirst>(words, less(i / B), scale(), tile.sums + i * kPairBlock);
-      } else {
-        store(to, words.low);
-        store(to + kPairBlock / 2, words.high);
-      }
-    });
+    put<R, B, kFirst>(tile, g, first, last,
+                      [&](auto i) LAMBDA { return words_of(load(bytes + i * kPairBlock), sums[i], multiplier()); });
   }
 }
 
@@ -159,12 +170,14 @@ TARGET void look_up_tile(const PairTile& tile) {
   const int64_t num_groups = tile.num_groups, stride = tile.y_stride;
   const float *scales = tile.scale, *biases = tile.bias, *sums = tile.sums;
   float* const y = tile.y;
-  if (num_groups > 0) {
-    add_group<R, B, true>(tile, 0, x, panel);
-  } else {
-    std::memset(tile.sums, 0, R * B * kPairBlock * sizeof(float));
+  int64_t g = 0;
+  // Up to the first ones that become floating point.
+  for (bool last = false; g < num_groups && !last; ++g) {
+    add_group<R, B, true>(tile, g, x, panel);
+    last = tile.groups[g].last;
   }
-  for (int64_t g = 1; g < num_groups; ++g) add_group<R, B, false>(tile, g, x, panel);
+  if (g == 0) std::memset(tile.sums, 0, R * B * kPairBlock * sizeof(float));
+  for (; g < num_groups; ++g) add_group<R, B, false>(tile, g, x, panel);
   for (int at = 0; at < B * kPairBlock; at += 8) {
     const __m256 scale = _mm256_loadu_ps(scales + at), bias = _mm256_loadu_ps(biases + at);
     each<R>([&](auto r) LAMBDA {
@@ -189,7 +202,8 @@ TARGET void prepare(const uint8_t* codes, const PairGroup* groups, int64_t num_g
       std::memcpy(&four, from, sizeof four);
       sum = _mm_add_epi64(sum, _mm_sad_epu8(_mm_cvtsi32_si128(four), zero));
     }
-    row_sums[g] = (_mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2)) * addend;
+    const int32_t before = groups[g].first ? 0 : row_sums[g - 1];
+    row_sums[g] = before + (_mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2)) * addend * groups[g].multiple;
   }
   const int64_t pairs = (from - codes) / 2;
   const __m256i places = _mm256_set1_epi16(16 | 64 << 8);

@@ -15,9 +15,20 @@ constexpr int64_t kTaskRows = 48;
 
 std::vector<PairGroup> groups_of(const Product& p) {
   std::vector<PairGroup> groups;
-  int64_t start = 0;
+  int64_t start = 0, largest = 0;  // of the sums so far
   for (int64_t g = 0; g < p.groups; start = p.group_ends[g++]) {
-    if (p.group_ends[g] > start) groups.push_back({(p.group_ends[g] - start) / 2, p.group_scales[g]});
+    if (p.group_ends[g] == start) continue;
+    const int64_t pairs = (p.group_ends[g] - start) / 2, most = kLargestOfPair * pairs * p.multiplier;
+    const int64_t own = p.multiples == nullptr ? 0 : most * p.multiples[g];
+    if (own == 0 || own > kLargestWord) {
+      groups.push_back({pairs, p.group_scales[g], 1, true, true});
+      largest = kLargestWord;
+      continue;
+    }
+    const bool joins = !groups.empty() && groups.back().scale == p.units[g] && largest + own <= kLargestWord;
+    if (joins) groups.back().last = false;
+    largest = joins ? largest + own : own;
+    groups.push_back({pairs, p.units[g], p.multiples[g], !joins, true});
   }
   return groups;
 }

@@ -16,23 +16,28 @@ constexpr int kPairBlock = 32;
 constexpr int kPairBlocks = 3;
 constexpr int kPairPanel = kPairBlock * kPairBlocks;
 
-// Pairs whose sums a byte holds: of codes up to 3 each has 18 at most.
-constexpr int64_t kPairsInByte = 255 / 18;
+// The sum of a pair of products of codes up to 3, and how many such sums a byte holds.
+constexpr int64_t kLargestOfPair = 18;
+constexpr int64_t kPairsInByte = 255 / kLargestOfPair;
 
-// Of a group, such that 16 bits hold twice its sum of codes.
-constexpr int64_t kMostPairs = 65535 / 36;
+// Of a group, such that 16 bits hold twice its sum.
+constexpr int64_t kLargestWord = 65535;
+constexpr int64_t kMostPairs = kLargestWord / (2 * kLargestOfPair);
 
-// A group of channels that is not empty.
+// A group of channels that is not empty. Groups whose scales are multiples of a unit add up as words, one after the other, as
+// long as words hold it.
 struct PairGroup {
-  int64_t pairs;  // even, at most kMostPairs
-  float scale;
+  int64_t pairs;     // even, at most kMostPairs
+  float scale;       // of the group, or the unit
+  int multiple;      // of it
+  bool first, last;  // of those that add up
 };
 
 // Rows of activations against one panel. What is made is what `Tile` says.
 struct PairTile {
   const uint8_t* x;  // of each row and pair, 16 * (first code + 4 * second code)
   int64_t x_stride;
-  const int32_t* row_sums;  // of each row and group, the sum of its codes times the weights' addend
+  const int32_t* row_sums;  // of each row and group, the sum of its codes times the weights' addend, and of those before it
   int64_t num_groups;
   const PairGroup* groups;
   const uint8_t* panel;  // `[pair][blocks][kPairBlock]`, see `unpack`
@@ -42,7 +47,7 @@ struct PairTile {
   int64_t y_stride;
   float* sums;      // `[rows][outputs]`, scratch
   uint8_t* bytes;   // the same, for groups of more than kPairsInByte pairs
-  uint16_t* carry;  // the same, for groups of more than twice as many
+  uint16_t* carry;  // the same, for groups of more than twice as many, and for those that add up
 };
 
 struct Pairs {
