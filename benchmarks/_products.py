@@ -17,6 +17,7 @@ from quantformer_hf.kernels import (
     plan_weight,
 )
 from quantformer_hf.kernels.library import check, library
+from quantformer_hf.multiples import to_multiples
 from quantformer_hf.packing import pack_codes
 from quantformer_hf.report import format_table
 
@@ -82,9 +83,10 @@ def print_products(rounds: int) -> None:
 
 
 def linear(inputs: int, outputs: int, bits: int, groups: int) -> LinearPlan:
-    """One of random codes."""
+    """One of random codes, with scales of groups as models have them."""
     index = torch.randperm(inputs) % groups
-    channels = plan_channels(inputs, torch.rand(groups) + 0.1, torch.randn(groups), index, 2**bits - 1)
+    scales = to_multiples(torch.rand(groups) + 0.1)
+    channels = plan_channels(inputs, scales, torch.randn(groups), index, 2**bits - 1)
     packed = pack_codes(torch.randint(0, 2**bits, (outputs, inputs)), bits)
     weight = plan_weight(inputs, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0, torch.rand(outputs))
     return plan_linear(weight, packed, None, channels)

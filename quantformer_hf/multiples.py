@@ -3,11 +3,13 @@
 The products of a group are then integers in units, and those of all groups add up as if they were one group: kernels need
 no sum of its own for each of them, nor a conversion to floating point. Two levels of scales, of which the one of the groups
 is a small integer, are those of VS-Quant (arXiv 2102.04503). Here units have few digits besides, so that sums of products
-times scales are exact in float32, in whatever order they are made (`kernels/merging.py`).
+times scales, where they are not too many, are exact in float32, in whatever order they are made (`kernels/merging.py`).
 """
 
 import torch
 from torch import Tensor
+
+from .ops.scales import positive, positive_backward
 
 
 #: A weight of four bits times this is a signed byte.
@@ -24,7 +26,7 @@ UNIT_STEP = 3
 
 
 def to_multiples(scale: Tensor) -> Tensor:
-    """Scales near those given that are whole multiples, 1 to `LARGEST_MULTIPLE`, of their unit. Gradients pass through.
+    """Scales near those given that are whole multiples, 1 to `LARGEST_MULTIPLE`, of their unit.
 
     The unit is the least of which the largest scale is such a multiple. Scales that are smaller by a factor of 8 have one
     that is smaller by 8, those of 64 by 64, and so on, so that none is changed by more than a third.
@@ -35,18 +37,24 @@ def to_multiples(scale: Tensor) -> Tensor:
     Returns:
         `(groups,)`, of the same dtype.
     """
-    return _ToMultiples.apply(scale)
+    units = _units(scale.float())
+    return (scale / units).round().clamp(1, LARGEST_MULTIPLE).mul(units).to(scale.dtype)
 
 
-class _ToMultiples(torch.autograd.Function):
+def learned_multiples(scale: Tensor) -> Tensor:
+    """`to_multiples(positive(scale))`, with the gradient of `positive(scale)`: straight through the rounding."""
+    return _LearnedMultiples.apply(scale)
+
+
+class _LearnedMultiples(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scale):
-        units = _units(scale.float())
-        return (scale / units).round().clamp(1, LARGEST_MULTIPLE).mul(units).to(scale.dtype)
+        ctx.save_for_backward(scale)
+        return to_multiples(positive(scale))
 
     @staticmethod
     def backward(ctx, grad):
-        return grad
+        return positive_backward(grad, *ctx.saved_tensors)
 
 
 def _units(scale: Tensor) -> Tensor:

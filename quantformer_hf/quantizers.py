@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .grids import Grid, fit_affine, fit_offset
 from .groups import channel_mass, cluster_channels, initial_assignment_logits
 from .kernels import ChannelPlan, Remembered, TokenPlan, plan_channels
-from .multiples import to_multiples
+from .multiples import learned_multiples
 from .observers import QUANTILE_WEIGHTS, QUANTILES, Observer
 from .ops import PRODUCERS, fake_quantize_groups, fake_quantize_mixture, positive
 from .weight_quantizers import (
@@ -270,15 +270,19 @@ class GroupActivationQuantizer(ActivationQuantizer):
     def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
         if self.stage == "pretrain":
             return super().quantize(x, gradient_scale)
-        parameters = x, self.step(), self.offset
+        parameters = x, self.step() if self.in_multiples else self.scale, self.offset
         arguments = self.grid.qmax, gradient_scale, self.producer
         if self.stage == "search":
             return fake_quantize_mixture(*parameters, self.assignment_probabilities(), *arguments)
         return fake_quantize_groups(*parameters, self.group_index.long(), *arguments)
 
+    @property
+    def in_multiples(self) -> bool:
+        """Whether it quantizes with multiples of a unit."""
+        return self.whole_multiples and self.scale.numel() > 1
+
     def step(self) -> Tensor:
-        scale = super().step()
-        return to_multiples(scale) if self.whole_multiples and scale.numel() > 1 else scale
+        return learned_multiples(self.scale) if self.in_multiples else super().step()
 
     @property
     def hard(self) -> bool:
@@ -318,7 +322,8 @@ class GroupActivationQuantizer(ActivationQuantizer):
 
     @torch.no_grad()
     def refit(self, quantiles: Tensor, importance: Tensor) -> None:
-        """Fit scale and offset of each group anew. Channels stay in their groups, and an empty group as it is.
+        """Fit scale and offset of each group anew. Channels stay in their groups, and an empty group as it is, unless its
+        scale is larger than all others.
 
         Args:
             quantiles: `(channels, quantiles)`, of what the quantizer sees now.
@@ -340,9 +345,8 @@ class GroupActivationQuantizer(ActivationQuantizer):
         scale, offset = self.scale.clone(), self.offset.clone()
         scale[inhabited], offset[inhabited] = fit_affine(values, mass[inhabited], self.grid)
         self.scale.copy_(scale)
-        if self.whole_multiples:
-            # An empty group is not to ask for larger units.
-            self.scale.clamp_(max=scale[inhabited].max())
+        if self.in_multiples:
+            self._bound_scales(inhabited)
             offset = fit_offset(values, mass, self.grid, self.step(), offset).where(inhabited, offset)
         self.offset.copy_(offset)
 
@@ -352,3 +356,10 @@ class GroupActivationQuantizer(ActivationQuantizer):
         index = self.assignment_logits.argmax(0)
         self.set_stage("finetune", self.scale.numel())
         self.group_index.copy_(index)
+        if self.in_multiples:
+            self._bound_scales(torch.bincount(index, minlength=self.scale.numel()) > 0)
+
+    def _bound_scales(self, inhabited: Tensor) -> None:
+        """Keep the scales of groups that are not `inhabited` `(groups,)` from asking for a larger unit."""
+        scale = positive(self.scale)
+        self.scale.copy_(scale.clamp(max=scale[inhabited].max()))

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf.kernels import using
 
 
 # For the processes that tests start. On tensors this small, several threads only wait for each other.
@@ -98,3 +99,16 @@ def backbone(request) -> str:
 @pytest.fixture(params=["pretrain", "search", "finetune"])
 def stage(request) -> str:
     return request.param
+
+
+def instruction_sets() -> list[str]:
+    """Those that run here."""
+    names = []
+    for name in ("plain", "avx2", "avx512", "amx", "neon", "neon_dotprod"):
+        try:
+            with using(name):
+                names.append(name)
+        except ValueError:
+            # Not of this machine.
+            continue
+    return names

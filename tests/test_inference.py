@@ -4,8 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_batches, make_quantized
-from test_kernels import available
+from conftest import instruction_sets, make_batches, make_quantized
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +26,7 @@ def logits(model, batch):
         return model(pixel_values=batch).logits
 
 
-@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_packing_changes_no_bit_of_the_logits(backbone, bits, name):
     model = make_quantized(backbone, "finetune", weight_bits=bits, activation_bits=max(2, bits))
@@ -37,7 +36,7 @@ def test_packing_changes_no_bit_of_the_logits(backbone, bits, name):
         assert torch.equal(logits(model.pack(), batch), expected)
 
 
-@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_layer_norm_has_the_bits_of_the_reference(backbone, packed, name):
     model = make_quantized(backbone, "finetune")

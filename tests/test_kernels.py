@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import instruction_sets
 
 from quantformer_hf.kernels import (
     instruction_set,
@@ -13,18 +14,6 @@ from quantformer_hf.kernels import (
     using,
 )
 from quantformer_hf.packing import pack_codes
-
-
-def available() -> list[str]:
-    names = []
-    for name in ("plain", "avx2", "avx512", "amx", "neon", "neon_dotprod"):
-        try:
-            with using(name):
-                names.append(name)
-        except ValueError:
-            # Not of this machine.
-            continue
-    return names
 
 
 needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the kernels were not built: no C++ compiler")
@@ -50,7 +39,7 @@ def make_layer(shape, weight_bits, activation_bits, shift, seed=0):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("weight_bits", range(1, 9))
 def test_each_instruction_set_gives_the_bits_of_plain_torch(name, weight_bits):
     for shape, bits, shift in itertools.product(SHAPES, range(2, 9), (0, 0.5)):
@@ -64,7 +53,7 @@ def test_each_instruction_set_gives_the_bits_of_plain_torch(name, weight_bits):
             assert torch.equal(linear(codes), expected)
 
 
-@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_inner_sums_are_exact(name, bits):
     for shape in SHAPES:
@@ -99,7 +88,7 @@ def test_a_layer_is_the_fake_quantized_one_to_the_last_digits(bits, shift):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 11, 9), (17, 50, 64)])
 def test_attention_products_give_the_bits_of_plain_torch(name, bits, sizes):
@@ -138,7 +127,7 @@ def test_attention_products_give_the_bits_of_plain_torch(name, bits, sizes):
     torch.testing.assert_close(mixed.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
 @pytest.mark.parametrize("channels", [1, 8, 100])
 def test_gelu_is_made_on_the_way_to_codes(name, channels):
     """The bits of plain torch, and the function of torch to 1e-6."""
@@ -150,7 +139,7 @@ def test_gelu_is_made_on_the_way_to_codes(name, channels):
     torch.testing.assert_close(reference.gelu_of(x).double(), torch.nn.functional.gelu(x.double()), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
 @pytest.mark.parametrize("channels", [1, 8, 100, 192])
 def test_layer_norm_has_the_bits_of_plain_torch_also_on_the_way_to_codes(name, channels):
     """And is the function of torch to its last digits."""
@@ -177,7 +166,7 @@ def test_softmax_is_that_of_torch_to_its_last_digits():
     torch.testing.assert_close(reference.softmax(x).double(), x.double().softmax(-1), rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("name", [None, *available()])
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
 def test_what_is_no_number_has_code_zero_and_what_is_outside_is_clipped(name):
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1e30, 2.5, 3.5]])
     with using(name):

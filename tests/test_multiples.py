@@ -1,16 +1,22 @@
 """Scales of groups that are multiples of units, groups in whole steps of the kernels, and the products that merge them."""
 
+import itertools
+import json
+
 import pytest
 import torch
+from conftest import instruction_sets, make_quantized
 
-from quantformer_hf import QuantformerConfig
+from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.grids import Grid
 from quantformer_hf.groups import channel_errors, cluster_channels, in_whole_steps
-from quantformer_hf.kernels import STEP, operators, using
+from quantformer_hf.kernels import STEP, operators, plan_channels, plan_linear, plan_weight, using
 from quantformer_hf.kernels.merging import merged_groups
-from quantformer_hf.multiples import LARGEST_MULTIPLE, to_multiples
+from quantformer_hf.mixed_precision.width_mixture import ActivationWidthMixture
+from quantformer_hf.multiples import LARGEST_MULTIPLE, learned_multiples, to_multiples
 from quantformer_hf.observers import QUANTILES
 from quantformer_hf.packing import pack_codes
+from quantformer_hf.quantize import group_quantizers
 from quantformer_hf.quantizers import GroupActivationQuantizer
 
 
@@ -33,10 +39,12 @@ def test_multiples_lie_near_the_scales_and_few_units_serve_all(spread):
         )
 
 
-def test_the_gradient_passes_straight_through():
-    given = scales(1.0).requires_grad_()
-    (to_multiples(given) * torch.arange(8.0)).sum().backward()
-    assert torch.equal(given.grad, torch.arange(8.0))
+def test_the_gradient_passes_straight_through_and_leads_out_of_zero():
+    given = scales(1.0)
+    given[2:4] = torch.tensor([0.0, -0.5])
+    given.requires_grad_()
+    (learned_multiples(given) * torch.arange(8.0)).sum().backward()
+    assert torch.equal(given.grad, torch.tensor([0.0, 1.0, 2.0, -3.0, 4.0, 5.0, 6.0, 7.0]))
 
 
 def test_multiples_keep_the_dtype():
@@ -58,10 +66,16 @@ def test_a_quantizer_takes_multiples_where_it_has_groups_and_was_told_to():
     assert torch.equal(one.step(), one.scale)
 
 
-def test_checkpoints_from_before_keep_their_scales():
-    saved = QuantformerConfig(stage="finetune", calibrated=True).to_dict()
-    del saved["whole_multiples"]
-    assert not QuantformerConfig.from_dict(saved).whole_multiples
+def test_checkpoints_from_before_keep_their_scales(tmp_path):
+    model = make_quantized("vit", "finetune")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("whole_multiples")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old = QuantformerForImageClassification.from_pretrained(tmp_path)
+    for quantizer, new in zip(group_quantizers(old), group_quantizers(model), strict=True):
+        assert torch.equal(quantizer.step(), new.scale)
+        assert torch.equal(new.step(), to_multiples(new.scale))
 
 
 def random_losses(groups: int = 8, channels: int = 192) -> torch.Tensor:
@@ -123,6 +137,9 @@ def test_what_is_merged_is_multiples_of_units():
 @pytest.mark.parametrize(
     ("ends", "group_scales", "largest_weight"),
     [
+        ((16, 32), [float("nan"), 1.0], 8),
+        ((16, 32), [1.0, float("inf")], 8),
+        ((20000, 40000), [1.25, 2.5], 8),  # of the unit a sum below 2^24 would be one, and of its digits none
         ((32,), [1.0], 8),  # one group
         ((16, 32), [1.0, 17.0], 8),  # 17 * 8 is no signed byte
         ((16, 32), [1.0, 1.5], 128),  # nor 2 * 128
@@ -135,18 +152,55 @@ def test_what_cannot_be_merged_stays_apart(ends, group_scales, largest_weight):
     assert merged_groups(ends, torch.tensor(group_scales), 15, largest_weight) is None
 
 
-@pytest.mark.parametrize("weight_bits", [2, 3, 4])
-def test_merged_products_give_the_bits_of_those_by_group(weight_bits):
+#: Groups of 56 channels: of one unit, of two digits more than a power of two, of two units, and multiples beyond 15.
+MERGED = {
+    "one unit": [3.0, 5.0, 4.0],
+    "digits": to_multiples(torch.tensor([21.0, 19.0, 16.0])).tolist(),
+    "two units": [0.125, 0.25, 3.0],
+    "large multiples": [5.0, 1.625, 0.125],
+}
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+@pytest.mark.parametrize("group_scales", MERGED.values(), ids=MERGED.keys())
+def test_merged_products_give_the_bits_of_those_by_group(name, group_scales):
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(16, (9, 192), generator=generator).to(torch.uint8)
-    weight = torch.randint(2**weight_bits, (40, 192), generator=generator)
-    group_scales = to_multiples(scales(0.5))
-    arguments = (
-        *(pack_codes(weight, weight_bits), 192, weight_bits, 2**weight_bits - 1, 1, -(2 ** (weight_bits - 1))),
-        *(torch.arange(192, dtype=torch.int32), tuple(range(24, 193, 24)), group_scales, 15),
-        *(torch.rand(40, generator=generator), torch.randn(40, generator=generator)),
-    )
-    assert merged_groups(arguments[7], group_scales, 15, 2 ** (weight_bits - 1)) is not None
-    with using(None):
-        expected = operators.call(operators.multiply, codes, *arguments)
-    assert torch.equal(operators.multiply(codes, *arguments), expected)
+    groups, inputs, outputs = len(group_scales), 56 * len(group_scales), 40
+    index = torch.arange(inputs) // 56
+    for bits, activation_bits, shift, extreme in itertools.product(
+        (1, 2, 3, 4), (2, 4, 8), (0, 0.5), (None, "low", "high")
+    ):
+        scales, offsets = torch.tensor(group_scales), torch.zeros(groups)
+        channels = plan_channels(inputs, scales, offsets, index, 2**activation_bits - 1)
+        codes = torch.randint(2**activation_bits, (19, inputs), generator=generator)
+        weights = torch.randint(2**bits, (outputs, inputs), generator=generator)
+        if extreme is not None:
+            codes.fill_(2**activation_bits - 1)
+            weights.fill_(0 if extreme == "low" else 2**bits - 1)
+        weight = plan_weight(inputs, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, shift, torch.ones(outputs))
+        plan = plan_linear(weight, pack_codes(weights, bits), None, channels)
+        codes = codes.to(torch.uint8)
+        with using(None):
+            expected = plan(codes)
+        with using(name):
+            job, _ = plan.ordered_job()
+            for made in (operators.run_multiply(job, codes), plan(codes)):
+                assert torch.equal(made, expected), (bits, activation_bits, shift, extreme)
+
+
+def test_a_mixture_of_one_width_is_that_quantizer():
+    quantizer = GroupActivationQuantizer(32, 4, "layer", True)
+    quantizer.channel_quantiles.copy_(torch.randn(32, len(QUANTILES)).sort(1).values * scales(1.0, 32).unsqueeze(1))
+    quantizer.begin_search(4)
+    quantizer.freeze_groups()
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(ActivationWidthMixture([quantizer])(x), quantizer(x))
+
+
+def test_an_empty_group_asks_for_no_larger_unit():
+    quantizer = GroupActivationQuantizer(4, 4, "layer", True, "identity", "search", 4, True)
+    with torch.no_grad():
+        quantizer.scale.copy_(torch.tensor([1.0, 0.9, 0.7, 7.9]))
+        quantizer.assignment_logits[:3].add_(1)
+    quantizer.freeze_groups()
+    assert torch.equal(quantizer.step()[:3], to_multiples(torch.tensor([1.0, 0.9, 0.7])))

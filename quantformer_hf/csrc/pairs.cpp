@@ -19,8 +19,8 @@ std::vector<PairGroup> groups_of(const Product& p) {
   for (int64_t g = 0; g < p.groups; start = p.group_ends[g++]) {
     if (p.group_ends[g] == start) continue;
     const int64_t pairs = (p.group_ends[g] - start) / 2, most = kLargestOfPair * pairs * p.multiplier;
-    const int64_t own = p.multiples == nullptr ? 0 : most * p.multiples[g];
-    if (own == 0 || own > kLargestWord) {
+    const int64_t multiple = p.multiples == nullptr ? 0 : p.multiples[g], own = most * multiple;
+    if (own == 0 || own > kLargestWord || p.multiplier * multiple > kLargestFactor) {
       groups.push_back({pairs, p.group_scales[g], 1, true, true});
       largest = kLargestWord;
       continue;

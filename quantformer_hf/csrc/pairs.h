@@ -24,6 +24,9 @@ constexpr int64_t kPairsInByte = 255 / kLargestOfPair;
 constexpr int64_t kLargestWord = 65535;
 constexpr int64_t kMostPairs = kLargestWord / (2 * kLargestOfPair);
 
+// Of the sums of two bytes, which become a word together, that may be negative.
+constexpr int64_t kLargestFactor = 32767 / (2 * kPairsInByte * kLargestOfPair);
+
 // A group of channels that is not empty. Groups whose scales are multiples of a unit add up as words, one after the other, as
 // long as words hold it.
 struct PairGroup {

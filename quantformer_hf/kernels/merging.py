@@ -18,8 +18,8 @@ def merged_groups(
     """The scale of each group as a whole multiple and a unit, for `Product`; None where groups are to stay apart.
 
     Neighbours have one unit as long as all weights times multiples are bytes. Each scale times a sum of products, and each
-    sum of these, is an integer times the greatest number of which all scales are multiples. Below 2^24 floating point rounds
-    none of them, so that any way of adding up gives the bits of `reference.multiply`.
+    sum of these, is an integer times the greatest power of two of which all scales are multiples. Below 2^24 floating point
+    rounds none of them, so that any way of adding up gives the bits of `reference.multiply`.
 
     Args:
         group_ends, group_scales: as of `operators.multiply`.
@@ -29,12 +29,15 @@ def merged_groups(
     sizes = [end - start for start, end in zip((0, *group_ends[:-1]), group_ends, strict=True)]
     # The scale of an empty group is for nothing.
     used = [group for group, size in enumerate(sizes) if size]
-    ratios = [scale.as_integer_ratio() for scale in group_scales[used].tolist()]
-    if len(used) < 2 or min(numerator for numerator, _ in ratios) <= 0:
+    scales = group_scales[used].tolist()
+    if len(used) < 2 or not all(0 < scale < math.inf for scale in scales):
         return None
+    ratios = [scale.as_integer_ratio() for scale in scales]
     denominator = max(of for _, of in ratios)
     wholes = [numerator * (denominator // of) for numerator, of in ratios]
-    largest_sum = sum(whole * sizes[group] for whole, group in zip(wholes, used, strict=True)) // math.gcd(*wholes)
+    greatest = math.gcd(*wholes)
+    power_of_two = greatest & -greatest
+    largest_sum = sum(whole * sizes[group] for whole, group in zip(wholes, used, strict=True)) // power_of_two
     if largest_sum * largest * largest_weight >= EXACT_FLOAT32:
         return None
     runs: list[list[int]] = []

@@ -74,7 +74,7 @@ class ActivationWidthMixture(nn.Module):
         for quantizer in quantizers:
             factor = (x[0].numel() / quantizer.scale.numel() * quantizer.grid.qmax) ** -0.5
             index = quantizer.group_index.long()
-            scales.append(scale_gradient(quantizer.scale, factor)[index])
+            scales.append(scale_gradient(quantizer.step(), factor)[index])
             offsets.append(scale_gradient(quantizer.offset, factor)[index])
         qmax = torch.tensor([float(quantizer.grid.qmax) for quantizer in quantizers], device=x.device)
         parameters = torch.stack(scales), torch.stack(offsets), self.logits.softmax(0), qmax

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_full_precision
+from conftest import instruction_sets, make_full_precision
 from test_cost import config_of
-from test_kernels import available
 
 from quantformer_hf.__main__ import main
 from quantformer_hf.kernels import using
@@ -55,7 +54,7 @@ def test_what_is_timed_makes_no_plan_anew():
 
 
 @pytest.mark.parametrize("bits", [(2, 2), (3, 5), (4, 4), (8, 8)])
-@pytest.mark.parametrize("instructions", [None, *available()])
+@pytest.mark.parametrize("instructions", [None, *instruction_sets()])
 def test_what_is_timed_gives_what_the_layer_does(bits, instructions):
     key = LatencyKey(17, 32, 64, 4, *bits)
     with torch.inference_mode(), using(instructions):

@@ -68,7 +68,7 @@ struct Layout {
 
 // A weight of `bits`, on the grid of integers (multiplier 1) or the half-shifted one (2), packed as in packing.py.
 struct Weight {
-  Weight(Random& random, int64_t outputs, int64_t columns, int bits, int multiplier)
+  Weight(Random& random, int64_t outputs, int64_t columns, int bits, int multiplier, bool largest = false)
       : outputs(outputs), columns(columns), width((columns * bits + 7) / 8), bits(bits), multiplier(multiplier),
         addend(multiplier == 1 ? -(1 << (bits - 1)) : 1 - (1 << bits)), codes(outputs * columns),
         packed(outputs * width) {
@@ -76,7 +76,7 @@ struct Weight {
     for (int64_t o = 0; o < outputs; ++o) {
       for (int64_t c = 0; c < columns; ++c) {
         // The ends of the range more often than by chance: there sums overflow.
-        const int64_t code = random.integer(-2, (1 << bits) + 1);
+        const int64_t code = largest ? 1 << bits : random.integer(-2, (1 << bits) + 1);
         codes[o * columns + c] = static_cast<int>(std::min<int64_t>(std::max<int64_t>(code, 0), (1 << bits) - 1));
         for (int b = 0; b < bits; ++b) {
           const int64_t at = c * bits + b;
@@ -95,11 +95,11 @@ struct Weight {
 };
 
 // Codes of activations, zero where a group was padded.
-inline Exact<uint8_t> activations(Random& random, const Layout& layout, int64_t rows, int largest) {
+inline Exact<uint8_t> activations(Random& random, const Layout& layout, int64_t rows, int largest, bool all = false) {
   Exact<uint8_t> x(rows * layout.positions());
   for (int64_t i = 0; i < x.size; ++i) {
     const bool padding = layout.order[i % layout.positions()] == layout.columns;
-    const int64_t code = std::min<int64_t>(random.integer(0, largest + largest / 4), largest);
+    const int64_t code = all ? largest : std::min<int64_t>(random.integer(0, largest + largest / 4), largest);
     x[i] = static_cast<uint8_t>(padding ? 0 : code);
   }
   return x;

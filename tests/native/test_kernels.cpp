@@ -132,9 +132,9 @@ struct Shape {
 // All that one product has: made once, and then given to each function that takes a part of it.
 struct Layer {
   Layer(Random& random, const Shape& shape, int bits, int activation_bits, int multiplier)
-      : shape(shape), layout(random, shape.columns, shape.groups), source(layout.source()),
-        weight(random, shape.outputs, shape.columns, bits, multiplier), largest((1 << activation_bits) - 1),
-        x(activations(random, layout, shape.rows, largest)), group_scales(random.reals(shape.groups, 0.001f, 1)),
+      : shape(shape), layout(random, shape.columns, shape.groups), source(layout.source()), extreme(random.integer(0, 3) == 0),
+        weight(random, shape.outputs, shape.columns, bits, multiplier, extreme), largest((1 << activation_bits) - 1),
+        x(activations(random, layout, shape.rows, largest, extreme)), group_scales(random.reals(shape.groups, 0.001f, 1)),
         multiples(shape.groups), units(shape.groups), merges(random.integer(0, 1) && make_multiples(random)), scale(random.reals(shape.outputs, -1, 1)), bias(random.reals(shape.outputs, -9, 9)),
         expected(shape.rows * shape.outputs) {
     for (int64_t i = 0; i < expected.size; ++i) {
@@ -143,7 +143,7 @@ struct Layer {
     }
     name = describe({{"rows", shape.rows}, {"columns", shape.columns}, {"outputs", shape.outputs},
                      {"groups", shape.groups}, {"bits", bits}, {"of activations", activation_bits},
-                     {"multiplier", multiplier}, {"merges", merges}});
+                     {"multiplier", multiplier}, {"merges", merges}, {"extreme", extreme}});
   }
 
   Product product(float* y) const {
@@ -156,7 +156,8 @@ struct Layer {
 
   // Scales that are multiples of few units, where nothing is rounded then: whether that is so.
   bool make_multiples(Random& random) {
-    const int64_t largest_weight = std::abs(weight.addend), most = std::min<int64_t>(15, 127 / largest_weight);
+    const int64_t largest_weight = std::abs(weight.addend), fit = 127 / largest_weight;
+    const int64_t most = random.integer(0, 1) ? fit : std::min<int64_t>(15, fit);
     constexpr float kUnits[] = {0.125f, 0.625f};
     if (most < 1 || layout.positions() * largest * largest_weight * most * 5 >= 1 << 24) return false;
     const int64_t changes = random.integer(0, shape.groups);
@@ -171,6 +172,7 @@ struct Layer {
   Shape shape;
   Layout layout;
   Exact<int32_t> source;
+  bool extreme;  // all codes are the largest ones
   Weight weight;
   int largest;
   Exact<uint8_t> x;
