@@ -306,8 +306,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             raise StageError("begin_search() needs a calibrated model: run model.calibrate(batches) first")
         num_groups = self.config.num_groups if num_groups is None else num_groups
         quantize.begin_search(self, num_groups, batches)
-        self.config.num_groups = num_groups
-        self.config.whole_multiples = True
+        self.config.num_groups, self.config.whole_multiples = num_groups, True
         self.config.stage = "search"
         note_change(self.config)
         return self

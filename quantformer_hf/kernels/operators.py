@@ -207,8 +207,9 @@ def prepare_multiply(
     outputs, positions = weight.shape[0], source.numel()
     _check_float32(group_scales, scale, bias)
     _check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
-    largest_weight = reference.largest_weight(largest_code, multiplier, addend)
-    merged = merged_groups(group_ends, group_scales, largest, largest_weight)
+    merged = merged_groups(
+        group_ends, group_scales, largest, reference.largest_weight(largest_code, multiplier, addend)
+    )
     multiples, units = (None, None) if merged is None else zip(*merged, strict=True)
     return Product(
         0,
