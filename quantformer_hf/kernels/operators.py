@@ -207,10 +207,8 @@ def prepare_multiply(
     outputs, positions = weight.shape[0], source.numel()
     _check_float32(group_scales, scale, bias)
     _check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
-    merged = merged_groups(
-        group_ends, group_scales, largest, reference.largest_weight(largest_code, multiplier, addend)
-    )
-    multiples, units = (None, None) if merged is None else zip(*merged, strict=True)
+    largest_weight = reference.largest_weight(largest_code, multiplier, addend)
+    merged = merged_groups(group_ends, group_scales, largest, largest_weight)
     return Product(
         0,
         0,
@@ -229,8 +227,8 @@ def prepare_multiply(
         (c_int64 * len(group_ends))(*group_ends),
         group_scales.data_ptr(),
         group_scales.numel(),
-        merged and (c_uint8 * len(multiples))(*multiples),
-        merged and (c_float * len(units))(*units),
+        merged and (c_uint8 * len(merged))(*(multiple for multiple, _ in merged)),
+        merged and (c_float * len(merged))(*(unit for _, unit in merged)),
         scale.data_ptr(),
         bias.data_ptr(),
         0,
