@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor
 
 from .data import DataArguments
 from .images import processor_size
-from .modeling_quantformer import IGNORED_LABEL, check_labels
+from .labels import IGNORED_LABEL, check_labels
 
 
 #: Keeps the random numbers of a batch apart from those of its first image.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .class_token import CLASS_TOKENS
-from .hooks import has_listener
+from .hooks import is_heard
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class Pass:
 
     def read_of(self, block: nn.Module, tokens: int) -> int:
         """How many of `tokens`, the first ones, `block` is to put out."""
-        return min(tokens, self.tokens) if block is self.last and not _is_heard(block) else tokens
+        return min(tokens, self.tokens) if block is self.last and not is_heard(block) else tokens
 
 
 _pass: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -46,7 +46,7 @@ def classes_only(backbone: PreTrainedModel) -> Iterator[None]:
     encoder = getattr(backbone, kind)
     lists = [encoder.layers] if kind in CLASS_TOKENS else [stage.blocks for stage in encoder.encoder.layers]
     made = Pass({blocks[0]: blocks for blocks in lists if blocks})
-    if kind in CLASS_TOKENS and encoder.layers and not any(map(_is_heard, (encoder, *encoder.layernorm.modules()))):
+    if kind in CLASS_TOKENS and encoder.layers and not any(map(is_heard, (encoder, *encoder.layernorm.modules()))):
         made.last, made.tokens = encoder.layers[-1], CLASS_TOKENS[kind]
     token = _pass.set(made)
     try:
@@ -58,7 +58,3 @@ def classes_only(backbone: PreTrainedModel) -> Iterator[None]:
 def current_pass() -> Pass | None:
     """The pass that goes on in this thread; None where all that a block puts out is wanted."""
     return _pass.get()
-
-
-def _is_heard(module: nn.Module) -> bool:
-    return has_listener(module) or bool(module._forward_pre_hooks) or "forward" in module.__dict__

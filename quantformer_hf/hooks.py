@@ -16,3 +16,8 @@ def has_listener(module: nn.Module) -> bool:
     return bool(output_capturing._active_collector.get()) or any(
         getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values()
     )
+
+
+def is_heard(module: nn.Module) -> bool:
+    """Whether somebody sees what `module` is given or puts out, or does something else in its place."""
+    return has_listener(module) or bool(module._forward_pre_hooks) or "forward" in module.__dict__

@@ -12,7 +12,7 @@ from .bad_images import BadImageTally
 from .callbacks import EpochCallback
 from .ema import EmaCallback
 from .images import TransformedImages
-from .modeling_quantformer import IGNORED_LABEL
+from .labels import IGNORED_LABEL
 from .sampling import EpochSampler
 from .streaming import StreamedImages, StreamedTrainingImages, stream_loader
 from .training_args import QuantformerTrainingArguments

@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 
 from .bad_images import BadImageError, BadImageTally, decode, origin
 from .data import ImageData, first, shuffled
-from .modeling_quantformer import IGNORED_LABEL
+from .labels import IGNORED_LABEL
 from .sampling import Draw, by_turns
 
 

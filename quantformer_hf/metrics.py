@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction
 
-from .modeling_quantformer import IGNORED_LABEL
+from .labels import IGNORED_LABEL
 
 
 #: Ranks of which the top-k accuracies are reported.

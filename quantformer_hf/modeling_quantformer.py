@@ -30,6 +30,7 @@ from .configuration_quantformer import (
     check_quantization_arguments,
 )
 from .image_batches import Batches
+from .labels import check_labels
 from .model_refit import reconstruct
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
@@ -46,10 +47,6 @@ BACKBONE_CLASSES = {
     "deit": DeiTForImageClassification,
     "swin": SwinForImageClassification,
 }
-
-
-#: Label of a row that no loss and no metric is to count: what PyTorch's cross-entropy ignores.
-IGNORED_LABEL = -100
 
 
 class StageError(RuntimeError):
@@ -69,16 +66,6 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 def _origin(name: str | None) -> str | None:
     """`name` of a checkpoint, a local one as an absolute path: found from any folder, and never taken for a hub id."""
     return os.path.abspath(name) if name and os.path.exists(name) else name or None
-
-
-def check_labels(labels: Tensor, num_labels: int) -> None:
-    """Raise ValueError for a label outside `0 .. num_labels - 1`, other than `IGNORED_LABEL`."""
-    outside = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_labels)]
-    if outside.numel():
-        raise ValueError(
-            f"label {outside[0].item()} is outside 0..{num_labels - 1}: load the model with num_labels set to the number"
-            f" of classes of the data set, and ignore_mismatched_sizes=True for a new classifier"
-        )
 
 
 class QuantformerForImageClassification(QuantformerPreTrainedModel):
@@ -156,6 +143,18 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None and getattr(self.config, name):
                 kwargs[name] = True
+        outputs = None
+        if self.config.stage == "packed" and not interpolate_pos_encoding:
+            outputs = self.backbone.whole.run(self.backbone, pixel_values, kwargs)
+        if outputs is None:
+            outputs = self._run_modules(pixel_values, interpolate_pos_encoding, **kwargs)
+        if labels is not None:
+            outputs.loss = self._loss(outputs.logits.float(), labels)
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    def _run_modules(
+        self, pixel_values: Tensor | None, interpolate_pos_encoding: bool, **kwargs
+    ) -> ImageClassifierOutput:
         packed = self.config.stage == "packed"
         wants_states = kwargs.get("output_hidden_states") or self.backbone.config.output_hidden_states
         # A traced graph has all tokens.
@@ -171,11 +170,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             # One value that is not finite makes their mean so too, and one mean takes less time than a look at each value.
             finite = pixel_values.flatten(1).mean(1, keepdim=True).isfinite()
             logits = logits.masked_fill(~finite.to(logits.device), torch.nan)
-        loss = None if labels is None else self._loss(logits.float(), labels)
-        result = ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-        return result.to_tuple() if return_dict is False else result
+        return ImageClassifierOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The cross-entropy; for several labels an image, or a number, what transformers takes for them."""

@@ -29,7 +29,7 @@ class Job(Remembered[Prepared | None]):
 
     def __reduce__(self) -> tuple:
         # Addresses mean nothing to a copy, or in another process.
-        return Job, ()
+        return type(self), ()
 
 
 class OneJob:

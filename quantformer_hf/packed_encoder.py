@@ -110,7 +110,7 @@ class PackedBlock(OneJob):
         batch, tokens, channels = x.shape
         kept = tokens if current is None else current.read_of(blocks[-1], tokens)
         size = batch, tokens, kept, *(block.place(*geometry) for block in blocks)
-        prepared = jobs.get(inside, lambda: _prepare(blocks, *size), of=(inside, size))
+        prepared = jobs.get(inside, lambda: prepare_chain(blocks, *size), of=(inside, size))
         if prepared is None:
             return None
         pointers, _ = prepared
@@ -182,7 +182,7 @@ class PackedWindowBlock(PackedBlock):
         return job, (*tensors, bias)
 
 
-def _prepare(blocks: Iterable[nn.Module], batch: int, tokens: int, kept: int, *places: tuple) -> Prepared | None:
+def prepare_chain(blocks: Iterable[nn.Module], batch: int, tokens: int, kept: int, *places: tuple) -> Prepared | None:
     """Pointers to the jobs of `blocks` for inputs of one size, and what they point into; None where one of them has none."""
     jobs, points_into = [], []
     for block, place in zip(blocks, places, strict=True):

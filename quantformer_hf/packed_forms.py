@@ -7,6 +7,7 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from .packed_blocks import Job, PackedAttention, PackedMlp
 from .packed_encoder import PackedBlock, PackedPlainBlock, PackedWindowBlock
+from .packed_model import ModelJob
 
 
 class PackedViTMLP(PackedMlp, ViTMLP):
@@ -69,6 +70,10 @@ PLAIN_FORMS = {packed: plain for plain, packed in PACKED_FORMS.items()}
 def choose_forms(backbone: nn.Module, packed: bool) -> None:
     """Give the modules of `backbone` their classes for a packed model, or those of transformers."""
     forms = PACKED_FORMS if packed else PLAIN_FORMS
+    if packed:
+        backbone.whole = ModelJob()
+    elif hasattr(backbone, "whole"):
+        del backbone.whole
     for module in backbone.modules():
         if type(module) in forms:
             module.__class__ = forms[type(module)]

@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, TrainingArguments
 from .bad_images import BadImageError, decode, origin
 from .data import ImageData, shuffled
 from .images import evaluation_rows, processor_size, undecoded
-from .modeling_quantformer import IGNORED_LABEL
+from .labels import IGNORED_LABEL
 
 
 #: Shards for each reader from which on they are dealt out whole, though one may have one more than another: single images

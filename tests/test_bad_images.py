@@ -16,8 +16,8 @@ from quantformer_hf.augmentation import Collator, train_transform
 from quantformer_hf.bad_images import BadImageError, BadImageTally, decode
 from quantformer_hf.data import DataArguments, ImageData
 from quantformer_hf.images import TransformedImages, calibration_batches
+from quantformer_hf.labels import IGNORED_LABEL
 from quantformer_hf.metrics import compute_metrics, rank_and_loss
-from quantformer_hf.modeling_quantformer import IGNORED_LABEL
 from quantformer_hf.sampling import Draw
 from quantformer_hf.streaming import StreamedEvaluationImages
 

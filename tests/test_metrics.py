@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
+from quantformer_hf.labels import IGNORED_LABEL
 from quantformer_hf.metrics import compute_metrics, rank_and_loss
-from quantformer_hf.modeling_quantformer import IGNORED_LABEL
 
 
 LOGITS = torch.tensor([[0.0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])

@@ -14,8 +14,8 @@ from quantformer_hf import QuantformerTrainer, QuantformerTrainingArguments
 from quantformer_hf.augmentation import Collator
 from quantformer_hf.data import DataArguments, ImageData, load_image_data
 from quantformer_hf.images import TransformedImages
+from quantformer_hf.labels import IGNORED_LABEL
 from quantformer_hf.metrics import compute_metrics, rank_and_loss
-from quantformer_hf.modeling_quantformer import IGNORED_LABEL
 from quantformer_hf.streaming import StreamedEvaluationImages, StreamedTrainingImages, stream_loader
 
 

@@ -96,6 +96,78 @@ TARGET void prepare(const uint8_t* codes, int64_t stride, int64_t rows, const Ma
   }
 }
 
+using Integers = int32_t[kMatrixRows * kPanel];
+
+// What is multiplied side by side: kRows blocks of rows by kPanels panels. Sums of a tile wait for the step before longer than a
+// step takes, and each matrix that is loaded is used twice.
+template <int kRows, int kPanels>
+INLINE void multiply_steps(const MatrixProduct& p, const uint8_t* x) {
+  const int64_t block_bytes = p.num_steps * kMatrixBytes;
+  zero<0>();
+  if constexpr (kPanels == 2) zero<1>();
+  if constexpr (kRows == 2) zero<2>();
+  if constexpr (kRows == 2 && kPanels == 2) zero<3>();
+  for (const MatrixStep* step = p.steps; step != p.steps + p.num_steps; ++step, x += kMatrixBytes) {
+    const int8_t* const panel = p.panels + step->first * kPanel;
+    load<4>(x);
+    load<6>(panel);
+    multiply<0, 4, 6>();
+    if constexpr (kPanels == 2) {
+      load<7>(panel + p.panel_step);
+      multiply<1, 4, 7>();
+    }
+    if constexpr (kRows == 2) {
+      load<5>(x + block_bytes);
+      multiply<2, 5, 6>();
+      if constexpr (kPanels == 2) multiply<3, 5, 7>();
+    }
+  }
+}
+
+// What `Tile` says of one group, of the first `rows` of a matrix.
+INLINE void write(const MatrixProduct& p, const Integers& integers, int64_t column, int64_t rows, float* y) {
+  const __m512 group_scale = _mm512_set1_ps(p.group_scales[0]);
+  const __m512 scale = _mm512_loadu_ps(p.scale + column), bias = _mm512_loadu_ps(p.bias + column);
+  for (int64_t r = 0; r < rows; ++r) {
+    const __m512 numbers = _mm512_cvtepi32_ps(_mm512_load_si512(integers + r * kPanel));
+    const __m512 sums = _mm512_add_ps(_mm512_setzero_ps(), _mm512_mul_ps(numbers, group_scale));
+    _mm512_storeu_ps(y + column + r * p.y_stride, _mm512_add_ps(_mm512_mul_ps(sums, scale), bias));
+  }
+}
+
+// Where all positions are one group.
+TARGET void multiply_one_group(const MatrixProduct& p) {
+  static_assert(kMatrixPanels == 2, "the sums of two blocks of rows and two panels are four tiles");
+  alignas(64) Integers integers[2][kMatrixPanels];
+  const bool two = p.num_panels == 2;
+  const uint8_t* x = p.x;
+  float* y = p.y;
+  for (int64_t row = 0; row < p.rows; row += 2 * kMatrixRows, x += 2 * p.num_steps * kMatrixBytes) {
+    const bool both = p.rows - row > kMatrixRows;
+    if (both) {
+      two ? multiply_steps<2, 2>(p, x) : multiply_steps<2, 1>(p, x);
+    } else {
+      two ? multiply_steps<1, 2>(p, x) : multiply_steps<1, 1>(p, x);
+    }
+    store<0>(integers[0][0]);
+    if (two) store<1>(integers[0][1]);
+    if (both) store<2>(integers[1][0]);
+    if (both && two) store<3>(integers[1][1]);
+    for (int block = 0; block < (both ? 2 : 1); ++block, y += p.y_step) {
+      const int64_t first = row + block * kMatrixRows, rows = p.rows - first;
+      for (int64_t at = 0; at < p.num_panels; ++at) {
+        if (rows >= kMatrixRows) {
+          // A number that the compiler knows.
+          write(p, integers[block][at], at * kPanel, kMatrixRows, y);
+        } else {
+          write(p, integers[block][at], at * kPanel, rows, y);
+        }
+      }
+      if (p.made != nullptr) p.made(p.context, first);
+    }
+  }
+}
+
 // Groups in work at a time. While one is multiplied, the integers of that two before it leave the tiles, and those of that three
 // before it become floating point: each would wait long for what comes before it.
 constexpr int kSlots = 4, kStored = 2, kAdded = 3;
@@ -112,8 +184,8 @@ INLINE void multiply_group(const MatrixStep*& step, const uint8_t*& x, const int
   } while (!(step++)->last);
 }
 
-TARGET void multiply(const MatrixProduct& p) {
-  alignas(64) int32_t integers[kSlots][kMatrixRows * kPanel];
+TARGET void multiply_groups(const MatrixProduct& p) {
+  alignas(64) Integers integers[kSlots];
   const int64_t groups = p.num_groups, count = (p.rows + kMatrixRows - 1) / kMatrixRows * p.num_panels * groups;
   const float* const group_scales = p.group_scales;
   const MatrixStep *step = p.steps, *const end = p.steps + p.num_steps;
@@ -180,6 +252,8 @@ TARGET void multiply(const MatrixProduct& p) {
     turn(std::integral_constant<int, 3>());
   }
 }
+
+void multiply(const MatrixProduct& p) { p.num_groups == 1 ? multiply_one_group(p) : multiply_groups(p); }
 
 }  // namespace
 

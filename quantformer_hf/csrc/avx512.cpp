@@ -93,20 +93,35 @@ constexpr TileFunction kTiles[kTileRows] = {
     multiply<Kind, 5>, multiply<Kind, 6>,  multiply<Kind, 7>,  multiply<Kind, 8>,
     multiply<Kind, 9>, multiply<Kind, 10>, multiply<Kind, 11>, multiply<Kind, 12>};
 
+// Integers of 16, none above the largest code; what is below zero, or no number, is so as an integer.
+TARGET inline __m512i positions16(__m512 x, __m512 offset, __m512 inverse, __m512 top) {
+  const __m512 position = _mm512_mul_ps(_mm512_sub_ps(x, offset), inverse);
+  // The order of operands leaves a NaN as it is.
+  return _mm512_cvtps_epi32(_mm512_min_ps(top, position));
+}
+
 // The first ones of 16, as `mask` has bits.
 TARGET inline void quantize16(const float* x, const float* offset, const float* inverse, __m512 top, uint16_t mask,
                               uint8_t* codes) {
-  const __m512 difference = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, offset));
-  const __m512 position = _mm512_mul_ps(difference, _mm512_maskz_loadu_ps(mask, inverse));
-  // The order of operands makes zero of a NaN.
-  const __m512 clipped = _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top);
-  _mm_mask_storeu_epi8(codes, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clipped)));
+  const __m512i q = positions16(_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, offset),
+                                _mm512_maskz_loadu_ps(mask, inverse), top);
+  _mm_mask_storeu_epi8(codes, mask, _mm512_cvtepi32_epi8(_mm512_max_epi32(q, _mm512_setzero_si512())));
 }
 
 TARGET void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n,
                      uint8_t* codes) {
   const __m512 top = _mm512_set1_ps(largest);
+  const auto integers = [&](int64_t at) TARGET __attribute__((always_inline)) {
+    return positions16(_mm512_loadu_ps(x + at), _mm512_loadu_ps(offset + at), _mm512_loadu_ps(inverse + at), top);
+  };
+  // Packing works on quarters, and leaves runs of four in this order.
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    const __m512i words = _mm512_packs_epi32(integers(i), integers(i + 16));
+    const __m512i more = _mm512_packs_epi32(integers(i + 32), integers(i + 48));
+    _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(in_order, _mm512_packus_epi16(words, more)));
+  }
   for (; i + 16 <= n; i += 16) quantize16(x + i, offset + i, inverse + i, top, 0xffff, codes + i);
   if (i < n) quantize16(x + i, offset + i, inverse + i, top, static_cast<uint16_t>((1 << (n - i)) - 1), codes + i);
 }

@@ -166,5 +166,6 @@ int quantformer_order_weights(const quantformer::Product* job, const Codes* then
 
 int64_t quantformer_job_bytes() {
   return sizeof(Codes) + sizeof(Norm) + sizeof(quantformer::Product) + sizeof(Probabilities) + sizeof(Mixed) + sizeof(Mlp) +
-         sizeof(AttentionBlock) + sizeof(Block) + sizeof(Blocks);
+         sizeof(AttentionBlock) + sizeof(Block) + sizeof(Blocks) + sizeof(Linear) + sizeof(Tokens) + sizeof(Mean) +
+         sizeof(Step) + sizeof(Model);
 }

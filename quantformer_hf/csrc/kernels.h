@@ -124,6 +124,50 @@ struct Blocks {
 };
 int quantformer_blocks(const Blocks* job, int64_t threads, ParallelFor parallel_for);
 
+// Steps of a whole model, each of the rows that the one before it leaves; all floats.
+
+// What a linear reads: of each of its rows some runs of floats of an image, one after the other.
+struct Runs {
+  const int32_t* starts;  // `(rows, count)`, where in the image; null: rows as they lie
+  int64_t rows, count, length;  // rows of an image, and floats of a run
+  int64_t image_size;           // floats of an image
+};
+
+// y = codes of rows (with a norm, of their LayerNorm) times weights. `codes` has the rows.
+struct Linear {
+  Runs runs;
+  const LayerNorm* norm;
+  Codes codes;
+  quantformer::Product product;
+};
+
+// Tokens of `batch` images: `lead`, which are the same for all, then those that are given; `positions` are added to these.
+struct Tokens {
+  const float *lead, *positions;  // `(leading, channels)`, `(rows, channels)`
+  int64_t batch, leading, rows, channels;
+};
+
+// The mean over the rows of each image, `(batch, channels)`, each of eight sums of every eighth row.
+struct Mean {
+  int64_t batch, rows, channels;
+};
+
+enum StepKind : int32_t { kLinearStep, kTokensStep, kBlocksStep, kNormStep, kMeanStep };
+
+struct Step {
+  int32_t kind;
+  const void* job;  // Linear, Tokens, Blocks, Norm or Mean
+  int64_t size;     // floats that it makes
+};
+
+struct Model {
+  const Step* steps;
+  int64_t count;
+  const float* x;  // of the first step
+  float* y;        // of the last one
+};
+int quantformer_model(const Model* job, int64_t threads, ParallelFor parallel_for);
+
 // Of all these jobs together: what a caller compares with its own, in case it was written for another build.
 int64_t quantformer_job_bytes();
 }

@@ -41,6 +41,28 @@ INLINE void store_floats(float* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Where they are equal or one is no number, b. In one instruction where the compiler would make two of the comparison.
+template <typename V>
+INLINE V greater_of(V a, V b) {
+#ifdef MASKED_PARTS
+#if AT_ONCE == 16
+  if constexpr (sizeof(V) == sizeof(__m512)) return _mm512_max_ps(a, b);
+#endif
+  if constexpr (sizeof(V) == sizeof(__m256)) return _mm256_max_ps(a, b);
+#endif
+  return a > b ? a : b;
+}
+
+// Without the sign.
+template <typename V>
+INLINE V size_of(V x) {
+  typename Vector<sizeof(V) / sizeof(float)>::Integers bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = bits & 0x7fffffff;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
 #ifdef MASKED_PARTS  // by the including file: the processor reads and writes the first floats of a vector alone
 
 INLINE __m256i first_lanes(int64_t count) {
@@ -94,7 +116,7 @@ INLINE Floats first_of(Floats v, int64_t count) {
 template <int64_t kCount = kLanes, typename V = typename Vector<kCount>::Floats>
 INLINE V exponential(V x) {
   x = x * 1.44269504088896341f;
-  x = x > -124.0f ? x : -124.0f - V{};
+  x = greater_of(x, -124.0f - V{});
   // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
   const float round = 12582912.0f;
   const V shifted = x + round;
@@ -117,7 +139,7 @@ INLINE V exponential(V x) {
 // coefficients): to within 1e-6.
 template <typename V>
 INLINE V gelu_of(V x) {
-  const V size = x < 0.0f ? -x : x;
+  const V size = size_of(x);
   V p = size * 5.3829750000e-6f + 4.8890635643e-5f;
   p = p * size + 3.8003575000e-5f;
   p = p * size + 3.2776263241e-3f;
@@ -152,18 +174,16 @@ INLINE float largest_of(const float* x, int64_t n) {
   int64_t i = 0;
   for (; i + 2 * kAtOnce <= n; i += 2 * kAtOnce) {
     const auto v = load_floats<kAtOnce>(x + i), w = load_floats<kAtOnce>(x + i + kAtOnce);
-    one = v > one ? v : one;
-    other = w > other ? w : other;
+    one = greater_of(v, one);
+    other = greater_of(w, other);
   }
-  one = one > other ? one : other;
+  one = greater_of(one, other);
   Floats top = lanes_of(one, 0);
   for (int64_t part = 1; part < kAtOnce / kLanes; ++part) {
-    const Floats v = lanes_of(one, part);
-    top = v > top ? v : top;
+    top = greater_of(lanes_of(one, part), top);
   }
   for (; i < n; i += kLanes) {
-    const Floats v = i + kLanes <= n ? load_floats(x + i) : load_last(x + i, n - i, kLowest);
-    top = v > top ? v : top;
+    top = greater_of(i + kLanes <= n ? load_floats(x + i) : load_last(x + i, n - i, kLowest), top);
   }
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) top[lane] = top[lane + half] > top[lane] ? top[lane + half] : top[lane];

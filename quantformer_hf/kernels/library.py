@@ -191,6 +191,59 @@ class Blocks(Structure):
     ]
 
 
+class Runs(Structure):
+    """`Runs` of `kernels.h`."""
+
+    _fields_ = [
+        ("starts", c_void_p),
+        ("rows", c_int64),
+        ("count", c_int64),
+        ("length", c_int64),
+        ("image_size", c_int64),
+    ]
+
+
+class Linear(Structure):
+    """`Linear` of `kernels.h`."""
+
+    _fields_ = [("runs", Runs), ("norm", POINTER(LayerNorm)), ("codes", Codes), ("product", Product)]
+
+
+class Tokens(Structure):
+    """`Tokens` of `kernels.h`."""
+
+    _fields_ = [
+        ("lead", c_void_p),
+        ("positions", c_void_p),
+        ("batch", c_int64),
+        ("leading", c_int64),
+        ("rows", c_int64),
+        ("channels", c_int64),
+    ]
+
+
+class Mean(Structure):
+    """`Mean` of `kernels.h`."""
+
+    _fields_ = [("batch", c_int64), ("rows", c_int64), ("channels", c_int64)]
+
+
+#: Number of each kind of step, by its job: `StepKind` of `kernels.h`.
+STEP_KINDS = {Linear: 0, Tokens: 1, Blocks: 2, Norm: 3, Mean: 4}
+
+
+class Step(Structure):
+    """`Step` of `kernels.h`."""
+
+    _fields_ = [("kind", c_int32), ("job", c_void_p), ("size", c_int64)]
+
+
+class Model(Structure):
+    """`Model` of `kernels.h`."""
+
+    _fields_ = [("steps", POINTER(Step)), ("count", c_int64), ("x", c_void_p), ("y", c_void_p)]
+
+
 def library() -> ctypes.CDLL | None:
     """The kernels, or None, with one warning, where they were not built."""
     global _kernels, _looked
@@ -222,11 +275,14 @@ def _load() -> ctypes.CDLL | None:
         "quantformer_mlp": Mlp,
         "quantformer_attention_block": AttentionBlock,
         "quantformer_blocks": Blocks,
+        "quantformer_model": Model,
     }
     try:
         kernels = ctypes.CDLL(found.origin)
         kernels.quantformer_job_bytes.restype = c_int64
-        fits = kernels.quantformer_job_bytes() == sum(ctypes.sizeof(job) for job in (*jobs.values(), Block))
+        fits = kernels.quantformer_job_bytes() == sum(
+            ctypes.sizeof(job) for job in (*jobs.values(), Block, Linear, Tokens, Mean, Step)
+        )
         kernels.quantformer_plan_order.argtypes = [POINTER(Product), POINTER(Codes)]
         kernels.quantformer_plan_order.restype = c_int64
     except (OSError, AttributeError):

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -289,6 +290,9 @@ def _arguments(packed, weight: WeightPlan, channels: ChannelPlan, group_scales, 
     )
 
 
+_version_of = operator.attrgetter("_version")
+
+
 class Remembered(Generic[T]):
     """A value made from the tensors of modules, and made anew when one of them was changed, moved or replaced.
 
@@ -320,11 +324,11 @@ class Remembered(Generic[T]):
             if tensor is not None
         ]
         try:
-            versions = [tensor._version for tensor in tensors]
+            versions = list(map(_version_of, tensors))
         except RuntimeError:
             # Inference tensors have none.
             versions = [tensor.is_inference() or tensor._version for tensor in tensors]
-        key = [[tensor.data_ptr() for tensor in tensors], versions, of]
+        key = [list(map(Tensor.data_ptr, tensors)), versions, of]
         if made is None or key != made[0]:
             # Also under inference_mode, made tensors must serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():

@@ -1,0 +1,134 @@
+// A whole model in one call, from pixels to logits.
+#include <algorithm>
+#include <new>
+
+#include "instruction_set.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "threads.h"
+
+namespace quantformer {
+namespace {
+
+// `work(begin, end)` over `rows` rows of `channels`.
+template <typename Work>
+int over_rows(int64_t rows, int64_t channels, int64_t threads, ParallelFor parallel_for, const Work& work) {
+  const struct {
+    int64_t rows, channels;
+  } all = {rows, channels};
+  return by_rows(all, threads, parallel_for, work);
+}
+
+int run_linear(const Linear& job, const float* x, float* y, int64_t threads, ParallelFor parallel_for) {
+  const Runs& runs = job.runs;
+  Codes codes = job.codes;
+  Product product = job.product;
+  const auto gathered = Pool::take<float>(runs.starts == nullptr ? 0 : codes.rows * codes.channels);
+  const auto made = Pool::take<uint8_t>(codes.rows * codes.positions);
+  if (runs.starts != nullptr) {
+    const auto gather = [&](int64_t begin, int64_t end) {
+      float* to = gathered.get() + begin * codes.channels;
+      for (int64_t row = begin; row < end; ++row) {
+        const float* const image = x + row / runs.rows * runs.image_size;
+        const int32_t* const starts = runs.starts + row % runs.rows * runs.count;
+        for (int64_t run = 0; run < runs.count; ++run) to = std::copy_n(image + starts[run], runs.length, to);
+      }
+    };
+    if (over_rows(codes.rows, codes.channels, threads, parallel_for, gather) != 0) return -1;
+    x = gathered.get();
+  }
+  codes.x = x;
+  codes.norm = job.norm;
+  codes.codes = made.get();
+  product.x = made.get();
+  product.rows = codes.rows;
+  product.y = y;
+  if (quantformer_quantize(&codes, threads, parallel_for) != 0) return -1;
+  return quantformer_multiply(&product, threads, parallel_for);
+}
+
+int run_tokens(const Tokens& job, const float* x, float* y, int64_t threads, ParallelFor parallel_for) {
+  const int64_t all = job.leading + job.rows, width = job.channels;
+  return over_rows(job.batch * all, width, threads, parallel_for, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t image = row / all, token = row % all - job.leading;
+      if (token < 0) {
+        std::copy_n(job.lead + row % all * width, width, y + row * width);
+      } else {
+        current().add(x + (image * job.rows + token) * width, job.positions + token * width, width, y + row * width);
+      }
+    }
+  });
+}
+
+int run_norm(const Norm& job, const float* x, float* y, int64_t threads, ParallelFor parallel_for) {
+  Norm own = job;
+  own.x = x;
+  own.y = y;
+  return quantformer_layer_norm(&own, threads, parallel_for);
+}
+
+// As `sum_of_lanes` of pointwise.h, of each channel.
+int run_mean(const Mean& job, const float* x, float* y) {
+  constexpr int64_t kSums = 8;
+  const int64_t width = job.channels;
+  const float share = static_cast<float>(1.0 / static_cast<double>(job.rows));
+  const auto sums = Pool::take<float>(kSums * width);
+  for (int64_t image = 0; image < job.batch; ++image, y += width) {
+    std::fill_n(sums.get(), kSums * width, 0.0f);
+    for (int64_t row = 0; row < job.rows; ++row, x += width) {
+      float* const sum = sums.get() + row % kSums * width;
+      current().add(sum, x, width, sum);
+    }
+    for (int64_t half = kSums / 2; half > 0; half /= 2) {
+      current().add(sums.get(), sums.get() + half * width, half * width, sums.get());
+    }
+    for (int64_t i = 0; i < width; ++i) y[i] = sums[i] * share;
+  }
+  return 0;
+}
+
+int run_step(const Step& step, const float* x, float* y, int64_t threads, ParallelFor parallel_for) {
+  switch (step.kind) {
+    case kLinearStep:
+      return run_linear(*static_cast<const Linear*>(step.job), x, y, threads, parallel_for);
+    case kTokensStep:
+      return run_tokens(*static_cast<const Tokens*>(step.job), x, y, threads, parallel_for);
+    case kNormStep:
+      return run_norm(*static_cast<const Norm*>(step.job), x, y, threads, parallel_for);
+    case kMeanStep:
+      return run_mean(*static_cast<const Mean*>(step.job), x, y);
+    default:
+      Blocks blocks = *static_cast<const Blocks*>(step.job);
+      blocks.x = x;
+      blocks.y = y;
+      return quantformer_blocks(&blocks, threads, parallel_for);
+  }
+}
+
+int run_model(const Model& job, int64_t threads, ParallelFor parallel_for) {
+  const float* x = job.x;
+  Pool::Buffer<float> between[2];
+  for (int64_t i = 0; i < job.count; ++i) {
+    const Step& step = job.steps[i];
+    float* y = job.y;
+    if (i + 1 < job.count) {
+      between[i % 2] = Pool::take<float>(step.size);
+      y = between[i % 2].get();
+    }
+    if (run_step(step, x, y, threads, parallel_for) != 0) return -1;
+    x = y;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace quantformer
+
+int quantformer_model(const Model* job, int64_t threads, ParallelFor parallel_for) {
+  try {
+    return quantformer::run_model(*job, threads, parallel_for);
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+}
