@@ -686,6 +686,74 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   }
 }
 
+// Patches of an image, tokens, LayerNorm, mean, and a classifier that has a LayerNorm of its own.
+void test_model(const InstructionSet& set, Random& random, int64_t batch, int64_t width, int bits) {
+  constexpr int64_t kRows = 11, kRuns = 3, kLength = 5, kImage = 90, kLeading = 2, kAll = kRows + kLeading, kClasses = 7;
+  const Layer first(random, {batch * kRows, kRuns * kLength, width, 3}, bits, bits, 1);
+  const Layer last(random, {batch, width, kClasses, 2}, bits, bits, 1);
+  const auto images = random.reals(batch * kImage, -2, 2), lead = random.reals(kLeading * width, -2, 2);
+  const auto positions = random.reals(kRows * width, -2, 2), weight = random.reals(width, -1, 1);
+  const auto offset = random.reals(std::max<int64_t>(width, kRuns * kLength), -2, 0);
+  const auto inverse = random.reals(offset.size, 0.5f, 2);
+  const LayerNorm norm = {weight, nullptr, 1e-5f};
+  Exact<int32_t> starts(kRows * kRuns), one_start(1);
+  for (int32_t& start : starts) start = static_cast<int32_t>(random.integer(0, kImage - kLength));
+  one_start[0] = 0;
+
+  Exact<float> rows(batch * kRows * kRuns * kLength), made(batch * kRows * width), tokens(batch * kAll * width);
+  for (int64_t i = 0; i < rows.size; ++i) {
+    const int64_t run = i / kLength, image = run / (kRows * kRuns);
+    rows[i] = images[image * kImage + starts[run % starts.size] + i % kLength];
+  }
+  const auto run_linear = [&](const Layer& layer, const float* x, int64_t rows, const LayerNorm* norm, float* y) {
+    Codes codes = codes_for(layer, rows, offset, inverse, false);
+    Exact<uint8_t> between(rows * codes.positions);
+    codes.x = x;
+    codes.norm = norm;
+    codes.codes = between;
+    Product product = layer.product(y);
+    product.x = between;
+    product.rows = rows;
+    return quantformer_quantize(&codes, 1, nullptr) == 0 && quantformer_multiply(&product, 1, nullptr) == 0;
+  };
+  bool right = run_linear(first, rows, batch * kRows, nullptr, made);
+  for (int64_t i = 0; i < tokens.size; ++i) {
+    const int64_t token = i / width % kAll, image = i / width / kAll, at = i % width;
+    tokens[i] = lead[std::min(token, kLeading - 1) * width + at];
+    if (token < kLeading) continue;
+    const int64_t row = token - kLeading;
+    tokens[i] = made[(image * kRows + row) * width + at] + positions[row * width + at];
+  }
+  for (int64_t row = 0; row < batch * kAll; ++row) cases::layer_norm(tokens + row * width, weight, nullptr, 1e-5f, width);
+  Exact<float> means(batch * width), expected(batch * kClasses), got(expected.size);
+  for (int64_t i = 0; i < means.size; ++i) {
+    float lanes[8] = {};
+    for (int64_t row = 0; row < kAll; ++row) lanes[row % 8] += tokens[(i / width * kAll + row) * width + i % width];
+    means[i] = cases::sum_of_lanes(lanes) * static_cast<float>(1.0 / static_cast<double>(kAll));
+  }
+  right = right && run_linear(last, means, batch, &norm, expected);
+
+  Linear patches = {{starts, kRows, kRuns, kLength, kImage}, nullptr, codes_for(first, batch * kRows, offset, inverse, false),
+                    first.product(nullptr)};
+  const ::Tokens all = {lead, positions, batch, kLeading, kRows, width};
+  const Norm normed = {nullptr, batch * kAll, width, norm, nullptr};
+  const Mean mean = {batch, kAll, width};
+  const Linear classifier = {{one_start, 1, 1, width, width}, &norm, codes_for(last, batch, offset, inverse, false),
+                             last.product(nullptr)};
+  const Step steps[] = {{kLinearStep, &patches, made.size},
+                        {kTokensStep, &all, tokens.size},
+                        {kNormStep, &normed, tokens.size},
+                        {kMeanStep, &mean, means.size},
+                        {kLinearStep, &classifier, got.size}};
+  const Model model = {steps, 5, images, got};
+  right = right && quantformer_model(&model, 3, in_threads) == 0;
+  check(right && same_bits(got, expected), set, "model", first.name);
+  // Rows as they lie.
+  patches.runs.starts = nullptr;
+  const Model from_rows = {steps, 5, rows, got};
+  check(quantformer_model(&from_rows, 1, nullptr) == 0 && same_bits(got, expected), set, "model of rows", first.name);
+}
+
 void test(const InstructionSet& set) {
   Random random(0);
   quantformer_use_instruction_set(set.name);
@@ -735,6 +803,11 @@ void test(const InstructionSet& set) {
   for (int bits : {4, 8}) test_mlp(set, random, 400, 5, 20, bits);
   for (int64_t rows : {0, 1, 15, 16, 33}) {
     for (int64_t channels : {1, 9, 16, 40, 4000}) test_codes(set, random, rows, channels, channels / 5 + 1);
+  }
+  for (int bits : {1, 2, 3, 4, 8}) {
+    for (int64_t width : {1, 9, 40, 900}) {
+      for (int64_t batch : {0, 1, 3}) test_model(set, random, batch, width, bits);
+    }
   }
   // Those of 130 queries are worked on in two parts.
   for (int bits = 1; bits <= 8; ++bits) {
