@@ -11,12 +11,11 @@ from torch import Tensor
 from quantformer_hf.kernels import (
     LinearPlan,
     instruction_set,
-    operators,
     plan_channels,
     plan_linear,
     plan_weight,
 )
-from quantformer_hf.kernels.library import check, library
+from quantformer_hf.kernels.library import Product, check, library
 from quantformer_hf.multiples import to_multiples
 from quantformer_hf.packing import pack_codes
 from quantformer_hf.report import format_table
@@ -93,24 +92,28 @@ def linear(inputs: int, outputs: int, bits: int, groups: int) -> LinearPlan:
 
 
 def product(shape: tuple[int, int, int], bits: int, groups: int) -> Callable[[], object]:
-    """A call that multiplies random codes of `shape`."""
+    """A call of the kernel that multiplies random codes of `shape`, as a transformer block makes it."""
     rows, inputs, outputs = shape
     plan = linear(inputs, outputs, bits, groups)
     codes: Tensor = plan.channels.quantize(torch.randn(rows, inputs))
-    # As in a transformer block. The tensors stay as long as what points into them.
     job, kept = plan.ordered_job()
-    return lambda: (operators.run_multiply(job, codes), plan, kept)
+    return _call(job, codes, rows, torch.empty(rows, outputs), plan, kept)
 
 
 def ceiling_of(bits: int) -> Callable[[], object]:
     """A call that multiplies one row again and again, and puts what comes out always in the same place."""
     rows, inputs, outputs = CEILING_SHAPE
     plan = linear(inputs, outputs, bits, 1)
-    codes, y, kernels = plan.channels.quantize(torch.randn(inputs)), torch.empty(outputs), library()
-    job = type(plan.job).from_buffer_copy(plan.job)
-    job.x, job.rows, job.x_stride, job.y, job.y_stride = codes.data_ptr(), rows, 0, y.data_ptr(), 0
+    job = Product.from_buffer_copy(plan.job)
+    job.x_stride = job.y_stride = 0
+    return _call(job, plan.channels.quantize(torch.randn(inputs)), rows, torch.empty(outputs), plan)
+
+
+def _call(job: Product, codes: Tensor, rows: int, y: Tensor, *kept: object) -> Callable[[], object]:
+    job, kernels = Product.from_buffer_copy(job), library()
+    job.x, job.rows, job.y = codes.data_ptr(), rows, y.data_ptr()
     # The tensors stay as long as what points into them.
-    return lambda: (check(kernels.quantformer_multiply(ctypes.byref(job), 1, None)), plan, codes, y)
+    return lambda: (check(kernels.quantformer_multiply(ctypes.byref(job), 1, None)), codes, y, kept)
 
 
 def interleaved_rates(candidates: dict, rounds: int) -> dict[str, float]:

@@ -17,23 +17,35 @@ constexpr int64_t kShortestSegment = 32;
 // What becomes floating point by itself: each group, or all groups of a unit, whose sums or weights are multiplied before.
 enum class Sums { kOfGroups, kOfMultiples, kOfUnits };
 
-std::vector<Segment> segments_of(const Product& p, int64_t longest, Sums sums) {
+// Steps of 4 positions that any product may have where sums are wide.
+constexpr int64_t kAnySteps = int64_t{1} << 40;
+
+// Segments of at most `most` steps. One whose weights are multiplied before counts so often.
+std::vector<Segment> segments_of(const Product& p, int64_t most, Sums sums) {
   std::vector<Segment> segments;
-  int64_t at = 0;
+  int64_t at = 0, begin = 0, left = most;
   bool first = true;
   for (int64_t g = 0; g < p.groups; ++g) {
     int64_t next = g + 1;
     while (next < p.groups && p.group_ends[next] == p.group_ends[g]) ++next;
     const bool goes_on = sums != Sums::kOfGroups && next < p.groups && p.units[next] == p.units[g];
-    if (sums == Sums::kOfUnits && goes_on) continue;
-    while (at < p.group_ends[g]) {
-      const int64_t length = std::min(longest, p.group_ends[g] - at);
-      at += length;
-      const bool last = at == p.group_ends[g] && !goes_on;
+    const int64_t end = p.group_ends[g], count = sums == Sums::kOfUnits ? p.multiples[g] : 1;
+    const auto close = [&](bool last) {
       const int multiple = sums == Sums::kOfMultiples ? p.multiples[g] : 1;
-      segments.push_back({length, first, last, sums == Sums::kOfGroups ? p.group_scales[g] : p.units[g], multiple});
+      segments.push_back({at - begin, first, last, sums == Sums::kOfGroups ? p.group_scales[g] : p.units[g], multiple});
+      begin = at;
       first = last;
+      left = most;
+    };
+    if (at == end) continue;
+    for (;;) {
+      const int64_t steps = std::min(left / count, (end - at) / 4);
+      at += 4 * steps;
+      left -= count * steps;
+      if (at == end) break;
+      close(false);
     }
+    if (sums != Sums::kOfUnits || !goes_on) close(!goes_on);
   }
   return segments;
 }
@@ -64,20 +76,16 @@ Plan plan(const Product& p, const Codes* then, const InstructionSet& set) {
   const int64_t largest_weight = std::max(std::abs(lowest), std::abs(highest));
   Plan made{lowest < -128 || highest > 127 || p.largest_x > set.largest_byte, false, {}};
   // 16 bits hold the sums of pairs; four positions are two pairs, in two sums.
-  const auto longest_of = [&](int64_t weight) {
-    return set.narrow_sums ? 32767 / std::max<int64_t>(1, 2 * p.largest_x * weight) * 4 : p.positions;
-  };
-  const int64_t longest = longest_of(largest_weight);
-  made.words = made.words || longest < std::min(kShortestSegment, p.positions);
+  const int64_t most = set.narrow_sums ? 32767 / std::max<int64_t>(1, 2 * p.largest_x * largest_weight) : kAnySteps;
+  made.words = made.words || most < std::min(kShortestSegment, p.positions) / 4;
   if (made.words) {
-    made.segments = segments_of(p, p.positions, Sums::kOfGroups);
+    made.segments = segments_of(p, kAnySteps, Sums::kOfGroups);
     return made;
   }
-  made.segments = segments_of(p, longest, p.multiples != nullptr && set.narrow_sums ? Sums::kOfMultiples : Sums::kOfGroups);
+  made.segments = segments_of(p, most, p.multiples != nullptr && set.narrow_sums ? Sums::kOfMultiples : Sums::kOfGroups);
   if (p.multiples == nullptr || !in_order(p, then)) return made;
-  const int64_t shorter = longest_of(largest_weight * *std::max_element(p.multiples, p.multiples + p.groups));
-  if (shorter < std::min(kShortestSegment, p.positions)) return made;
-  auto merged = segments_of(p, shorter, Sums::kOfUnits);
+  if (most < *std::max_element(p.multiples, p.multiples + p.groups)) return made;
+  auto merged = segments_of(p, most, Sums::kOfUnits);
   if (merged.size() < made.segments.size()) {
     made.merged = true;
     made.segments = std::move(merged);
