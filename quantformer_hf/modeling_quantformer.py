@@ -16,7 +16,7 @@ from transformers import (
     SwinForImageClassification,
     ViTForImageClassification,
 )
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 
 from . import pack, quantize
 from .attention import ATTENTION_IMPLEMENTATION, attention_modules
@@ -143,18 +143,22 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None and getattr(self.config, name):
                 kwargs[name] = True
-        outputs = None
-        if self.config.stage == "packed" and not interpolate_pos_encoding:
-            outputs = self.backbone.whole.run(self.backbone, pixel_values, kwargs)
-        if outputs is None:
+        logits = hidden_states = attentions = None
+        whole = getattr(self.backbone, "whole", None)
+        if whole is not None and not interpolate_pos_encoding:
+            logits = whole.run(self.backbone, pixel_values, kwargs)
+        if logits is None:
             outputs = self._run_modules(pixel_values, interpolate_pos_encoding, **kwargs)
-        if labels is not None:
-            outputs.loss = self._loss(outputs.logits.float(), labels)
-        return outputs.to_tuple() if return_dict is False else outputs
+            logits, hidden_states, attentions = outputs.logits, outputs.hidden_states, outputs.attentions
+            if pixel_values.is_floating_point() and not torch.compiler.is_exporting():
+                # One value that is not finite makes their mean so too, and one mean takes less time than a look at each.
+                finite = pixel_values.flatten(1).mean(1, keepdim=True).isfinite()
+                logits = logits.masked_fill(~finite.to(logits.device), torch.nan)
+        loss = None if labels is None else self._loss(logits.float(), labels)
+        result = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
+        return result.to_tuple() if return_dict is False else result
 
-    def _run_modules(
-        self, pixel_values: Tensor | None, interpolate_pos_encoding: bool, **kwargs
-    ) -> ImageClassifierOutput:
+    def _run_modules(self, pixel_values: Tensor | None, interpolate_pos_encoding: bool, **kwargs) -> ModelOutput:
         packed = self.config.stage == "packed"
         wants_states = kwargs.get("output_hidden_states") or self.backbone.config.output_hidden_states
         # A traced graph has all tokens.
@@ -162,15 +166,9 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         # Integers have no gradient.
         gradients = torch.set_grad_enabled(torch.is_grad_enabled() and not packed)
         with gradients, classes_only(self.backbone) if shortens else contextlib.nullcontext():
-            outputs = self.backbone(
+            return self.backbone(
                 pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
             )
-        logits = outputs.logits
-        if pixel_values.is_floating_point() and not torch.compiler.is_exporting():
-            # One value that is not finite makes their mean so too, and one mean takes less time than a look at each value.
-            finite = pixel_values.flatten(1).mean(1, keepdim=True).isfinite()
-            logits = logits.masked_fill(~finite.to(logits.device), torch.nan)
-        return ImageClassifierOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The cross-entropy; for several labels an image, or a number, what transformers takes for them."""

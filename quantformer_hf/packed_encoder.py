@@ -28,6 +28,9 @@ class PackedBlock(OneJob):
     _chain: Job
     _alone: Job
 
+    #: Names of its own attributes that `place` looks at.
+    PLACED_BY: tuple[str, ...] = ()
+
     def run(self, x: Tensor, kwargs: dict, *geometry) -> Tensor | None:
         """What comes out of this block, `(batch, tokens, channels)`, or of all in its chain; None where the layers are to be
         called.
@@ -140,6 +143,8 @@ class PackedPlainBlock(PackedBlock):
 
 class PackedWindowBlock(PackedBlock):
     """That of Swin, whose attention is within windows of the image, shifted in every other block."""
+
+    PLACED_BY = ("window_size", "shift_size")
 
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs

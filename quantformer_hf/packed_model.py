@@ -6,8 +6,9 @@ compute one by one, bit for bit. In all other cases they are called.
 """
 
 import ctypes
+import threading
 from dataclasses import dataclass, field
-from math import isfinite, prod
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from transformers import (
     SwinForImageClassification,
     ViTForImageClassification,
 )
-from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.deit.modeling_deit import DeiTEmbeddings, DeiTModel, DeiTPatchEmbeddings
 from transformers.models.swin.modeling_swin import (
     SwinEmbeddings,
@@ -49,7 +49,7 @@ from .kernels.library import (
 )
 from .layers import InferenceLayerNorm, InferenceMean, QuantLayerNorm
 from .packed_blocks import Job, PackedAttention, kernels_take, quiet_modules
-from .packed_encoder import PackedBlock, PackedWindowBlock, prepare_chain
+from .packed_encoder import PackedBlock, prepare_chain
 from .packed_layers import PackedConv2d, PackedLayer, PackedLinear
 
 
@@ -60,12 +60,29 @@ _TAKEN = {
     SwinForImageClassification: (SwinModel, SwinEmbeddings, SwinPatchEmbeddings),
 }
 
+#: What transformers' and torch's classes do there. Somebody may have them do something else.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (*_TAKEN, *sum(_TAKEN.values(), ()), SwinEncoder, SwinStage, SwinPatchMerging, nn.Dropout)
+}
 
-class ModelJob(Job):
-    """The job of a whole classifier, made for images of one size."""
+#: Sizes of batches whose jobs are kept: a data set has two, the last batch being smaller.
+KEPT_SIZES = 4
 
-    def run(self, backbone: PreTrainedModel, pixel_values: Tensor, kwargs: dict) -> ImageClassifierOutput | None:
-        """The logits; None where the modules are to be called.
+
+class ModelJob:
+    """The jobs of a whole classifier, one for each size of the images."""
+
+    def __init__(self) -> None:
+        self._of_size: dict[tuple[int, ...], Job] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        # Addresses mean nothing to a copy, or in another process.
+        return type(self), ()
+
+    def run(self, backbone: PreTrainedModel, pixel_values: Tensor, kwargs: dict) -> Tensor | None:
+        """Logits `(batch, classes)`; None where the modules are to be called.
 
         Args:
             backbone: a packed image classifier.
@@ -74,7 +91,7 @@ class ModelJob(Job):
         """
         if not kernels_take(pixel_values) or pixel_values.dim() != 4 or pixel_values.dtype != torch.float32:
             return None
-        if type(backbone) not in _TAKEN or backbone.training or is_heard(backbone):
+        if type(backbone) not in _TAKEN or backbone.training or is_heard(backbone) or pixel_values.is_neg():
             return None
         # Whoever wants more than the logits gets it from the modules.
         if any(value is not None and value is not False for value in kwargs.values()):
@@ -82,22 +99,59 @@ class ModelJob(Job):
         if backbone.config.output_hidden_states:
             return None
         inside = quiet_modules(backbone)
-        # Of an image that is not finite the modules know what to say; a sum is so with any of its values.
-        if inside is None or not isfinite(pixel_values.sum().item()):
+        # Of an image that is not finite the modules know what to say.
+        if inside is None or not pixel_values.flatten(1).mean(1).isfinite().all():
             return None
-        size = tuple(pixel_values.shape)
-        prepared = self.get(inside, lambda: prepare(backbone, *size), of=(inside, size))
-        if prepared is None:
+        whole = self._prepared(backbone, inside, tuple(pixel_values.shape))
+        if whole is None or any(module.maps_are_wanted({}) for module in whole.attention):
             return None
-        model, (attention, classes, _) = prepared
-        if any(module.maps_are_wanted({}) for module in attention):
-            return None
-        job = Model.from_buffer_copy(model)
-        logits = pixel_values.new_empty((size[0], classes))
+        job = Model.from_buffer_copy(whole.job)
+        logits = pixel_values.new_empty((pixel_values.shape[0], whole.classes))
         job.x, job.y = pixel_values.data_ptr(), logits.data_ptr()
         kernels = library()
         check(kernels.quantformer_model(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
-        return ImageClassifierOutput(logits=logits)
+        return logits
+
+    def _prepared(self, backbone: nn.Module, inside: list[nn.Module], size: tuple[int, ...]) -> "_Whole | None":
+        with self._lock:
+            job = self._of_size.get(size)
+            if job is None:
+                while len(self._of_size) >= KEPT_SIZES:
+                    del self._of_size[next(iter(self._of_size))]
+                job = self._of_size[size] = Job()
+        before, of = job.value, (inside, list(map(type, inside)))
+        whole = job.get(inside, lambda: prepare(backbone, *size), of=of)
+        if whole is not None and not whole.holds():
+            job.forget()
+            whole = job.get(inside, lambda: prepare(backbone, *size), of=of)
+        if before is not None and whole is not before:
+            # The model has changed, and those of other sizes keep what it was.
+            with self._lock:
+                self._of_size = {size: job}
+        return whole
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A job, and what it stands for.
+
+    Attributes:
+        job: but for pixels and logits.
+        classes: how many.
+        attention: the modules of attention in whose place it is.
+        facts: what it was made from beside tensors: something, the name of its attribute, and what that was.
+        kept: what the job points into.
+    """
+
+    job: Model
+    classes: int
+    attention: list[PackedAttention]
+    facts: list[tuple[object, str, object]]
+    kept: object
+
+    def holds(self) -> bool:
+        """Whether the facts are what they were."""
+        return all(getattr(owner, name) == value for owner, name, value in self.facts)
 
 
 class _NotHere(Exception):
@@ -112,14 +166,23 @@ class _Steps:
         batch: images.
         rows: of an image.
         width: numbers of a row.
-        kept: what the steps point into.
+        facts, kept: as of `_Whole`.
     """
 
     batch: int
     rows: int = 0
     width: int = 0
     steps: list[Step] = field(default_factory=list)
+    facts: list = field(default_factory=list)
     kept: list = field(default_factory=list)
+
+    def be_sure_of(self, module: nn.Module, *kinds: type) -> None:
+        """That `module` is one of `kinds`, all of which do what they did when they were imported."""
+        kind = type(module)
+        if kind not in kinds or (kind in _FORWARDS and kind.forward is not _FORWARDS[kind]):
+            raise _NotHere
+        if kind in _FORWARDS:
+            self.facts.append((kind, "forward", _FORWARDS[kind]))
 
     def add(self, job: ctypes.Structure, rows: int, width: int, *points_into: object) -> None:
         self.rows, self.width = rows, width
@@ -131,73 +194,89 @@ class _Steps:
         self, layer: PackedLayer, rows: int, starts: Tensor, length: int, norm: nn.LayerNorm | None = None
     ) -> None:
         """A linear of `rows` rows of each image, each of which reads the runs that begin at `starts` `(rows, runs)`."""
-        channels = layer.channel_plan()
+        channels, image_size = layer.channel_plan(), self.rows * self.width
         if not isinstance(channels, ChannelPlan) or channels.channels != starts.shape[1] * length:
+            raise _NotHere
+        if image_size > torch.iinfo(torch.int32).max:
             raise _NotHere
         plan = layer.plan(channels)
         product, ordered = plan.ordered_job()
         codes = Codes.from_buffer_copy(channels.job)
         codes.rows = self.batch * rows
         starts = starts.to(torch.int32).contiguous()
-        runs = Runs(starts.data_ptr(), rows, starts.shape[1], length, self.rows * self.width)
-        made = None if norm is None else ctypes.pointer(_layer_norm(norm, channels.channels))
+        runs = Runs(starts.data_ptr(), rows, starts.shape[1], length, image_size)
+        made = None if norm is None else ctypes.pointer(self.layer_norm(norm, channels.channels))
         self.add(Linear(runs, made, codes, product), rows, product.outputs, channels, plan, ordered, starts, made)
 
     def add_norm(self, norm: nn.LayerNorm) -> None:
-        job = Norm(0, self.batch * self.rows, self.width, _layer_norm(norm, self.width), 0)
-        self.add(job, self.rows, self.width, norm.weight, norm.bias)
+        self.be_sure_of(norm, InferenceLayerNorm)
+        job = Norm(0, self.batch * self.rows, self.width, self.layer_norm(norm, self.width), 0)
+        self.add(job, self.rows, self.width)
+
+    def layer_norm(self, norm: nn.LayerNorm, channels: int) -> LayerNorm:
+        if not norm.packed or norm.normalized_shape != (channels,):
+            raise _NotHere
+        weight, bias = norm.weight, norm.bias
+        self.facts.append((norm, "eps", norm.eps))
+        self.kept += [weight, bias]
+        return operators.prepare_layer_norm(channels, weight, bias, norm.eps)
 
     def add_blocks(self, blocks: nn.ModuleList, kept: int, *geometry) -> None:
         """Blocks, of whose output the first `kept` rows are wanted."""
-        if not all(
-            isinstance(block, PackedBlock) and block.layernorm_before.normalized_shape == (self.width,)
-            for block in blocks
-        ):
+        if not len(blocks):
             raise _NotHere
-        places = (block.place(*geometry) for block in blocks)
+        places = []
+        for block in blocks:
+            if not isinstance(block, PackedBlock) or block.layernorm_before.normalized_shape != (self.width,):
+                raise _NotHere
+            places.append(block.place(*geometry))
+            self.facts += [(block, name, getattr(block, name)) for name in block.PLACED_BY]
         prepared = prepare_chain(list(blocks), self.batch, self.rows, kept, *places)
         if prepared is None:
             raise _NotHere
         self.add(Blocks(prepared[0], len(blocks), 0, 0), kept, self.width, prepared)
 
 
-def prepare(
-    backbone: nn.Module, batch: int, channels: int, height: int, width: int
-) -> tuple[Model, tuple[list[PackedAttention], int, object]] | None:
-    """The job for images of one size; then the attention modules in whose place it is, how many classes there are, and what
-    the job points into."""
+def prepare(backbone: nn.Module, batch: int, channels: int, height: int, width: int) -> _Whole | None:
+    """What stands for `backbone` with images of one size; None where nothing does."""
     tensors = [*backbone.parameters(), *backbone.buffers()]
     # What transformers casts and moves, the modules do.
     if any(not tensor.is_cpu or (tensor.is_floating_point() and tensor.dtype != torch.float32) for tensor in tensors):
         return None
+    steps = _Steps(batch, channels * height, width)
     try:
         base = getattr(backbone, backbone.base_model_prefix)
-        embeddings, patches = base.embeddings, base.embeddings.patch_embeddings
-        if (type(base), type(embeddings), type(patches)) != _TAKEN.get(type(backbone)):
-            raise _NotHere
-        steps = _Steps(batch, channels * height, width)
-        grid = _add_patches(steps, patches.projection, channels, height, width)
-        (_add_swin if type(base) is SwinModel else _add_vit)(steps, base, backbone.classifier, (height, width), grid)
+        of_base, of_embeddings, of_patches = _TAKEN[type(backbone)]
+        for module, kind in ((backbone, type(backbone)), (base, of_base), (base.embeddings, of_embeddings)):
+            steps.be_sure_of(module, kind)
+        patches = base.embeddings.patch_embeddings
+        steps.be_sure_of(patches, of_patches)
+        steps.be_sure_of(base.embeddings.dropout, nn.Dropout)
+        # Their indices are for the kernels, whatever device the caller makes tensors on.
+        with torch.device("cpu"):
+            grid = _add_patches(steps, patches.projection, channels, height, width)
+            add = _add_swin if of_base is SwinModel else _add_vit
+            add(steps, base, backbone.classifier, (height, width), grid)
     except _NotHere:
         return None
     array = (Step * len(steps.steps))(*steps.steps)
-    job = Model(array, len(array), 0, 0)
     attention = [module for module in backbone.modules() if isinstance(module, PackedAttention)]
-    return job, (attention, steps.width, (steps, array))
+    return _Whole(Model(array, len(array), 0, 0), steps.width, attention, steps.facts, (steps, array))
 
 
 def _add_patches(steps: _Steps, projection: nn.Module, channels: int, height: int, width: int) -> tuple[int, int]:
     """The patch embedding; how many patches there are in each direction."""
-    if type(projection) is not PackedConv2d or not projection.can_infer() or projection.in_channels != channels:
+    steps.be_sure_of(projection, PackedConv2d)
+    if not projection.can_infer() or projection.in_channels != channels:
         raise _NotHere
     tall, wide = projection.kernel_size
     grid = height // tall, width // wide
     if height % tall or width % wide or 0 in grid:
         raise _NotHere
-    pixels = torch.arange(channels * height * width).view(channels, grid[0], tall, grid[1], wide)
-    # Of each patch, channel by channel, the first pixel of each row.
-    starts = pixels[..., 0].permute(1, 3, 0, 2).reshape(prod(grid), channels * tall)
-    steps.add_linear(projection, prod(grid), starts, wide)
+    # Of each patch, channel by channel, the first pixel of each of its rows.
+    patches = torch.arange(grid[0]).view(-1, 1) * (tall * width) + torch.arange(grid[1]) * wide
+    rows = torch.arange(channels).view(-1, 1) * (height * width) + torch.arange(tall) * width
+    steps.add_linear(projection, prod(grid), patches.view(-1, 1) + rows.view(1, -1), wide)
     return grid
 
 
@@ -210,29 +289,29 @@ def _add_vit(
     special = [embeddings.cls_token]
     if type(base) is DeiTModel:
         special.append(embeddings.distillation_token)
-    positions = embeddings.position_embeddings
-    lead = (torch.cat(special, 1) + positions[:, : len(special)]).flatten(0, 1).contiguous()
-    others = positions[0, len(special) :].contiguous()
-    if len(others) != steps.rows:
+    positions, rows = embeddings.position_embeddings, len(special) + steps.rows
+    shapes = [token.shape == (1, 1, steps.width) and token.is_contiguous() for token in special]
+    if not all(shapes) or positions.shape != (1, rows, steps.width) or not positions.is_contiguous():
         raise _NotHere
-    job = Tokens(lead.data_ptr(), others.data_ptr(), steps.batch, len(special), steps.rows, steps.width)
-    steps.add(job, len(special) + steps.rows, steps.width, lead, others)
+    lead = (ctypes.c_void_p * 2)(*(token.data_ptr() for token in special))
+    job = Tokens(lead, positions.data_ptr(), steps.batch, len(special), steps.rows, steps.width)
+    steps.add(job, rows, steps.width, positions, *special)
     # The classifier reads the first of these alone.
     steps.add_blocks(base.layers, CLASS_TOKENS[base.config.model_type])
+    steps.be_sure_of(base.layernorm, InferenceLayerNorm)
     _add_classifier(steps, classifier, base.layernorm)
 
 
 def _add_swin(
     steps: _Steps, base: nn.Module, classifier: nn.Module, size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
-    if base.embeddings.position_embeddings is not None or type(base.encoder) is not SwinEncoder:
-        raise _NotHere
-    if type(base.pooler) is not InferenceMean:
+    steps.be_sure_of(base.encoder, SwinEncoder)
+    steps.be_sure_of(base.pooler, InferenceMean)
+    if base.embeddings.position_embeddings is not None:
         raise _NotHere
     steps.add_norm(base.embeddings.norm)
     for stage in base.encoder.layers:
-        if type(stage) is not SwinStage or not all(isinstance(block, PackedWindowBlock) for block in stage.blocks):
-            raise _NotHere
+        steps.be_sure_of(stage, SwinStage)
         steps.add_blocks(stage.blocks, steps.rows, grid, False)
         if stage.downsample is not None:
             grid = _add_merging(steps, stage.downsample, grid)
@@ -242,10 +321,11 @@ def _add_swin(
 
 
 def _add_merging(steps: _Steps, merging: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+    steps.be_sure_of(merging, SwinPatchMerging)
     norm, reduction = merging.norm, merging.reduction
-    if type(merging) is not SwinPatchMerging or type(norm) is not QuantLayerNorm or not norm.gives_codes:
-        raise _NotHere
-    if type(reduction) is not PackedLinear or reduction.reads is not norm.output_quantizer or any(n % 2 for n in grid):
+    steps.be_sure_of(norm, QuantLayerNorm)
+    steps.be_sure_of(reduction, PackedLinear)
+    if not norm.gives_codes or reduction.reads is not norm.output_quantizer or any(side % 2 for side in grid):
         raise _NotHere
     rows = torch.arange(prod(grid)).view(grid)
     # Four neighbours, side by side: down first, as transformers has them.
@@ -256,12 +336,7 @@ def _add_merging(steps: _Steps, merging: nn.Module, grid: tuple[int, int]) -> tu
 
 def _add_classifier(steps: _Steps, classifier: nn.Module, norm: nn.LayerNorm | None) -> None:
     """The classifier of the first row of each image."""
-    if type(classifier) is not PackedLinear or classifier.input_quantizer is None or isinstance(norm, QuantLayerNorm):
+    steps.be_sure_of(classifier, PackedLinear)
+    if classifier.input_quantizer is None:
         raise _NotHere
-    steps.add_linear(classifier, 1, torch.zeros(1, 1, dtype=torch.long), steps.width, norm)
-
-
-def _layer_norm(norm: nn.LayerNorm, channels: int) -> LayerNorm:
-    if not isinstance(norm, InferenceLayerNorm) or not norm.packed or norm.normalized_shape != (channels,):
-        raise _NotHere
-    return operators.prepare_layer_norm(channels, norm.weight, norm.bias, norm.eps)
+    steps.add_linear(classifier, 1, torch.zeros(1, 1, dtype=torch.int32), steps.width, norm)

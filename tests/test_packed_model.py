@@ -8,18 +8,23 @@ import torch
 from conftest import instruction_sets, make_batches, make_quantized
 from packed_models import listen, logits, needs_kernels, one_by_one
 from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
-from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf import QuantformerForImageClassification, packed_model
 from quantformer_hf.kernels import using
+from quantformer_hf.layers import InferenceLayerNorm
+from quantformer_hf.packed_layers import PackedLinear
 
 
 def make_packed(backbone="vit", **arguments):
     return make_quantized(backbone, "finetune", **arguments).pack()
 
 
-def ran_whole(model):
-    return model.backbone.whole.value is not None
+def ran_whole(model, images):
+    with torch.no_grad():
+        return model.backbone.whole.run(model.backbone, images, {}) is not None
 
 
 @needs_kernels
@@ -30,7 +35,7 @@ def test_a_model_in_one_call_gives_the_bits_of_its_modules(name, class_token_bit
     packed = make_packed(name, class_token_bits=class_token_bits)
     for images in (make_batches()[0], make_batches()[0][:1], torch.cat(make_batches())):
         result = logits(packed, images)
-        assert ran_whole(packed)
+        assert ran_whole(packed, images)
         assert torch.equal(result, one_by_one(packed, images))
         for instructions in (None, *instruction_sets()):
             with using(instructions):
@@ -52,7 +57,7 @@ def test_a_deit_of_two_classifiers_runs_module_by_module():
     packed = make_packed("deit-distilled")
     images = make_batches()[0]
     assert torch.equal(logits(packed, images), one_by_one(packed, images))
-    assert not ran_whole(packed)
+    assert not ran_whole(packed, images)
 
 
 LISTENED = {
@@ -82,36 +87,143 @@ def test_who_listens_to_a_module_hears_it(backbone, name, kind):
     assert heard == [name]
 
 
+class Doubling(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
 class DoublingEmbeddings(ViTEmbeddings):
     def forward(self, *args, **kwargs):
         return 2 * super().forward(*args, **kwargs)
 
 
+class DoublingLinear(PackedLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoublingNorm(InferenceLayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halves(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def replace_class(module, kind):
+    module.__class__ = kind
+
+
+def replace_forward(module):
+    real = module.forward
+    module.forward = lambda *args, **kwargs: 2 * real(*args, **kwargs)
+
+
+def replace_norm(vit):
+    vit.layernorm = nn.LayerNorm(vit.config.hidden_size, eps=0.5)
+
+
+CHANGES = {
+    "class of the embeddings": lambda model: replace_class(model.vit.embeddings, DoublingEmbeddings),
+    "class of the classifier": lambda model: replace_class(model.classifier, DoublingLinear),
+    "class of the norm": lambda model: replace_class(model.vit.layernorm, DoublingNorm),
+    "forward": lambda model: replace_forward(model.vit.embeddings),
+    "norm": lambda model: replace_norm(model.vit),
+    "parametrization": lambda model: parametrize.register_parametrization(model.vit.layernorm, "weight", Halves()),
+    "epsilon": lambda model: setattr(model.vit.layernorm, "eps", 0.5),
+    "dropout": lambda model: setattr(model.vit.embeddings, "dropout", Doubling()),
+    "no blocks": lambda model: setattr(model.vit, "layers", nn.ModuleList()),
+    "a module around": lambda model: setattr(model, "classifier", nn.Sequential(model.classifier, Doubling())),
+}
+
+
 @needs_kernels
-@pytest.mark.parametrize("change", ["class", "forward", "module", "training"])
-def test_modules_that_do_something_else_are_called(change):
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_what_modules_do_now_counts(change, first):
+    """Whether the model was run before that or not."""
     packed = make_packed()
     images = make_batches()[0]
-    before = logits(packed, images)
-    embeddings = packed.backbone.vit.embeddings
-    if change == "class":
-        embeddings.__class__ = DoublingEmbeddings
-    elif change == "forward":
-        real = embeddings.forward
-        embeddings.forward = lambda *args, **kwargs: 2 * real(*args, **kwargs)
-    elif change == "module":
-        packed.backbone.vit.layernorm = nn.LayerNorm(packed.config.backbone_config.hidden_size)
-        packed.backbone.vit.layernorm.weight.data.fill_(2)
-    else:
-        packed.backbone.train()
-    packed.backbone.whole.forget()
+    before = logits(copy.deepcopy(packed), images)
+    if first:
+        logits(packed, images)
+    CHANGES[change](packed.backbone)
+    packed.eval()
     after = logits(packed, images)
-    assert not ran_whole(packed)
-    assert torch.equal(after, before) == (change == "training")
+    assert not torch.equal(after, before)
+    for _ in range(2):
+        assert torch.equal(after, one_by_one(packed, images))
+        assert torch.equal(after, logits(packed, images))
 
 
 @needs_kernels
-@pytest.mark.parametrize("how", ["in place", "by data", "another", "loaded"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_class_that_is_changed_counts(first, monkeypatch):
+    packed = make_packed()
+    images = make_batches()[0]
+    before = logits(copy.deepcopy(packed), images)
+    if first:
+        logits(packed, images)
+    with monkeypatch.context() as patch:
+        real = ViTEmbeddings.forward
+        patch.setattr(ViTEmbeddings, "forward", lambda *args, **kwargs: 2 * real(*args, **kwargs))
+        after = logits(packed, images)
+    assert not torch.equal(after, before)
+    assert torch.equal(before, logits(packed, images))
+
+
+@needs_kernels
+def test_windows_that_are_shifted_otherwise_count():
+    packed = make_packed("swin")
+    images = make_batches()[0]
+    before = logits(packed, images)
+    shifted = packed.backbone.swin.encoder.layers[0].blocks[1]
+    assert shifted.shift_size > 0
+    shifted.shift_size = 0
+    after = logits(packed, images)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, one_by_one(packed, images))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "name", ["swin", "swin.embeddings", "swin.encoder", "swin.encoder.layers.0.downsample", "swin.pooler"]
+)
+def test_modules_of_others_are_called(name):
+    packed = make_packed("swin")
+    images = make_batches()[0]
+    expected = logits(packed, images)
+    owner, _, attribute = name.rpartition(".")
+    owner = packed.backbone.get_submodule(owner)
+    setattr(owner, attribute, Around(getattr(owner, attribute)).eval())
+    assert torch.equal(logits(packed, images), expected)
+    assert not ran_whole(packed, images)
+
+
+class Around(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name):
+        # What classifiers and encoders look at beside.
+        return super().__getattr__(name) if name in ("module", "forward") else getattr(self.module, name)
+
+
+@needs_kernels
+def test_a_model_in_training_runs_module_by_module():
+    packed = make_packed()
+    packed.backbone.train()
+    assert not ran_whole(packed, make_batches()[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", ["in place", "in place of its data", "by data", "another", "loaded"])
 @pytest.mark.parametrize(
     "name", ["vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "vit.layernorm.weight"]
 )
@@ -127,6 +239,9 @@ def test_a_changed_tensor_is_used(name, how):
     if how == "in place":
         with torch.no_grad():
             parameter.copy_(other)
+    elif how == "in place of its data":
+        # A change that no version tells of.
+        parameter.data.copy_(other)
     elif how == "by data":
         parameter.data = other
     elif how == "another":
@@ -134,7 +249,7 @@ def test_a_changed_tensor_is_used(name, how):
     else:
         packed.backbone.load_state_dict({name: other}, strict=False)
     after = logits(packed, images)
-    assert ran_whole(packed)
+    assert ran_whole(packed, images)
     assert not torch.equal(before, after)
     assert torch.equal(after, one_by_one(packed, images))
 
@@ -153,15 +268,27 @@ def test_an_image_that_is_not_finite_has_no_logits_and_leaves_others_alone(value
 
 
 @needs_kernels
+def test_two_images_that_are_too_large_do_not_make_up_for_each_other():
+    packed = make_packed()
+    images = make_batches()[0].clone()
+    images[0], images[1] = 3e38, -3e38
+    assert logits(packed, images).isnan().any(1).tolist() == [True, True, False, False]
+
+
+@needs_kernels
 def test_whoever_wants_more_than_logits_gets_it():
     packed = make_packed()
     images, labels = make_batches()[0], torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
         found = packed(images, labels=labels)
-        assert ran_whole(packed)
+        assert ran_whole(packed, images)
         assert torch.equal(found.loss, nn.functional.cross_entropy(found.logits, labels))
         assert found.hidden_states is found.attentions is None
         assert len(packed(images, return_dict=False)) == 1
+        # The loss comes first, as Trainer has it.
+        loss, also = packed(images, labels=labels, return_dict=False)
+        assert torch.equal(loss, found.loss)
+        assert torch.equal(also, found.logits)
         for asked in ("hidden_states", "attentions"):
             more = packed(images, **{f"output_{asked}": True})
             assert len(more[asked]) > 0
@@ -191,7 +318,7 @@ def test_a_swin_takes_images_of_several_sizes():
     for height, width in ((side, side + 2 * patch), (side + patch, side), (side, side), (side + 1, side)):
         other = nn.functional.interpolate(images, size=(height, width))
         found = logits(packed, other)
-        assert ran_whole(packed) == (height % (2 * patch) == 0 and width % (2 * patch) == 0)
+        assert ran_whole(packed, other) == (height % (2 * patch) == 0 and width % (2 * patch) == 0)
         assert torch.equal(found, one_by_one(packed, other))
 
 
@@ -201,7 +328,7 @@ def test_another_dtype_is_for_the_modules():
     images = make_batches()[0]
     found = logits(packed, images)
     assert found.dtype == torch.bfloat16
-    assert not ran_whole(packed)
+    assert not ran_whole(packed, images)
     # A copy of another dtype of the images comes to the same model.
     again = make_packed()
     assert torch.equal(logits(again, images.double()), one_by_one(again, images.double()))
@@ -215,10 +342,53 @@ def test_copies_saved_and_unpacked_models_have_jobs_of_their_own(tmp_path):
     packed.save_pretrained(tmp_path)
     loaded = QuantformerForImageClassification.from_pretrained(tmp_path)
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), loaded):
-        assert not ran_whole(other)
+        assert other.backbone.whole is not packed.backbone.whole
         assert torch.equal(logits(other, images), expected)
-        assert ran_whole(other)
+        assert ran_whole(other, images)
     assert not hasattr(packed.unpack().backbone, "whole")
     assert logits(packed, images).shape == expected.shape
     listen([packed.pack().backbone])
     assert torch.equal(logits(packed, images), expected)
+
+
+@needs_kernels
+def test_parameters_that_are_lent_for_a_call_are_used():
+    packed = make_packed()
+    images, name = make_batches()[0], "backbone.vit.embeddings.cls_token"
+    token = packed.get_parameter(name).detach()
+    for factor in torch.linspace(0.5, 3, 6):
+        with torch.no_grad():
+            found = functional_call(packed, {name: token * factor}, (images,)).logits
+            expected = copy.deepcopy(packed)
+            expected.get_parameter(name).mul_(factor)
+        assert torch.equal(found, one_by_one(expected, images))
+
+
+@needs_kernels
+def test_the_device_of_new_tensors_is_the_caller_s_own():
+    packed = make_packed()
+    images = make_batches()[0]
+    expected = one_by_one(packed, images)
+    packed.backbone.whole = type(packed.backbone.whole)()
+    with torch.device("meta"):
+        assert torch.equal(logits(packed, images), expected)
+
+
+@needs_kernels
+def test_jobs_of_a_few_sizes_are_kept(monkeypatch):
+    packed = make_packed()
+    images, made = make_batches(1, 8)[0], []
+    real = packed_model.prepare
+    monkeypatch.setattr(packed_model, "prepare", lambda *given: made.append(given[1]) or real(*given))
+    sizes = range(1, packed_model.KEPT_SIZES + 1)
+    for size in (*sizes, *sizes):
+        assert ran_whole(packed, images[:size])
+    assert made == [*sizes]
+    assert ran_whole(packed, images[:8])
+    assert ran_whole(packed, images[:1])
+    assert made == [*sizes, 8, 1]
+    with torch.no_grad():
+        packed.backbone.vit.layernorm.weight.mul_(2)
+    assert ran_whole(packed, images[:1])
+    # Nothing of what the model was is kept.
+    assert len(packed.backbone.whole._of_size) == 1

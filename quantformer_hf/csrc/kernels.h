@@ -141,9 +141,10 @@ struct Linear {
   quantformer::Product product;
 };
 
-// Tokens of `batch` images: `lead`, which are the same for all, then those that are given; `positions` are added to these.
+// Tokens of `batch` images: one or two that lead, the same for all, then those that are given; `positions` are added to all.
 struct Tokens {
-  const float *lead, *positions;  // `(leading, channels)`, `(rows, channels)`
+  const float* lead[2];    // `(channels,)`
+  const float* positions;  // `(leading + rows, channels)`
   int64_t batch, leading, rows, channels;
 };
 

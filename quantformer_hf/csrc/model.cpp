@@ -51,12 +51,9 @@ int run_tokens(const Tokens& job, const float* x, float* y, int64_t threads, Par
   const int64_t all = job.leading + job.rows, width = job.channels;
   return over_rows(job.batch * all, width, threads, parallel_for, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t image = row / all, token = row % all - job.leading;
-      if (token < 0) {
-        std::copy_n(job.lead + row % all * width, width, y + row * width);
-      } else {
-        current().add(x + (image * job.rows + token) * width, job.positions + token * width, width, y + row * width);
-      }
+      const int64_t token = row % all, given = row / all * job.rows + token - job.leading;
+      const float* const from = token < job.leading ? job.lead[token] : x + given * width;
+      current().add(from, job.positions + token * width, width, y + row * width);
     }
   });
 }

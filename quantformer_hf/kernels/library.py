@@ -213,7 +213,7 @@ class Tokens(Structure):
     """`Tokens` of `kernels.h`."""
 
     _fields_ = [
-        ("lead", c_void_p),
+        ("lead", c_void_p * 2),
         ("positions", c_void_p),
         ("batch", c_int64),
         ("leading", c_int64),

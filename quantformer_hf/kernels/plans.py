@@ -22,10 +22,10 @@ STEP = 4
 
 
 class _Plan:
-    """A plan whose copies, also in another process, make their `job` anew: it points into the tensors of this one."""
+    """A plan whose copies, also in another process, make their jobs anew: they point into the tensors of this one."""
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "job"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("job", "ordered_by_itself")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +213,12 @@ class LinearPlan(_Plan):
 
     def ordered_job(self, then: "ChannelPlan | TokenPlan | None" = None) -> tuple[Product, object]:
         """`job` with its weights in order too, for codes by `then`, and what has to be kept for it (`order_weights`)."""
-        return order_weights(self.job, None if then is None else then.job)
+        return self.ordered_by_itself if then is None else order_weights(self.job, then.job)
+
+    @functools.cached_property
+    def ordered_by_itself(self) -> tuple[Product, object]:
+        """`ordered_job` for outputs that are read as they are."""
+        return order_weights(self.job, None)
 
     def __call__(self, codes: Tensor) -> Tensor:
         """`(..., positions)` to `(..., out)`, float32."""

@@ -692,7 +692,7 @@ void test_model(const InstructionSet& set, Random& random, int64_t batch, int64_
   const Layer first(random, {batch * kRows, kRuns * kLength, width, 3}, bits, bits, 1);
   const Layer last(random, {batch, width, kClasses, 2}, bits, bits, 1);
   const auto images = random.reals(batch * kImage, -2, 2), lead = random.reals(kLeading * width, -2, 2);
-  const auto positions = random.reals(kRows * width, -2, 2), weight = random.reals(width, -1, 1);
+  const auto positions = random.reals(kAll * width, -2, 2), weight = random.reals(width, -1, 1);
   const auto offset = random.reals(std::max<int64_t>(width, kRuns * kLength), -2, 0);
   const auto inverse = random.reals(offset.size, 0.5f, 2);
   const LayerNorm norm = {weight, nullptr, 1e-5f};
@@ -719,10 +719,8 @@ void test_model(const InstructionSet& set, Random& random, int64_t batch, int64_
   bool right = run_linear(first, rows, batch * kRows, nullptr, made);
   for (int64_t i = 0; i < tokens.size; ++i) {
     const int64_t token = i / width % kAll, image = i / width / kAll, at = i % width;
-    tokens[i] = lead[std::min(token, kLeading - 1) * width + at];
-    if (token < kLeading) continue;
-    const int64_t row = token - kLeading;
-    tokens[i] = made[(image * kRows + row) * width + at] + positions[row * width + at];
+    const float from = token < kLeading ? lead[token * width + at] : made[(image * kRows + token - kLeading) * width + at];
+    tokens[i] = from + positions[token * width + at];
   }
   for (int64_t row = 0; row < batch * kAll; ++row) cases::layer_norm(tokens + row * width, weight, nullptr, 1e-5f, width);
   Exact<float> means(batch * width), expected(batch * kClasses), got(expected.size);
@@ -735,7 +733,7 @@ void test_model(const InstructionSet& set, Random& random, int64_t batch, int64_
 
   Linear patches = {{starts, kRows, kRuns, kLength, kImage}, nullptr, codes_for(first, batch * kRows, offset, inverse, false),
                     first.product(nullptr)};
-  const ::Tokens all = {lead, positions, batch, kLeading, kRows, width};
+  const ::Tokens all = {{lead, lead + width}, positions, batch, kLeading, kRows, width};
   const Norm normed = {nullptr, batch * kAll, width, norm, nullptr};
   const Mean mean = {batch, kAll, width};
   const Linear classifier = {{one_start, 1, 1, width, width}, &norm, codes_for(last, batch, offset, inverse, false),
