@@ -176,10 +176,9 @@ class _Steps:
     facts: list = field(default_factory=list)
     kept: list = field(default_factory=list)
 
-    def be_sure_of(self, module: nn.Module, *kinds: type) -> None:
-        """That `module` is one of `kinds`, all of which do what they did when they were imported."""
-        kind = type(module)
-        if kind not in kinds or (kind in _FORWARDS and kind.forward is not _FORWARDS[kind]):
+    def be_sure_of(self, module: nn.Module, kind: type) -> None:
+        """That `module` is of this class, and the class does what it did when it was imported."""
+        if type(module) is not kind or kind.forward is not _FORWARDS.get(kind, kind.forward):
             raise _NotHere
         if kind in _FORWARDS:
             self.facts.append((kind, "forward", _FORWARDS[kind]))
@@ -255,8 +254,13 @@ def prepare(backbone: nn.Module, batch: int, channels: int, height: int, width: 
         # Their indices are for the kernels, whatever device the caller makes tensors on.
         with torch.device("cpu"):
             grid = _add_patches(steps, patches.projection, channels, height, width)
-            add = _add_swin if of_base is SwinModel else _add_vit
-            add(steps, base, backbone.classifier, (height, width), grid)
+            if of_base is SwinModel:
+                _add_swin(steps, base, grid)
+                # Its classifier reads a mean that has been normalized.
+                _add_classifier(steps, backbone.classifier, None)
+            else:
+                _add_vit(steps, base, (height, width))
+                _add_classifier(steps, backbone.classifier, base.layernorm)
     except _NotHere:
         return None
     array = (Step * len(steps.steps))(*steps.steps)
@@ -280,9 +284,7 @@ def _add_patches(steps: _Steps, projection: nn.Module, channels: int, height: in
     return grid
 
 
-def _add_vit(
-    steps: _Steps, base: nn.Module, classifier: nn.Module, size: tuple[int, int], grid: tuple[int, int]
-) -> None:
+def _add_vit(steps: _Steps, base: nn.Module, size: tuple[int, int]) -> None:
     embeddings = base.embeddings
     if base.pooler is not None or tuple(embeddings.image_size) != size:
         raise _NotHere
@@ -299,12 +301,9 @@ def _add_vit(
     # The classifier reads the first of these alone.
     steps.add_blocks(base.layers, CLASS_TOKENS[base.config.model_type])
     steps.be_sure_of(base.layernorm, InferenceLayerNorm)
-    _add_classifier(steps, classifier, base.layernorm)
 
 
-def _add_swin(
-    steps: _Steps, base: nn.Module, classifier: nn.Module, size: tuple[int, int], grid: tuple[int, int]
-) -> None:
+def _add_swin(steps: _Steps, base: nn.Module, grid: tuple[int, int]) -> None:
     steps.be_sure_of(base.encoder, SwinEncoder)
     steps.be_sure_of(base.pooler, InferenceMean)
     if base.embeddings.position_embeddings is not None:
@@ -317,7 +316,6 @@ def _add_swin(
             grid = _add_merging(steps, stage.downsample, grid)
     steps.add_norm(base.layernorm)
     steps.add(Mean(steps.batch, steps.rows, steps.width), 1, steps.width)
-    _add_classifier(steps, classifier, None)
 
 
 def _add_merging(steps: _Steps, merging: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:

@@ -104,7 +104,7 @@ int multiply_all(const Product& job, const Codes* then, int64_t threads, Paralle
 }
 
 int quantize_all(const Codes& job, int64_t threads, ParallelFor parallel_for) {
-  return by_rows(job, threads, parallel_for, [&](int64_t begin, int64_t end) { quantize_rows(job, begin, end); });
+  return over_rows(job.rows, job.channels, threads, parallel_for, [&](int64_t begin, int64_t end) { quantize_rows(job, begin, end); });
 }
 
 }  // namespace
@@ -126,7 +126,7 @@ int quantformer_quantize(const Codes* job, int64_t threads, ParallelFor parallel
 
 int quantformer_layer_norm(const Norm* job, int64_t threads, ParallelFor parallel_for) {
   using namespace quantformer;
-  return by_rows(*job, threads, parallel_for, [&](int64_t begin, int64_t end) {
+  return over_rows(job->rows, job->channels, threads, parallel_for, [&](int64_t begin, int64_t end) {
     const LayerNorm& norm = job->norm;
     const int64_t at = begin * job->channels;
     current().layer_norm(job->x + at, end - begin, norm.weight, norm.bias, norm.epsilon, job->channels, job->y + at);

@@ -10,15 +10,6 @@
 namespace quantformer {
 namespace {
 
-// `work(begin, end)` over `rows` rows of `channels`.
-template <typename Work>
-int over_rows(int64_t rows, int64_t channels, int64_t threads, ParallelFor parallel_for, const Work& work) {
-  const struct {
-    int64_t rows, channels;
-  } all = {rows, channels};
-  return by_rows(all, threads, parallel_for, work);
-}
-
 int run_linear(const Linear& job, const float* x, float* y, int64_t threads, ParallelFor parallel_for) {
   const Runs& runs = job.runs;
   Codes codes = job.codes;

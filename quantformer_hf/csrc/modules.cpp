@@ -105,10 +105,7 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
 // `work(row)` for each of `rows` rows of `channels`.
 template <typename Work>
 int each_row(int64_t rows, int64_t channels, int64_t threads, ParallelFor parallel_for, const Work& work) {
-  const struct {
-    int64_t rows, channels;
-  } all = {rows, channels};
-  return by_rows(all, threads, parallel_for, [&](int64_t begin, int64_t end) {
+  return over_rows(rows, channels, threads, parallel_for, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) work(row);
   });
 }

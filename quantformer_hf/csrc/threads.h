@@ -45,13 +45,13 @@ int share(int64_t count, int64_t threads, ParallelFor parallel_for, const Work& 
 // Numbers of one task at least, for it to be worth a thread.
 constexpr int64_t kTaskNumbers = 8192;
 
-// `work(begin, end)` over the rows.
-template <typename Job, typename Work>
-int by_rows(const Job& job, int64_t threads, ParallelFor parallel_for, const Work& work) {
-  const int64_t least = divide_up(kTaskNumbers, std::max<int64_t>(1, job.channels));
-  const int64_t rows = divide_up(std::max(least, divide_up(job.rows, kTasksPerThread * threads)), kBlock) * kBlock;
-  return share(divide_up(job.rows, rows), threads, parallel_for, [&](int64_t begin, int64_t end) {
-    work(begin * rows, std::min(end * rows, job.rows));
+// `work(begin, end)` over rows of so many numbers.
+template <typename Work>
+int over_rows(int64_t count, int64_t channels, int64_t threads, ParallelFor parallel_for, const Work& work) {
+  const int64_t least = divide_up(kTaskNumbers, std::max<int64_t>(1, channels));
+  const int64_t rows = divide_up(std::max(least, divide_up(count, kTasksPerThread * threads)), kBlock) * kBlock;
+  return share(divide_up(count, rows), threads, parallel_for, [&](int64_t begin, int64_t end) {
+    work(begin * rows, std::min(end * rows, count));
   });
 }
 
