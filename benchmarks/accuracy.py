@@ -42,11 +42,12 @@ SEARCH_SHARE = 0.3
 #: Smallest share of an image in a random crop, for every row. With so few steps, crops like the evaluation's teach most.
 CROP_SCALE = "0.7"
 
-#: LSQ, from the weights as they are, at the learning rate that suited it better than that of ours.
+#: LSQ, from the weights as they are, at the learning rate that suited it better than those of ours.
 PLAIN = [
     *("--preset", "lightning", "--centre_channels", "False", "--rotate_channels", "False"),
     *("--reconstruction_samples", "0", "--feature_weight", "0", "--aux_weight", "0", "--block_gradient_scale", "1"),
-    *("--learning_rate", "2e-4", "--scale_learning_rate", "2e-5", "--weight_quantizer", "lsq"),
+    *("--learning_rate", "2e-4", "--scale_learning_rate", "2e-5", "--learning_rate_per_bit", "1"),
+    *("--weight_quantizer", "lsq"),
 ]
 ONE_GROUP = ["--stages", "pretrain"]
 #: Inputs of the class token at the bits of patch embedding and classifier.

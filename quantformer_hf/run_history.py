@@ -29,6 +29,7 @@ RECIPE_ARGUMENTS = (
     "weight_decay",
     "max_grad_norm",
     "scale_learning_rate",
+    "learning_rate_per_bit",
     "assignment_learning_rate",
     "search_steps",
     "finetune_learning_rate",

@@ -25,6 +25,7 @@ from .losses import (
 )
 from .model_card import add_to_model_card
 from .ops import scale_gradient
+from .parameter_groups import move_by_bits, move_to_own_group
 from .pretrained import QuantformerPreTrainedModel
 from .quantize import blocks, searched_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
@@ -44,14 +45,6 @@ DEGREE_MOMENTUM = 0.2
 
 #: ... and so many rows of each layer's attention maps, over all processes, are looked at.
 DEGREE_ROWS = 512
-
-
-def move_to_own_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
-    """Give `parameters` a learning rate of their own, and no weight decay."""
-    ids = {id(parameter) for parameter in parameters}
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-    optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": 0.0})
 
 
 @contextlib.contextmanager
@@ -312,7 +305,8 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in quantizer_parameters]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Trainer, with groups of their own for scales and offsets, and for the assignment logits, the last.
+        """As in Trainer, with groups of their own for weights by their bits, for scales and offsets, and for the assignment
+        logits, the last.
 
         A run that was resumed after its freeze has no logits left: parameters without gradient keep their places, so
         that the optimizer's state, saved before or after the freeze, fits.
@@ -322,20 +316,22 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
         model = self.model if model is None else model
-        if self.args.scale_learning_rate is not None:
+        args = self.args
+        move_by_bits(optimizer, model, args.learning_rate_per_bit)
+        if args.scale_learning_rate is not None:
             scales = [
                 parameter
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and name.rpartition(".")[2] in ("scale", "offset")
             ]
-            move_to_own_group(optimizer, scales, self.args.scale_learning_rate)
+            move_to_own_group(optimizer, scales, args.scale_learning_rate)
         if self._searches():
             logits = []
             for quantizer in searched_quantizers(model):
                 shape = quantizer.scale.numel(), quantizer.channels
                 placeholder = nn.Parameter(torch.zeros(shape, device=quantizer.scale.device), requires_grad=False)
                 logits.append(getattr(quantizer, "assignment_logits", placeholder))
-            move_to_own_group(optimizer, logits, self.args.assignment_learning_rate)
+            move_to_own_group(optimizer, logits, args.assignment_learning_rate)
         return optimizer
 
     def _searches(self) -> bool:

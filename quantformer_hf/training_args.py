@@ -51,6 +51,13 @@ class QuantformerTrainingArguments(TrainingArguments):
             " share. Default: learning_rate."
         },
     )
+    learning_rate_per_bit: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor on the learning rate of a layer's weights for each bit that they have below four: their levels"
+            " lie further apart, and each is a longer way. 1: the same for all."
+        },
+    )
     search_steps: int = field(
         default=-1,
         metadata={
@@ -113,6 +120,8 @@ class QuantformerTrainingArguments(TrainingArguments):
         for name in ("scale_learning_rate", "assignment_learning_rate", "finetune_learning_rate"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
+        if not 0 < self.learning_rate_per_bit < float("inf"):
+            raise ValueError(f"learning_rate_per_bit is {self.learning_rate_per_bit}: choose more than 0, or 1 (off)")
         if self.search_steps == 0:
             raise ValueError("search_steps is 0: choose at least 1, or -1 to search to the end")
         if self.search_steps > 0 and self.lr_scheduler_type == "reduce_lr_on_plateau":

@@ -15,7 +15,7 @@ STEPS = 24
 
 FLAGS = [
     *("--preset", "lightning", "--dataset_name", "digits", "--crop_scale", "0.7", "--horizontal_flip", "0"),
-    *("--bit_width", "2", "--per_device_train_batch_size", "64", "--learning_rate", "1e-3", "--save_strategy", "no"),
+    *("--bit_width", "2", "--per_device_train_batch_size", "64", "--learning_rate", "2.5e-4", "--save_strategy", "no"),
     *("--report_to", "none", "--seed", "0", "--use_cpu", "True"),
 ]
 PLAIN_LSQ = [

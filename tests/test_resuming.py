@@ -10,7 +10,9 @@ from trainers import ALL_LOSSES, ONE_RUN, StopAt, logged, make_trainer
 
 def run_kind(kind, folder, callbacks=(), resume=None, **arguments):
     """Search, freeze and finetune in one run, or a run of the stage `kind`."""
-    model = make_quantized("vit", "search" if kind == "one run" else kind)
+    stage = "search" if kind == "one run" else kind
+    model = make_quantized("vit", stage, layer_bits={"vit.layers.0.mlp.fc1": 2})
+    arguments["learning_rate_per_bit"] = 2.0
     arguments |= ONE_RUN if kind == "one run" else ALL_LOSSES
     trainer = make_trainer(folder, model, make_full_precision(), callbacks=list(callbacks), **arguments)
     trainer.train(resume_from_checkpoint=resume)

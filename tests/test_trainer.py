@@ -111,6 +111,23 @@ def test_scales_and_logits_have_learning_rates_of_their_own(tmp_path):
         assert rates[id(parameter)] == expected.get(name.rpartition(".")[2], 1e-3), name
 
 
+def test_weights_of_fewer_bits_move_faster(tmp_path):
+    layer_bits = {"vit.layers.0.mlp.fc1": 2, "vit.layers.1.mlp.fc1": {"weight_bits": 1}, "vit.layers.1.mlp.fc2": 3}
+    model = make_quantized("vit", "finetune", layer_bits=layer_bits)
+    arguments = {"learning_rate": 1e-3, "scale_learning_rate": 1e-5, "weight_decay": 0.05}
+
+    def groups_of(**more):
+        optimizer = make_trainer(tmp_path, model, **arguments, **more).create_optimizer()
+        return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+
+    plain, by_bits = groups_of(), groups_of(learning_rate_per_bit=3.0)
+    times = {"layers.0.mlp.fc1.weight": 9, "layers.1.mlp.fc1.weight": 27, "layers.1.mlp.fc2.weight": 3}
+    for name, parameter in model.named_parameters():
+        before, after = plain[id(parameter)], by_bits[id(parameter)]
+        assert after["lr"] == pytest.approx(before["lr"] * times.get(name.partition("vit.")[2], 1)), name
+        assert after["weight_decay"] == before["weight_decay"], name
+
+
 def test_the_log_has_each_term_and_its_share_of_the_gradient(backbone, tmp_path):
     trainer = make_trainer(
         tmp_path,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..trainer import QuantformerTrainer, move_to_own_group
+from ..parameter_groups import move_to_own_group
+from ..trainer import QuantformerTrainer
 from .cost import Cost
 from .width_mixture import WidthMixtures
 
