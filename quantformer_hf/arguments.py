@@ -256,6 +256,15 @@ def _fields() -> dict[str, Any]:
     return hints
 
 
+def defaults() -> dict[str, Any]:
+    """What holds for each argument of which neither a preset, nor the file, nor a flag says anything."""
+    values = {}
+    for argument in (f for argument_class in ARGUMENT_CLASSES for f in dataclasses.fields(argument_class) if f.init):
+        made = argument.default_factory is not dataclasses.MISSING
+        values[argument.name] = argument.default_factory() if made else argument.default
+    return values
+
+
 def _check_values(values: dict[str, Any], source: str) -> None:
     hints = _fields()
     for key, value in values.items():

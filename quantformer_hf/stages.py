@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 
-from .arguments import RUN_STAGES, RunArguments, StageArguments
+from .arguments import RUN_STAGES, RunArguments, StageArguments, defaults
 from .augmentation import Collator, train_transform
 from .checkpointing import flush_tree, newest_checkpoint, write_durably, writing
 from .classifiers import build_full_precision, is_quantized, load_classifier
@@ -114,10 +114,12 @@ class StageRun:
         if earlier["results"] is None and newest_checkpoint(self.folder) is None:
             # It came to nothing that another command could spoil.
             return None
+        # What is said by one alone, such as what a preset gained since, may be what the other did without saying it.
+        unsaid = defaults()
         told = json.loads(json.dumps(self.told))
         # What has become neutral since may still be written there.
         for key in sorted((earlier["arguments"].keys() | told.keys()) - self._neutral):
-            before, now = earlier["arguments"].get(key), told.get(key)
+            before, now = (said.get(key, unsaid.get(key)) for said in (earlier["arguments"], told))
             if before != now and key == "global_batch":
                 raise ValueError(
                     f"{self.folder} holds the stage '{self.stage}' of a run with {before} images a step, and this one has"

@@ -121,7 +121,7 @@ class QuantformerTrainingArguments(TrainingArguments):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
         if not 0 < self.learning_rate_per_bit < float("inf"):
-            raise ValueError(f"learning_rate_per_bit is {self.learning_rate_per_bit}: choose more than 0, or 1 (off)")
+            raise ValueError(f"learning_rate_per_bit is {self.learning_rate_per_bit}: choose more than 0; 1 is off")
         if self.search_steps == 0:
             raise ValueError("search_steps is 0: choose at least 1, or -1 to search to the end")
         if self.search_steps > 0 and self.lr_scheduler_type == "reduce_lr_on_plateau":

@@ -13,6 +13,7 @@ from quantformer_hf.images import TransformedImages
 
 STEPS = 24
 
+#: Of both. At two bits the preset moves weights at four times the learning rate.
 FLAGS = [
     *("--preset", "lightning", "--dataset_name", "digits", "--crop_scale", "0.7", "--horizontal_flip", "0"),
     *("--bit_width", "2", "--per_device_train_batch_size", "64", "--learning_rate", "2.5e-4", "--save_strategy", "no"),

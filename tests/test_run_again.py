@@ -60,6 +60,16 @@ def test_nothing_is_deleted_before_the_command_is_known_to_run(out, flags, said)
 
 
 @pytest.mark.slow
+def test_to_say_what_a_run_did_unsaid_is_no_other_run(out):
+    before = weights(out / "full_precision")
+    stages = ["--stages", "full_precision"]
+    assert "the stage 'full_precision' is complete" in again(out, *stages, "--learning_rate_per_bit", "1")
+    said = "of a run with learning_rate_per_bit=1.0, and this one has 2.0: choose another --output_dir"
+    assert said in again(out, *stages, "--learning_rate_per_bit", "2", code=1)
+    assert same_weights(before, weights(out / "full_precision"))
+
+
+@pytest.mark.slow
 def test_what_came_of_a_stage_that_was_made_anew_is_not_taken_for_complete(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished / "full_precision", out / "full_precision")
