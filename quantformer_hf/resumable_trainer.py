@@ -48,8 +48,8 @@ class ResumableTrainer(Trainer):
         self._staging: Path | None = None
         self._termination = TerminationCallback(self.saves_on_sigterm)
         self.add_callback(self._termination)
-        self.add_callback(_RestoreUnlogged(self))
-        self._resumed_from: dict[str, Any] | None = None
+        self.add_callback(_Resumption(self))
+        self._resumed_from: Path | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in Trainer.
@@ -66,8 +66,9 @@ class ResumableTrainer(Trainer):
                 )
         self._resumed_from = None
         if resume_from_checkpoint:
+            self._resumed_from = Path(resume_from_checkpoint)
+            self._check_fits(self._resumed_from)
             resume_from_checkpoint = str(resume_from_checkpoint)
-            self._resumed_from = self._fitting_manifest(Path(resume_from_checkpoint))
         self._discard_unfinished(Path(self.args.output_dir))
         # Behind callbacks that were added since, so that its word is the last.
         self.remove_callback(self._termination)
@@ -75,7 +76,7 @@ class ResumableTrainer(Trainer):
         with self._termination.listen():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _fitting_manifest(self, checkpoint: Path) -> dict[str, Any]:
+    def _check_fits(self, checkpoint: Path) -> None:
         manifest = read_manifest(checkpoint)
         if manifest is None:
             raise ValueError(
@@ -97,7 +98,6 @@ class ResumableTrainer(Trainer):
                 f"{checkpoint} was trained by {manifest['processes']} processes, and goes on with {self.args.world_size}:"
                 f" the same images a step, but sums are rounded otherwise and dropout draws other numbers"
             )
-        return manifest
 
     def evaluate(self, *args, **kwargs):
         """As in Trainer, without a trace in the random numbers of the training: SIGTERM may skip an evaluation."""
@@ -201,6 +201,16 @@ class ResumableTrainer(Trainer):
             # Out of its name first: a removal that is killed leaves half a checkpoint.
             old.rename(run_dir / UNFINISHED / old.name)
 
+    def _finish_rotation(self, resumed: Path) -> None:
+        """Do what a save that was killed just before the end left to do: with no step to go, no other save follows."""
+        run_dir = resumed.parent
+        # A run may also go on from an earlier checkpoint, or from another folder's: none goes for that.
+        is_newest = whole_checkpoints(run_dir)[-1:] == [resumed] and run_dir.samefile(self.args.output_dir)
+        if self.args.should_save and is_newest:
+            (run_dir / UNFINISHED).mkdir()
+            self._rotate(run_dir, resumed)
+            self._discard_unfinished(run_dir)
+
     # Losses that no log has yet
 
     def _unlogged(self) -> dict[str, Any]:
@@ -240,12 +250,14 @@ class ResumableTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
 
-class _RestoreUnlogged(TrainerCallback):
-    """Trainer sets its sums to zero just before this event."""
+class _Resumption(TrainerCallback):
+    """Trainer sets its sums to zero, and loads its state, just before this event."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer._resumed_from is not None:
-            self.trainer._restore_unlogged(self.trainer._resumed_from["unlogged"])
+        resumed = self.trainer._resumed_from
+        if resumed is not None:
+            self.trainer._restore_unlogged(read_manifest(resumed)["unlogged"])
+            self.trainer._finish_rotation(resumed)

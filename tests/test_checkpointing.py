@@ -96,6 +96,18 @@ def test_the_limit_keeps_the_newest_whole_checkpoint_beside_half_a_newer_one(che
     assert names(checkpoints) == ["checkpoint-5"]
 
 
+def test_a_run_killed_after_its_last_save_keeps_the_limit_when_it_goes_on(tmp_path):
+    quantized_trainer(tmp_path).train()
+    assert len(names(tmp_path)) == 5
+    # From an earlier one, steps are taken anew; what is there stays until they are.
+    trainer = quantized_trainer(tmp_path, save_total_limit=1, max_steps=3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(names(tmp_path)) == 5
+    trainer = quantized_trainer(tmp_path, save_total_limit=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
 def test_the_limit_keeps_the_best_checkpoint_and_remembers_where_it_is(tmp_path):
     arguments = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "learning_rate": 1e-2}
