@@ -1,6 +1,7 @@
 // A whole model in one call, from pixels to logits.
 #include <algorithm>
 #include <new>
+#include <utility>
 
 #include "instruction_set.h"
 #include "kernels.h"
@@ -10,32 +11,43 @@
 namespace quantformer {
 namespace {
 
-int run_linear(const Linear& job, const float* x, float* y, int64_t threads, ParallelFor parallel_for) {
+// Rows `first` to `last`.
+int run_rows(const Linear& job, int64_t first, int64_t last, const float* x, float* y, int64_t threads,
+             ParallelFor parallel_for) {
   const Runs& runs = job.runs;
+  const int64_t rows = last - first;
   Codes codes = job.codes;
   Product product = job.product;
-  const auto gathered = Pool::take<float>(runs.starts == nullptr ? 0 : codes.rows * codes.channels);
-  const auto made = Pool::take<uint8_t>(codes.rows * codes.positions);
+  const auto gathered = Pool::take<float>(runs.starts == nullptr ? 0 : rows * codes.channels);
+  const auto made = Pool::take<uint8_t>(rows * codes.positions);
+  codes.x = x + first * codes.channels;
   if (runs.starts != nullptr) {
     const auto gather = [&](int64_t begin, int64_t end) {
       float* to = gathered.get() + begin * codes.channels;
-      for (int64_t row = begin; row < end; ++row) {
+      for (int64_t row = first + begin; row < first + end; ++row) {
         const float* const image = x + row / runs.rows * runs.image_size;
         const int32_t* const starts = runs.starts + row % runs.rows * runs.count;
         for (int64_t run = 0; run < runs.count; ++run) to = std::copy_n(image + starts[run], runs.length, to);
       }
     };
-    if (over_rows(codes.rows, codes.channels, threads, parallel_for, gather) != 0) return -1;
-    x = gathered.get();
+    if (over_rows(rows, codes.channels, threads, parallel_for, gather) != 0) return -1;
+    codes.x = gathered.get();
   }
-  codes.x = x;
   codes.norm = job.norm;
   codes.codes = made.get();
   product.x = made.get();
-  product.rows = codes.rows;
-  product.y = y;
+  codes.rows = product.rows = rows;
+  product.y = y + first * product.y_stride;
   if (quantformer_quantize(&codes, threads, parallel_for) != 0) return -1;
   return quantformer_multiply(&product, threads, parallel_for);
+}
+
+int run_linear(const Linear& job, const float* x, float* y, int64_t threads, ParallelFor parallel_for) {
+  const int64_t rows = job.codes.rows, parts = parts_of(rows, threads), step = divide_up(rows, parts);
+  return over_parts(parts, threads, parallel_for, [&](int64_t part, int64_t threads, ParallelFor parallel_for) {
+    const int64_t first = std::min(part * step, rows);
+    return run_rows(job, first, std::min(first + step, rows), x, y, threads, parallel_for);
+  });
 }
 
 int run_tokens(const Tokens& job, const float* x, float* y, int64_t threads, ParallelFor parallel_for) {
@@ -94,16 +106,20 @@ int run_step(const Step& step, const float* x, float* y, int64_t threads, Parall
   }
 }
 
+// Whether a step may write where it reads.
+bool works_in_place(const Step& step) { return step.kind == kBlocksStep || step.kind == kNormStep; }
+
 int run_model(const Model& job, int64_t threads, ParallelFor parallel_for) {
   const float* x = job.x;
-  Pool::Buffer<float> between[2];
+  // What the steps so far have made, and what was made before that.
+  Pool::Buffer<float> made, before;
   for (int64_t i = 0; i < job.count; ++i) {
     const Step& step = job.steps[i];
-    float* y = job.y;
-    if (i + 1 < job.count) {
-      between[i % 2] = Pool::take<float>(step.size);
-      y = between[i % 2].get();
+    if (i == 0 || step.size != job.steps[i - 1].size || !works_in_place(step)) {
+      before = std::move(made);
+      if (i + 1 < job.count) made = Pool::take<float>(step.size);
     }
+    float* const y = i + 1 < job.count ? made.get() : job.y;
     if (run_step(step, x, y, threads, parallel_for) != 0) return -1;
     x = y;
   }

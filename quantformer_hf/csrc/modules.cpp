@@ -1,6 +1,5 @@
 // Modules of a model in one call, made of the other kernels.
 #include <algorithm>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -110,94 +109,165 @@ int each_row(int64_t rows, int64_t channels, int64_t threads, ParallelFor parall
   });
 }
 
+// Images of a block, and windows of each, that are worked on together. Without windows an image counts as one.
+struct Extent {
+  int64_t images, windows;
+
+  int64_t count() const { return images * windows; }
+};
+
+Extent extent_of(const Block& job) {
+  const int64_t windows = job.order == nullptr ? 1 : job.image_tokens / job.attention.mix.keys;
+  return {job.attention.mix.batch / windows, windows};
+}
+
+// Those of each part: some images, or some windows of one.
+Extent part_of(const Block& job, int64_t threads) {
+  const Extent all = extent_of(job);
+  const int64_t parts = parts_of(all.count() * job.attention.mix.keys, threads), images = std::max<int64_t>(1, all.images);
+  if (parts <= images) return {divide_up(images, parts), all.windows};
+  return {1, divide_up(all.windows, divide_up(parts, images))};
+}
+
+// The block of part `i`.
+Block block_of(const Block& job, const Extent& part, int64_t i) {
+  const Extent all = extent_of(job);
+  const int64_t of_image = divide_up(all.windows, part.windows);
+  const int64_t image = i / of_image * part.images, window = i % of_image * part.windows;
+  const Extent own = {std::min(part.images, all.images - image), std::min(part.windows, all.windows - window)};
+  Block block = job;
+  Probabilities& scores = block.attention.scores;
+  Mixed& mix = block.attention.mix;
+  const int64_t rows = job.order == nullptr ? mix.keys : job.image_rows, width = job.before.channels;
+  const int64_t rows_put_out = job.order == nullptr ? mix.queries : job.image_rows;
+  block.x += image * rows * width;
+  block.mlp.second.y += image * rows_put_out * width;
+  if (job.order != nullptr) block.order += window * mix.keys;
+  block.image_tokens = own.windows * mix.keys;
+  scores.batch = mix.batch = own.count();
+  if (scores.mask != nullptr) scores.mask += (image * all.windows + window) * scores.mask_strides[0];
+  if (scores.hidden != nullptr) scores.hidden += window * mix.queries * mix.keys;
+  return block;
+}
+
+// Where a row that is put out is in what attention puts out and reads, and in `y`.
+struct Place {
+  int64_t attended, x, y;
+};
+
 // The row of `job.x` of a token that attention reads, -1 for padding.
 int64_t row_of(const Block& job, int64_t token) {
-  if (job.order == nullptr) return token;
   const int64_t row = job.order[token % job.image_tokens];
   return row < 0 ? -1 : row + token / job.image_tokens * job.image_rows;
 }
 
-// Codes of tokens in the order in which attention reads them, from those of rows.
-int gather(const Block& job, const uint8_t* codes, int64_t threads, ParallelFor parallel_for, uint8_t* tokens) {
-  const int64_t positions = job.before.positions;
-  const auto zeros = std::make_unique<float[]>(job.before.channels);
-  const auto padding = Pool::take<uint8_t>(positions);
-  Codes of_padding = job.before;
-  of_padding.x = zeros.get();
-  of_padding.rows = 1;
-  of_padding.codes = padding.get();
-  if (quantformer_quantize(&of_padding, 1, nullptr) != 0) return -1;
-  return each_row(job.attention.query.rows, positions, threads, parallel_for, [&](int64_t token) {
+std::vector<Place> places_of(const Block& job) {
+  const Mixed& mix = job.attention.mix;
+  std::vector<Place> places;
+  places.reserve(mix.batch * mix.queries);
+  for (int64_t i = 0; i < mix.batch * mix.queries; ++i) {
+    if (job.order == nullptr) {
+      places.push_back({i, i / mix.queries * mix.keys + i % mix.queries, i});
+    } else if (const int64_t row = row_of(job, i); row >= 0) {
+      places.push_back({i, i, row});
+    }
+  }
+  return places;
+}
+
+// Rows of `job.x` in the order in which attention reads them.
+int gather(const Block& job, int64_t threads, ParallelFor parallel_for, float* x) {
+  const int64_t width = job.before.channels, tokens = job.attention.mix.batch * job.attention.mix.keys;
+  return each_row(tokens, width, threads, parallel_for, [&](int64_t token) {
     const int64_t row = row_of(job, token);
-    std::copy_n(row < 0 ? padding.get() : codes + row * positions, positions, tokens + token * positions);
+    if (row < 0) {
+      std::fill_n(x + token * width, width, 0.0f);
+    } else {
+      std::copy_n(job.x + row * width, width, x + token * width);
+    }
   });
 }
 
-int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
+// Padding is zero after the norm.
+int put_padding(const Block& job, uint8_t* codes) {
+  const std::vector<float> zeros(job.before.channels);
+  Codes of_padding = job.before;
+  of_padding.x = zeros.data();
+  of_padding.rows = 1;
+  for (int64_t token = 0; token < job.attention.mix.batch * job.attention.mix.keys; ++token) {
+    if (row_of(job, token) >= 0) continue;
+    of_padding.codes = codes + token * of_padding.positions;
+    if (quantformer_quantize(&of_padding, 1, nullptr) != 0) return -1;
+  }
+  return 0;
+}
+
+int run_part(const Block& job, int64_t threads, ParallelFor parallel_for) {
   AttentionBlock attention = job.attention;
   const int64_t queries = attention.mix.queries, image_rows = attention.mix.keys;
   const bool all = queries == image_rows;
   Codes before = job.before, after = all ? job.after : of_first(job.after);
   Mlp mlp = job.mlp;
   if (!all) mlp = {of_first(mlp.first), of_first(mlp.between), of_first(mlp.second)};
-  const int64_t width = before.channels;
-  // Of `before`, of attention, and of what comes after it.
-  const int64_t rows = before.rows, tokens = attention.query.rows, kept = all ? rows : attention.mix.batch * queries;
-  const auto codes = Pool::take<uint8_t>(std::max(rows * before.positions, kept * after.positions));
-  const auto ordered = Pool::take<uint8_t>(job.order == nullptr ? 0 : tokens * before.positions);
-  const auto attended = Pool::take<float>((all ? tokens : kept) * width), hidden = Pool::take<float>(kept * width);
-  float* const y = job.mlp.second.y;
-  mlp.second.y = y;
+  const std::vector<Place> places = places_of(job);
+  const int64_t width = before.channels, tokens = attention.mix.batch * image_rows, kept = places.size();
+  const auto codes = Pool::take<uint8_t>(std::max(tokens * before.positions, kept * after.positions));
+  const auto gathered = Pool::take<float>(job.order == nullptr ? 0 : tokens * width);
+  const auto made = Pool::take<float>((all ? tokens : kept) * width), hidden = Pool::take<float>(kept * width);
 
+  attention.query.rows = before.rows = tokens;
   before.x = job.x;
+  if (job.order != nullptr) {
+    if (gather(job, threads, parallel_for, gathered.get()) != 0) return -1;
+    before.x = gathered.get();
+  }
   before.norm = &job.norm_before;
   before.codes = codes.get();
   before.image_rows = after.image_rows = mlp.first.image_rows = image_rows;
   if (quantformer_quantize(&before, threads, parallel_for) != 0) return -1;
-  if (job.order != nullptr && gather(job, codes.get(), threads, parallel_for, ordered.get()) != 0) return -1;
-  attention.query.x = job.order == nullptr ? codes.get() : ordered.get();
-  attention.output.y = attended.get();
+  if (job.order != nullptr && put_padding(job, codes.get()) != 0) return -1;
+  attention.query.x = codes.get();
+  attention.output.y = made.get();
   if (run_attention_block(attention, threads, parallel_for) != 0) return -1;
-  // Each row is one token's.
-  const auto add_attended = [&](int64_t token) {
-    const int64_t row = row_of(job, token);
-    if (row >= 0) current().add(attended.get() + token * width, job.x + row * width, width, hidden.get() + row * width);
+  const auto add_attended = [&](int64_t row) {
+    const Place& at = places[row];
+    current().add(made.get() + at.attended * width, before.x + at.x * width, width, hidden.get() + row * width);
   };
-  const auto add_to_kept = [&](int64_t row) {
-    const float* x = job.x + (row / queries * image_rows + row % queries) * width;
-    current().add(attended.get() + row * width, x, width, hidden.get() + row * width);
-  };
-  const int added = all ? each_row(tokens, width, threads, parallel_for, add_attended)
-                        : each_row(kept, width, threads, parallel_for, add_to_kept);
-  if (added != 0) return -1;
+  if (each_row(kept, width, threads, parallel_for, add_attended) != 0) return -1;
 
   after.norm = &job.norm_after;
   after.x = hidden.get();
   after.codes = codes.get();
   mlp.first.x = codes.get();
   after.rows = mlp.first.rows = kept;
+  mlp.second.y = made.get();
   if (quantformer_quantize(&after, threads, parallel_for) != 0) return -1;
   if (run_mlp(mlp, threads, parallel_for) != 0) return -1;
+  float* const y = job.mlp.second.y;
   return each_row(kept, width, threads, parallel_for, [&](int64_t row) {
-    current().add(y + row * width, hidden.get() + row * width, width, y + row * width);
+    current().add(made.get() + row * width, hidden.get() + row * width, width, y + places[row].y * width);
   });
 }
 
+int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
+  const Extent all = extent_of(job), part = part_of(job, threads);
+  const int64_t parts = divide_up(all.images, part.images) * divide_up(all.windows, part.windows);
+  return over_parts(parts, threads, parallel_for, [&](int64_t i, int64_t threads, ParallelFor parallel_for) {
+    return run_part(block_of(job, part, i), threads, parallel_for);
+  });
+}
+
+// Each block but the first in place: its parts read and write the same rows.
 int run_blocks(const Blocks& job, int64_t threads, ParallelFor parallel_for) {
-  const float* x = job.x;
-  Pool::Buffer<float> between[2];
+  const Mixed& last = job.blocks[job.count - 1]->attention.mix;
+  const Codes& rows = job.blocks[0]->before;
+  const auto between = Pool::take<float>(last.queries == last.keys ? 0 : rows.rows * rows.channels);
+  float* const y = last.queries == last.keys ? job.y : between.get();
   for (int64_t i = 0; i < job.count; ++i) {
     Block block = *job.blocks[i];
-    block.x = x;
-    block.attention.query.rows = block.attention.mix.batch * block.attention.mix.keys;
-    if (i + 1 == job.count) {
-      block.mlp.second.y = job.y;
-    } else {
-      between[i % 2] = Pool::take<float>(block.before.rows * block.before.channels);
-      block.mlp.second.y = between[i % 2].get();
-    }
+    block.x = i == 0 ? job.x : y;
+    block.mlp.second.y = i + 1 == job.count ? job.y : y;
     if (run_block(block, threads, parallel_for) != 0) return -1;
-    x = block.mlp.second.y;
   }
   return 0;
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <new>
 
 #include "kernels.h"
 
@@ -52,6 +53,29 @@ int over_rows(int64_t count, int64_t channels, int64_t threads, ParallelFor para
   const int64_t rows = divide_up(std::max(least, divide_up(count, kTasksPerThread * threads)), kBlock) * kBlock;
   return share(divide_up(count, rows), threads, parallel_for, [&](int64_t begin, int64_t end) {
     work(begin * rows, std::min(end * rows, count));
+  });
+}
+
+// Rows that are worked on together, about: what one step leaves for the next stays in cache, and weights are unpacked for so
+// many at a time. Where threads would have less than two parts each, these may be smaller.
+constexpr int64_t kPartRows = 256, kLeastPartRows = 192;
+
+// Parts of so many rows. One, where there are too few for the threads: all work on it, and wait for each other after each step.
+inline int64_t parts_of(int64_t rows, int64_t threads) {
+  int64_t parts = rows / kPartRows;
+  if (threads > 1) parts = std::max(parts, std::min(rows / kLeastPartRows, 2 * threads));
+  return parts < threads ? 1 : std::max<int64_t>(1, parts);
+}
+
+// `work(part, threads, parallel_for)`, which returns 0 or -1, for each part: all threads on the only one, else each thread on
+// some.
+template <typename Work>
+int over_parts(int64_t parts, int64_t threads, ParallelFor parallel_for, const Work& work) {
+  if (parts == 1) return work(0, threads, parallel_for);
+  return share(parts, threads, parallel_for, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      if (work(part, 1, nullptr) != 0) throw std::bad_alloc();
+    }
   });
 }
 

@@ -574,23 +574,24 @@ void test_attention_block(const InstructionSet& set, Random& random, const Atten
 }
 
 // By itself, of its x, to where its multilayer perceptron says.
-bool run_block(const Block& job) {
+bool run_block(const Block& job, int64_t threads = 3) {
   const Block* const one = &job;
   const Blocks all = {&one, 1, job.x, job.mlp.second.y};
-  return quantformer_blocks(&all, 3, in_threads) == 0;
+  return quantformer_blocks(&all, threads, threads > 1 ? in_threads : nullptr) == 0;
 }
 
-// In windows, tokens are those of the images turned round, and one is padding.
-void test_block(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, bool windows) {
-  const int64_t tokens = s.batch * s.queries, image_rows = s.queries - windows, rows = s.batch * image_rows;
+// With so many windows in an image, 0 for none, tokens are those of the image turned round, and one is padding.
+void test_block(const InstructionSet& set, Random& random, const AttentionShape& s, int bits, int64_t windows) {
+  const int64_t images = s.batch / std::max<int64_t>(1, windows), image_tokens = s.queries * std::max<int64_t>(1, windows);
+  const int64_t tokens = images * image_tokens, image_rows = image_tokens - (windows > 0), rows = images * image_rows;
   const int64_t width = s.heads * s.size;
   const Shape square = {tokens, width, width, 2};
   const Layer query(random, square, bits, bits, 1), output(random, square, bits, bits, 1);
   const Layer first(random, {rows, width, width + 3, 2}, bits, bits, 1);
   const Layer second(random, {rows, width + 3, width, 2}, bits, bits, 1);
   const auto x = random.reals(rows * width, -2, 2);
-  const auto mask = random.reals(s.heads * s.queries * s.keys, -3, 3);
-  const auto hidden_keys = random.reals(2 * s.queries * s.keys, -9, 0);
+  const auto mask = random.reals(s.batch * s.heads * s.queries * s.keys, -3, 3);
+  const auto hidden_keys = random.reals(windows * s.queries * s.keys, -9, 0);
   const auto offset = random.reals(width + 3, -2, 0), inverse = random.reals(width + 3, 0.5f, 2);
   const auto weight = random.reals(width, -1, 1), bias = random.reals(width, -1, 1);
   const LayerNorm one = {weight, bias, 1e-5f}, other = {bias, nullptr, 1e-3f};
@@ -600,8 +601,8 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   const auto codes_of = [&](const Layer& reader, int64_t rows, bool gelu) {
     return codes_for(reader, rows, offset, inverse, gelu);
   };
-  Exact<int32_t> order(s.queries);
-  for (int64_t i = 0; i < s.queries; ++i) order[i] = static_cast<int32_t>(image_rows - 1 - i);
+  Exact<int32_t> order(image_tokens);
+  for (int64_t i = 0; i < image_tokens; ++i) order[i] = static_cast<int32_t>(image_rows - 1 - i);
   Exact<float> got(rows * width), attended(tokens * width), hidden(rows * width), expected(rows * width);
   AttentionBlock attention = {
       query.product(nullptr), query.product(nullptr), query.product(nullptr),
@@ -610,13 +611,13 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
       {nullptr, nullptr, nullptr, s.batch, s.heads, s.queries, s.keys, s.size, {}, operands + 2, largest, nullptr},
       codes_of(output, tokens, false), output.product(nullptr)};
   if (windows) {
-    const int64_t strides[] = {0, s.queries * s.keys, s.keys};
+    const int64_t strides[] = {s.heads * s.queries * s.keys, s.queries * s.keys, s.keys};
     attention.scores.mask = mask;
     std::copy_n(strides, 3, attention.scores.mask_strides);
     attention.scores.hidden = hidden_keys;
-    attention.scores.windows = 2;
+    attention.scores.windows = windows;
   }
-  Block job = {x, one, other, nullptr, s.queries, image_rows, codes_of(query, rows, false), attention,
+  Block job = {x, one, other, nullptr, image_tokens, image_rows, codes_of(query, rows, false), attention,
                codes_of(first, rows, false), {first.product(nullptr), codes_of(second, rows, true), second.product(got)}};
   if (windows) job.order = order;
   const bool ran = run_block(job);
@@ -635,8 +636,8 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   }
   const auto row_of = [&](int64_t token) -> int64_t {
     if (!windows) return token;
-    const int64_t row = order[token % s.queries];
-    return row < 0 ? -1 : row + token / s.queries * image_rows;
+    const int64_t row = order[token % image_tokens];
+    return row < 0 ? -1 : row + token / image_tokens * image_rows;
   };
   for (int64_t i = 0; i < read.size; ++i) {
     const int64_t row = row_of(i / width);
@@ -660,6 +661,8 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   stepped = stepped && norm_codes(job.after, &other, hidden, more) && quantformer_mlp(&mlp, 1, nullptr) == 0;
   for (int64_t i = 0; i < hidden.size; ++i) expected[i] += hidden[i];
   check(ran && stepped && same_bits(got, expected), set, windows ? "block of windows" : "block", query.name);
+  std::fill(got.begin(), got.end(), 0.0f);
+  check(run_block(job, 1) && same_bits(got, expected), set, "block, one thread", query.name);
   // One after the other.
   Exact<float> once(got.size), twice(got.size), thrice(got.size), in_one(got.size);
   Block next = job;
@@ -804,7 +807,7 @@ void test(const InstructionSet& set) {
   }
   for (int bits : {1, 2, 3, 4, 8}) {
     for (int64_t width : {1, 9, 40, 900}) {
-      for (int64_t batch : {0, 1, 3}) test_model(set, random, batch, width, bits);
+      for (int64_t batch : {0, 1, 3, 60}) test_model(set, random, batch, width, bits);
     }
   }
   // Those of 130 queries are worked on in two parts.
@@ -819,9 +822,15 @@ void test(const InstructionSet& set) {
     for (const AttentionShape& s : {AttentionShape{1, 1, 1, 1, 1}, {2, 3, 7, 7, 9}, {1, 2, 17, 17, 32}, {1, 2, 130, 130, 3},
                                     {0, 2, 3, 3, 4}}) {
       for (bool masked : {false, true}) test_attention_block(set, random, s, bits, masked);
-      for (bool windows : {false, true}) test_block(set, random, s, bits, windows);
+      for (int64_t windows : {0, 1}) test_block(set, random, s, bits, windows);
       test_mlp(set, random, s.batch * s.queries, s.heads * s.size, s.size + 3, bits);
     }
+  }
+  // In parts: of some images, and of some windows of one. With fewer bits, all probabilities would have the largest code.
+  for (int bits : {5, 8}) {
+    test_block(set, random, {50, 2, 17, 17, 3}, bits, 0);
+    test_block(set, random, {300, 1, 4, 4, 5}, bits, 2);
+    test_block(set, random, {75, 2, 25, 25, 3}, bits, 75);
   }
 }
 
