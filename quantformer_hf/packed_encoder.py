@@ -195,7 +195,6 @@ def prepare_chain(blocks: Iterable[nn.Module], batch: int, tokens: int, kept: in
         if prepared is None:
             return None
         job = Block.from_buffer_copy(prepared[0])
-        job.before.rows = batch * tokens
         filled = block.fill(job, batch, tokens, kept if block is blocks[-1] else tokens, *place)
         if filled is None:
             return None

@@ -100,14 +100,14 @@ struct AttentionBlock {
 };
 int quantformer_attention_block(const AttentionBlock* job, int64_t threads, ParallelFor parallel_for);
 
-// A transformer block: h = x + attention(LayerNorm(x)), y = h + mlp(LayerNorm(h)). `before` has the rows, and attention its sizes;
+// A transformer block: h = x + attention(LayerNorm(x)), y = h + mlp(LayerNorm(h)). Attention has the sizes;
 // the norms are those given here. With fewer queries than keys (and no windows), y has the first rows of each image alone.
 // It is worked on in parts, by some images, or some windows of one, at a time.
 struct Block {
   const float* x;       // `(rows, channels)`; filled in by the call, as y is
   LayerNorm norm_before, norm_after;
   // Where attention reads windows: the row of each token within its image of `image_rows`, -1 for padding, which is zero;
-  // what `scores` has hidden is of the windows of an image. Null: the rows as they are.
+  // each row is there once, and what `scores` has hidden is of the windows of an image. Null: the rows as they are.
   const int32_t* order;  // `(image_tokens,)`
   int64_t image_tokens, image_rows;
   Codes before;
@@ -116,7 +116,8 @@ struct Block {
   Mlp mlp;
 };
 
-// Blocks one after the other, one at least, each of what the one before it puts out.
+// Blocks one after the other, one at least, each of what the one before it puts out. Only the last one may have fewer queries
+// than keys; where it has not, y may be x.
 struct Blocks {
   const Block* const* blocks;
   int64_t count;

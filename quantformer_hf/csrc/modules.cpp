@@ -121,12 +121,21 @@ Extent extent_of(const Block& job) {
   return {job.attention.mix.batch / windows, windows};
 }
 
-// Those of each part: some images, or some windows of one.
+// How much longer than an even share the threads' parts may take, in halves: waiting for each other costs a fourth and more.
+constexpr int64_t kMostUnevenHalves = 3;
+
+int64_t count_parts(const Extent& all, const Extent& part) {
+  return divide_up(all.images, part.images) * divide_up(all.windows, part.windows);
+}
+
+// Those of each part: some images, or some windows of one; all, where the threads would have too uneven shares.
 Extent part_of(const Block& job, int64_t threads) {
   const Extent all = extent_of(job);
   const int64_t parts = parts_of(all.count() * job.attention.mix.keys, threads), images = std::max<int64_t>(1, all.images);
-  if (parts <= images) return {divide_up(images, parts), all.windows};
-  return {1, divide_up(all.windows, divide_up(parts, images))};
+  Extent part = {divide_up(images, parts), all.windows};
+  if (parts > images) part = {1, divide_up(all.windows, divide_up(parts, images))};
+  const int64_t longest = divide_up(count_parts(all, part), threads) * part.count();
+  return 2 * longest * threads > kMostUnevenHalves * all.count() ? Extent{images, all.windows} : part;
 }
 
 // The block of part `i`.
@@ -190,14 +199,16 @@ int gather(const Block& job, int64_t threads, ParallelFor parallel_for, float* x
 
 // Padding is zero after the norm.
 int put_padding(const Block& job, uint8_t* codes) {
+  const int64_t positions = job.before.positions;
   const std::vector<float> zeros(job.before.channels);
+  std::vector<uint8_t> padding(positions);
   Codes of_padding = job.before;
   of_padding.x = zeros.data();
   of_padding.rows = 1;
+  of_padding.codes = padding.data();
+  if (quantformer_quantize(&of_padding, 1, nullptr) != 0) return -1;
   for (int64_t token = 0; token < job.attention.mix.batch * job.attention.mix.keys; ++token) {
-    if (row_of(job, token) >= 0) continue;
-    of_padding.codes = codes + token * of_padding.positions;
-    if (quantformer_quantize(&of_padding, 1, nullptr) != 0) return -1;
+    if (row_of(job, token) < 0) std::copy_n(padding.data(), positions, codes + token * positions);
   }
   return 0;
 }
@@ -225,7 +236,7 @@ int run_part(const Block& job, int64_t threads, ParallelFor parallel_for) {
   before.codes = codes.get();
   before.image_rows = after.image_rows = mlp.first.image_rows = image_rows;
   if (quantformer_quantize(&before, threads, parallel_for) != 0) return -1;
-  if (job.order != nullptr && put_padding(job, codes.get()) != 0) return -1;
+  if (job.order != nullptr && kept < tokens && put_padding(job, codes.get()) != 0) return -1;
   attention.query.x = codes.get();
   attention.output.y = made.get();
   if (run_attention_block(attention, threads, parallel_for) != 0) return -1;
@@ -250,19 +261,19 @@ int run_part(const Block& job, int64_t threads, ParallelFor parallel_for) {
 }
 
 int run_block(const Block& job, int64_t threads, ParallelFor parallel_for) {
-  const Extent all = extent_of(job), part = part_of(job, threads);
-  const int64_t parts = divide_up(all.images, part.images) * divide_up(all.windows, part.windows);
+  const Extent part = part_of(job, threads);
+  const int64_t parts = count_parts(extent_of(job), part);
   return over_parts(parts, threads, parallel_for, [&](int64_t i, int64_t threads, ParallelFor parallel_for) {
     return run_part(block_of(job, part, i), threads, parallel_for);
   });
 }
 
-// Each block but the first in place: its parts read and write the same rows.
+// In place but for the first block, and a last one that puts out fewer rows.
 int run_blocks(const Blocks& job, int64_t threads, ParallelFor parallel_for) {
   const Mixed& last = job.blocks[job.count - 1]->attention.mix;
-  const Codes& rows = job.blocks[0]->before;
-  const auto between = Pool::take<float>(last.queries == last.keys ? 0 : rows.rows * rows.channels);
-  float* const y = last.queries == last.keys ? job.y : between.get();
+  const bool all = last.queries == last.keys;
+  const auto between = Pool::take<float>(all ? 0 : last.batch * last.keys * job.blocks[0]->before.channels);
+  float* const y = all ? job.y : between.get();
   for (int64_t i = 0; i < job.count; ++i) {
     Block block = *job.blocks[i];
     block.x = i == 0 ? job.x : y;

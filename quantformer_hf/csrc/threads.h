@@ -57,18 +57,18 @@ int over_rows(int64_t count, int64_t channels, int64_t threads, ParallelFor para
 }
 
 // Rows that are worked on together, about: what one step leaves for the next stays in cache, and weights are unpacked for so
-// many at a time. Where threads would have less than two parts each, these may be smaller.
-constexpr int64_t kPartRows = 256, kLeastPartRows = 192;
+// many at a time. Several threads take half as many, for two parts each, or fewer still, down to the least.
+constexpr int64_t kPartRows = 512, kLeastPartRows = 192;
 
-// Parts of so many rows. One, where there are too few for the threads: all work on it, and wait for each other after each step.
+// Parts of so many rows, as many for each thread. One, where there are too few for all.
 inline int64_t parts_of(int64_t rows, int64_t threads) {
-  int64_t parts = rows / kPartRows;
-  if (threads > 1) parts = std::max(parts, std::min(rows / kLeastPartRows, 2 * threads));
-  return parts < threads ? 1 : std::max<int64_t>(1, parts);
+  if (threads == 1) return std::max<int64_t>(1, rows / kPartRows);
+  const int64_t parts = std::max(2 * rows / kPartRows, std::min(rows / kLeastPartRows, 2 * threads));
+  return std::max<int64_t>(1, parts / threads * threads);
 }
 
-// `work(part, threads, parallel_for)`, which returns 0 or -1, for each part: all threads on the only one, else each thread on
-// some.
+// `work(part, threads, parallel_for)`, which returns 0 or -1, for each part: each thread does some, without waiting for the
+// others, but all do the only one, and wait for each other after each of its steps.
 template <typename Work>
 int over_parts(int64_t parts, int64_t threads, ParallelFor parallel_for, const Work& work) {
   if (parts == 1) return work(0, threads, parallel_for);

@@ -831,6 +831,7 @@ void test(const InstructionSet& set) {
     test_block(set, random, {50, 2, 17, 17, 3}, bits, 0);
     test_block(set, random, {300, 1, 4, 4, 5}, bits, 2);
     test_block(set, random, {75, 2, 25, 25, 3}, bits, 75);
+    test_block(set, random, {40, 2, 49, 49, 3}, bits, 20);
   }
 }
 
