@@ -67,6 +67,7 @@ ROWS = {
     "ours": ["--preset", "lightning"],
     "ours_class_token": ["--preset", "lightning", *CLASS_TOKEN],
     "best": ["--preset", "best"],
+    "best_class_token": ["--preset", "best", *CLASS_TOKEN],
     "ours_one_group": ["--preset", "lightning", *ONE_GROUP],
     "ours_attention": ["--preset", "lightning", *ATTENTION],
     "ours_fixed_degree": ["--preset", "lightning", *ATTENTION, "--pnorm", "2"],
@@ -219,6 +220,8 @@ def link(folder: Path, parts: dict[str, Path]) -> Path:
 def budget_flags(row: str, arguments: argparse.Namespace) -> list[str]:
     """The steps of a row, all in one stage or split between search and finetuning."""
     flags = ["--save_strategy", "no", "--report_to", "none", "--per_device_train_batch_size", str(arguments.batch_size)]
+    # Workers draw crops of their own: none, for the same images in each row.
+    flags += ["--dataloader_num_workers", "0"]
     if "ptq" in ROWS[row]:
         return flags
     if "search" not in ROWS[row]:
