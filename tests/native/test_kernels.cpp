@@ -807,8 +807,9 @@ void test(const InstructionSet& set) {
   }
   for (int bits : {1, 2, 3, 4, 8}) {
     for (int64_t width : {1, 9, 40, 900}) {
-      for (int64_t batch : {0, 1, 3, 60}) test_model(set, random, batch, width, bits);
+      for (int64_t batch : {0, 1, 3}) test_model(set, random, batch, width, bits);
     }
+    test_model(set, random, 60, 9, bits);
   }
   // Those of 130 queries are worked on in two parts.
   for (int bits = 1; bits <= 8; ++bits) {
