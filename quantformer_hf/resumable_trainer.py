@@ -203,10 +203,12 @@ class ResumableTrainer(Trainer):
 
     def _finish_rotation(self, resumed: Path) -> None:
         """Do what a save that was killed just before the end left to do: with no step to go, no other save follows."""
+        if not self.args.should_save:
+            # Another process removes what this one would read.
+            return
         run_dir = resumed.parent
         # A run may also go on from an earlier checkpoint, or from another folder's: none goes for that.
-        is_newest = whole_checkpoints(run_dir)[-1:] == [resumed] and run_dir.samefile(self.args.output_dir)
-        if self.args.should_save and is_newest:
+        if whole_checkpoints(run_dir)[-1:] == [resumed] and run_dir.samefile(self.args.output_dir):
             (run_dir / UNFINISHED).mkdir()
             self._rotate(run_dir, resumed)
             self._discard_unfinished(run_dir)

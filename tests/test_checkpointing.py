@@ -14,6 +14,7 @@ from conftest import make_full_precision, make_quantized
 from trainers import ALL_LOSSES, StopAt, logged, make_trainer
 from transformers import TrainerCallback
 
+from quantformer_hf import resumable_trainer
 from quantformer_hf.checkpointing import MANIFEST, UNFINISHED, check_writable, newest_checkpoint, whole_checkpoints
 
 
@@ -106,6 +107,25 @@ def test_a_run_killed_after_its_last_save_keeps_the_limit_when_it_goes_on(tmp_pa
     trainer = quantized_trainer(tmp_path, save_total_limit=1)
     trainer.train(resume_from_checkpoint=True)
     assert names(tmp_path) == ["checkpoint-5"]
+
+
+def test_a_run_that_goes_on_keeps_its_best_checkpoint_too(tmp_path):
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "learning_rate": 1e-2}
+    trainer = quantized_trainer(tmp_path, **arguments)
+    trainer.train()
+    assert trainer.state.best_global_step < 4
+    quantized_trainer(tmp_path, save_total_limit=2, **arguments).train(resume_from_checkpoint=True)
+    assert names(tmp_path) == [f"checkpoint-{trainer.state.best_global_step}", "checkpoint-5"]
+
+
+def test_a_process_that_saves_nothing_does_not_look_at_what_another_removes(tmp_path, monkeypatch):
+    quantized_trainer(tmp_path).train()
+    trainer = quantized_trainer(tmp_path, save_total_limit=1)
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda arguments: False))
+    monkeypatch.setattr(resumable_trainer, "whole_checkpoints", lambda folder: pytest.fail("looked"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert len(names(tmp_path)) == 5
 
 
 def test_the_limit_keeps_the_best_checkpoint_and_remembers_where_it_is(tmp_path):
