@@ -33,6 +33,7 @@ from .class_token import CLASS_TOKENS
 from .hooks import is_heard
 from .kernels import ChannelPlan, operators
 from .kernels.library import (
+    NOT_FINITE,
     STEP_KINDS,
     Blocks,
     Codes,
@@ -99,8 +100,7 @@ class ModelJob:
         if backbone.config.output_hidden_states:
             return None
         inside = quiet_modules(backbone)
-        # Of an image that is not finite the modules know what to say.
-        if inside is None or not pixel_values.flatten(1).mean(1).isfinite().all():
+        if inside is None:
             return None
         whole = self._prepared(backbone, inside, tuple(pixel_values.shape))
         if whole is None or any(module.maps_are_wanted({}) for module in whole.attention):
@@ -109,7 +109,11 @@ class ModelJob:
         logits = pixel_values.new_empty((pixel_values.shape[0], whole.classes))
         job.x, job.y = pixel_values.data_ptr(), logits.data_ptr()
         kernels = library()
-        check(kernels.quantformer_model(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
+        status = kernels.quantformer_model(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for)
+        if status == NOT_FINITE:
+            # Of such an image the modules know what to say.
+            return None
+        check(status)
         return logits
 
     def _prepared(self, backbone: nn.Module, inside: list[nn.Module], size: tuple[int, ...]) -> "_Whole | None":
@@ -265,7 +269,8 @@ def prepare(backbone: nn.Module, batch: int, channels: int, height: int, width: 
         return None
     array = (Step * len(steps.steps))(*steps.steps)
     attention = [module for module in backbone.modules() if isinstance(module, PackedAttention)]
-    return _Whole(Model(array, len(array), 0, 0), steps.width, attention, steps.facts, (steps, array))
+    job = Model(array, len(array), batch * channels * height * width, 0, 0)
+    return _Whole(job, steps.width, attention, steps.facts, (steps, array))
 
 
 def _add_patches(steps: _Steps, projection: nn.Module, channels: int, height: int, width: int) -> tuple[int, int]:

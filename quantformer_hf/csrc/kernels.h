@@ -166,9 +166,12 @@ struct Step {
 struct Model {
   const Step* steps;
   int64_t count;
-  const float* x;  // of the first step
-  float* y;        // of the last one
+  int64_t numbers;  // of x
+  const float* x;   // of the first step
+  float* y;         // of the last one
 };
+// Nothing is done for images of which a number is not finite: codes would make another one of it.
+constexpr int kNotFinite = 1;
 int quantformer_model(const Model* job, int64_t threads, ParallelFor parallel_for);
 
 // Of all these jobs together: what a caller compares with its own, in case it was written for another build.

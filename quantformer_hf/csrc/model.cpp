@@ -1,5 +1,7 @@
 // A whole model in one call, from pixels to logits.
 #include <algorithm>
+#include <atomic>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -109,7 +111,25 @@ int run_step(const Step& step, const float* x, float* y, int64_t threads, Parall
 // Whether a step may write where it reads.
 bool works_in_place(const Step& step) { return step.kind == kBlocksStep || step.kind == kNormStep; }
 
+// 0 where all numbers are, kNotFinite where one is not: all bits of its exponent are set. Without a branch, for speed.
+int look_for_finite(const float* x, int64_t count, int64_t threads, ParallelFor parallel_for) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  std::atomic<bool> finite{true};
+  const int status = over_rows(count, 1, threads, parallel_for, [&](int64_t begin, int64_t end) {
+    uint32_t found = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, sizeof bits);
+      found |= static_cast<uint32_t>((bits & kExponent) == kExponent);
+    }
+    if (found != 0) finite = false;
+  });
+  return status != 0 || finite ? status : kNotFinite;
+}
+
 int run_model(const Model& job, int64_t threads, ParallelFor parallel_for) {
+  const int status = look_for_finite(job.x, job.numbers, threads, parallel_for);
+  if (status != 0) return status;
   const float* x = job.x;
   // What the steps so far have made, and what was made before that.
   Pool::Buffer<float> made, before;

@@ -241,7 +241,17 @@ class Step(Structure):
 class Model(Structure):
     """`Model` of `kernels.h`."""
 
-    _fields_ = [("steps", POINTER(Step)), ("count", c_int64), ("x", c_void_p), ("y", c_void_p)]
+    _fields_ = [
+        ("steps", POINTER(Step)),
+        ("count", c_int64),
+        ("numbers", c_int64),
+        ("x", c_void_p),
+        ("y", c_void_p),
+    ]
+
+
+#: What the kernels say of images of which a number is not finite: `kNotFinite` of `kernels.h`.
+NOT_FINITE = 1
 
 
 def library() -> ctypes.CDLL | None:

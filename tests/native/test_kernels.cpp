@@ -1,7 +1,9 @@
 // The kernels without Python: every set of instructions gives the bits of cases.h, and reads and writes its own memory
 // only (that part needs -fsanitize=address). Arguments: the sets that must be there; they alone are tested.
+#include <algorithm>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <string>
 #include <thread>
 #include <vector>
@@ -746,12 +748,28 @@ void test_model(const InstructionSet& set, Random& random, int64_t batch, int64_
                         {kNormStep, &normed, tokens.size},
                         {kMeanStep, &mean, means.size},
                         {kLinearStep, &classifier, got.size}};
-  const Model model = {steps, 5, images, got};
+  const Model model = {steps, 5, images.size, images, got};
   right = right && quantformer_model(&model, 3, in_threads) == 0;
   check(right && same_bits(got, expected), set, "model", first.name);
+  // One number that is not finite, the last one or any other, of one sign or the other.
+  for (const float value : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::quiet_NaN()}) {
+    for (const int64_t at : {images.size - 1, random.integer(0, std::max<int64_t>(0, images.size - 1))}) {
+      if (images.size == 0) continue;
+      Exact<float> spoilt(images.size), untouched(got.size);
+      std::copy(images.begin(), images.end(), spoilt.begin());
+      std::fill(untouched.begin(), untouched.end(), -1.0f);
+      spoilt[at] = value;
+      const Model no_model = {steps, 5, spoilt.size, spoilt, untouched};
+      for (const int64_t threads : {1, 3}) {
+        right = quantformer_model(&no_model, threads, threads == 1 ? nullptr : in_threads) == kNotFinite;
+        right = right && std::all_of(untouched.begin(), untouched.end(), [](float y) { return y == -1.0f; });
+        check(right, set, "model of what is not finite", first.name);
+      }
+    }
+  }
   // Rows as they lie.
   patches.runs.starts = nullptr;
-  const Model from_rows = {steps, 5, rows, got};
+  const Model from_rows = {steps, 5, rows.size, rows, got};
   check(quantformer_model(&from_rows, 1, nullptr) == 0 && same_bits(got, expected), set, "model of rows", first.name);
 }
 
