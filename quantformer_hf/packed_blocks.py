@@ -9,15 +9,13 @@ import ctypes
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .attention import ATTENTION_IMPLEMENTATION
 from .hooks import has_listener
 from .kernels import ChannelPlan, Remembered, in_integers, operators
 from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Mlp, check, library
-from .layers import quantize_first_argument
 from .packed_layers import PackedLinear
-from .quantizers import ActivationQuantizer
+from .quiet_modules import quiet_modules
 
 
 #: A job of the kernels, prepared but for its tensors, and what it points into.
@@ -164,30 +162,6 @@ def set_sizes(job: AttentionBlock, batch: int, tokens: int, queries: int | None 
 def kernels_take(x: Tensor) -> bool:
     """Whether the compiled kernels are there, and are to compute with `x`."""
     return operators.nobody_listens(x) and x.is_contiguous() and library() is not None and in_integers()
-
-
-def quiet_modules(module: nn.Module) -> list[nn.Module] | None:
-    """All modules inside `module`, or None where one of them is to be called: it has a hook, is in training, or does
-    something else than to quantize."""
-    if _has_any_global_hook():
-        return None
-    # By the dictionaries themselves, for this is done in each call.
-    found = [inner for inner in module._modules.values() if inner is not None]
-    for inner in found:
-        own = inner.__dict__
-        if own["training"] or "forward" in own or (own["_forward_hooks"] and has_listener(inner)):
-            return None
-        if own["_forward_pre_hooks"] and list(own["_forward_pre_hooks"].values()) != [quantize_first_argument]:
-            return None
-        quantizes = not isinstance(inner, ActivationQuantizer) or (
-            inner.enabled and inner.calibrated and inner.observer is None
-        )
-        if not quantizes:
-            return None
-        if own["_modules"]:
-            # Which this loop then comes to.
-            found += [part for part in own["_modules"].values() if part is not None]
-    return found
 
 
 def _are_packed(*layers: nn.Module) -> bool:

@@ -17,8 +17,9 @@ from .classes_only import current_pass
 from .kernels import operators
 from .kernels.library import Block, Blocks, check, library
 from .layers import InferenceLayerNorm, QuantLayerNorm
-from .packed_blocks import Job, OneJob, Prepared, kernels_take, quiet_modules, set_sizes
+from .packed_blocks import Job, OneJob, Prepared, kernels_take, set_sizes
 from .quantizers import ActivationQuantizer
+from .quiet_modules import quiet_modules
 
 
 class PackedBlock(OneJob):

@@ -49,9 +49,10 @@ from .kernels.library import (
     library,
 )
 from .layers import InferenceLayerNorm, InferenceMean, QuantLayerNorm
-from .packed_blocks import Job, PackedAttention, kernels_take, quiet_modules
+from .packed_blocks import PackedAttention, kernels_take
 from .packed_encoder import PackedBlock, prepare_chain
 from .packed_layers import PackedConv2d, PackedLayer, PackedLinear
+from .quiet_modules import Quiet, quiet_modules
 
 
 #: The classifiers that are taken, and the classes of the modules in whose place a job is, beside those of blocks.
@@ -75,7 +76,8 @@ class ModelJob:
     """The jobs of a whole classifier, one for each size of the images."""
 
     def __init__(self) -> None:
-        self._of_size: dict[tuple[int, ...], Job] = {}
+        # Replaced and not changed, as other threads may be looking.
+        self._of_size: dict[tuple[int, ...], _Made] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
@@ -99,10 +101,7 @@ class ModelJob:
             return None
         if backbone.config.output_hidden_states:
             return None
-        inside = quiet_modules(backbone)
-        if inside is None:
-            return None
-        whole = self._prepared(backbone, inside, tuple(pixel_values.shape))
+        whole = self._prepared(backbone, tuple(pixel_values.shape))
         if whole is None or any(module.maps_are_wanted({}) for module in whole.attention):
             return None
         job = Model.from_buffer_copy(whole.job)
@@ -116,23 +115,34 @@ class ModelJob:
         check(status)
         return logits
 
-    def _prepared(self, backbone: nn.Module, inside: list[nn.Module], size: tuple[int, ...]) -> "_Whole | None":
+    def _prepared(self, backbone: nn.Module, size: tuple[int, ...]) -> "_Whole | None":
+        before = self._of_size.get(size)
+        if before is not None and before.holds(backbone):
+            return before.whole
+        inside = quiet_modules(backbone)
+        if inside is None:
+            return None
+        quiet = Quiet(backbone, inside)
+        # Also under inference_mode, made tensors must serve later calls outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            made = _Made(quiet, prepare(backbone, *size))
         with self._lock:
-            job = self._of_size.get(size)
-            if job is None:
-                while len(self._of_size) >= KEPT_SIZES:
-                    del self._of_size[next(iter(self._of_size))]
-                job = self._of_size[size] = Job()
-        before, of = job.value, (inside, list(map(type, inside)))
-        whole = job.get(inside, lambda: prepare(backbone, *size), of=of)
-        if whole is not None and not whole.holds():
-            job.forget()
-            whole = job.get(inside, lambda: prepare(backbone, *size), of=of)
-        if before is not None and whole is not before:
-            # The model has changed, and those of other sizes keep what it was.
-            with self._lock:
-                self._of_size = {size: job}
-        return whole
+            # Where the model has changed, those of other sizes keep what it was.
+            others = [] if before is not None else [other for other in self._of_size.items() if other[0] != size]
+            self._of_size = dict([*others[-(KEPT_SIZES - 1) :], (size, made)])
+        return made.whole
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What stands for a model, None where nothing does, and the modules and tensors that it was made from."""
+
+    quiet: Quiet
+    whole: "_Whole | None"
+
+    def holds(self, backbone: nn.Module) -> bool:
+        """Whether that is what would be made of `backbone` now."""
+        return self.quiet.holds(backbone) and (self.whole is None or self.whole.holds())
 
 
 @dataclass(frozen=True)

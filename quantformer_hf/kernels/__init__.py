@@ -4,7 +4,8 @@ from . import operators, reference
 from .arithmetic import fake_quantized, in_integers, infers
 from .info import describe_device, describe_layer
 from .library import instruction_set, using
-from .plans import STEP, ChannelPlan, LinearPlan, Remembered, TokenPlan, plan_channels, plan_linear, plan_weight
+from .plans import STEP, ChannelPlan, LinearPlan, TokenPlan, plan_channels, plan_linear, plan_weight
+from .remembered import Remembered, state_of
 
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "plan_linear",
     "plan_weight",
     "reference",
+    "state_of",
     "using",
 ]

@@ -2,20 +2,15 @@
 
 import ctypes
 import functools
-import operator
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import operators
 from .library import Codes, Product, library
 from .ordered_weights import order_weights
 
-
-T = TypeVar("T")
 
 #: Positions of a group are padded to a multiple of this: what the kernels multiply in one step.
 STEP = 4
@@ -293,53 +288,3 @@ def _arguments(packed, weight: WeightPlan, channels: ChannelPlan, group_scales, 
         scale,
         bias,
     )
-
-
-_version_of = operator.attrgetter("_version")
-
-
-class Remembered(Generic[T]):
-    """A value made from the tensors of modules, and made anew when one of them was changed, moved or replaced.
-
-    Several threads may ask. Each gets a value of the tensors that it saw, and keeps it alive as long as it uses it.
-    """
-
-    def __init__(self) -> None:
-        # The key and what it stands for, which are replaced together.
-        self._made: tuple[list, T] | None = None
-
-    @property
-    def value(self) -> T | None:
-        """What was made last."""
-        return None if self._made is None else self._made[1]
-
-    def get(self, modules: Sequence[nn.Module], make: Callable[[], T], of: object = None) -> T:
-        """The value: of the modules' own parameters and buffers, not of those in their submodules, and of an object."""
-        # A graph that is being traced takes what the last eager call, or loading, has left: a key is no tensor.
-        made = self._made
-        if made is not None and torch.compiler.is_compiling():
-            return made[1]
-        # By the dictionaries themselves, for this is done in each call of each layer.
-        tensors = [
-            tensor
-            for module in modules
-            for own in (module._parameters, module._buffers)
-            if own
-            for tensor in own.values()
-            if tensor is not None
-        ]
-        try:
-            versions = list(map(_version_of, tensors))
-        except RuntimeError:
-            # Inference tensors have none.
-            versions = [tensor.is_inference() or tensor._version for tensor in tensors]
-        key = [list(map(Tensor.data_ptr, tensors)), versions, of]
-        if made is None or key != made[0]:
-            # Also under inference_mode, made tensors must serve later calls outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                made = self._made = key, make()
-        return made[1]
-
-    def forget(self) -> None:
-        """Make it anew at the next call, whatever the tensors say."""
-        self._made = None
