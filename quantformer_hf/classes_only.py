@@ -47,7 +47,10 @@ def classes_only(backbone: PreTrainedModel) -> Iterator[None]:
     lists = [encoder.layers] if kind in CLASS_TOKENS else [stage.blocks for stage in encoder.encoder.layers]
     made = Pass({blocks[0]: blocks for blocks in lists if blocks})
     if kind in CLASS_TOKENS and encoder.layers and not any(map(is_heard, (encoder, *encoder.layernorm.modules()))):
-        made.last, made.tokens = encoder.layers[-1], CLASS_TOKENS[kind]
+        *others, last = encoder.layers
+        # One that is there twice is not the last one the first time.
+        if all(block is not last for block in others):
+            made.last, made.tokens = last, CLASS_TOKENS[kind]
     token = _pass.set(made)
     try:
         yield

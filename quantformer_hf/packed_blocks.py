@@ -6,6 +6,7 @@ compiled kernels. They compute what the layers compute one by one, bit for bit. 
 """
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,13 @@ class OneJob:
 
     _job: Job
 
+    #: The `forward` that the job stands for: that of the form (`packed_forms.py`).
+    _own_forward: Callable
+
+    def is_itself(self) -> bool:
+        """Whether a call does what the job does. Its class may be another's, with a `forward` that calls this one's."""
+        return type(self).forward is type(self)._own_forward
+
     def prepare(self, channels: ChannelPlan | None) -> Prepared | None:
         """The job, or None where the module has layers that are not packed.
 
@@ -57,7 +65,7 @@ class OneJob:
         """What was prepared, or is now, of the `quiet_modules` inside this one."""
         if inside is None:
             return None
-        return self._job.get(inside, lambda: self.prepare(channels), of=(channels, inside))
+        return self._job.get(inside, lambda: self.prepare(channels), of=(channels, inside, list(map(type, inside))))
 
 
 class PackedMlp(OneJob):

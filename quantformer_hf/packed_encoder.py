@@ -7,11 +7,11 @@ long as in a loop of its own. So where nobody looks at what lies between the blo
 import ctypes
 import functools
 import types
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.models.swin.modeling_swin import SwinLayer, window_partition
+from transformers.models.swin.modeling_swin import SwinDropPath, SwinLayer, window_partition
 
 from .classes_only import current_pass
 from .kernels import operators
@@ -20,6 +20,13 @@ from .layers import InferenceLayerNorm, QuantLayerNorm
 from .packed_blocks import Job, OneJob, Prepared, kernels_take, set_sizes
 from .quantizers import ActivationQuantizer
 from .quiet_modules import quiet_modules
+
+
+#: The modules of a block that its job stands for.
+_PARTS = {"layernorm_before", "attention", "layernorm_after", "mlp"}
+
+#: What does nothing but in training.
+_IDLE = nn.Dropout, nn.Identity, SwinDropPath
 
 
 class PackedBlock(OneJob):
@@ -48,8 +55,7 @@ class PackedBlock(OneJob):
         if not (kernels_take(x) and self._takes(x)):
             return None
         chain = None if current is None else current.chains.get(self)
-        # Somebody may have put another module in the place of a block.
-        if chain is not None and all(isinstance(block, PackedBlock) for block in chain):
+        if chain is not None and all(map(may_be_run, chain)):
             output = self._run(self._chain, list(chain), quiet_modules(chain), x, kwargs, geometry)
             if output is not None:
                 current.output, current.ran = output, frozenset(chain)
@@ -75,8 +81,14 @@ class PackedBlock(OneJob):
     def prepare(self, channels: None = None) -> Prepared | None:
         norms, reads = (self.layernorm_before, self.layernorm_after), self.reads()
         tensors = [tensor for norm in norms for tensor in norm.parameters(recurse=False)]
-        kinds = isinstance(norms[0], InferenceLayerNorm) and type(norms[1]) is QuantLayerNorm
-        if reads is None or not kinds or any(tensor.dtype != torch.float32 for tensor in tensors):
+        others = (part for name, part in self.named_children() if name not in _PARTS)
+        known = (
+            type(norms[0]) in (InferenceLayerNorm, QuantLayerNorm)
+            and type(norms[1]) is QuantLayerNorm
+            and self.has_own_parts()
+            and all(type(part) in _IDLE for part in others)
+        )
+        if reads is None or not known or any(tensor.dtype != torch.float32 for tensor in tensors):
             return None
         (width,) = norms[0].normalized_shape
         before, after = reads.plan(width), norms[1].output_quantizer.plan(width)
@@ -86,6 +98,19 @@ class PackedBlock(OneJob):
         prepared = (operators.prepare_layer_norm(width, norm.weight, norm.bias, norm.eps) for norm in norms)
         job = Block(0, *prepared, 0, 0, 0, before.job, attention[0], after.job, mlp[0])
         return job, (before, after, attention[1], mlp[1])
+
+    @property
+    def epsilons(self) -> tuple[float, float]:
+        """Of its LayerNorms."""
+        return self.layernorm_before.eps, self.layernorm_after.eps
+
+    def calls_parts(self, kwargs: dict) -> bool:
+        """Whether attention and perceptron are to be called, with `kwargs` for the block."""
+        return not self.has_own_parts() or self.attention.maps_are_wanted(kwargs)
+
+    def has_own_parts(self) -> bool:
+        """Whether nobody has put something else in the place of attention or perceptron."""
+        return all(isinstance(part, OneJob) and part.is_itself() for part in (self.attention, self.mlp))
 
     def _takes(self, x: Tensor) -> bool:
         """Whether `x` is one that the kernels work on."""
@@ -108,13 +133,14 @@ class PackedBlock(OneJob):
         geometry: tuple,
     ) -> Tensor | None:
         """What comes out of the last one of `blocks`, in which are the modules `inside`, of which none is to be called."""
-        if inside is None or any(block.attention.maps_are_wanted(kwargs) for block in blocks):
+        if inside is None or any(block.calls_parts(kwargs) for block in blocks):
             return None
         current = current_pass()
         batch, tokens, channels = x.shape
-        kept = tokens if current is None else current.read_of(blocks[-1], tokens)
+        kept = current.read_of(blocks[-1], tokens) if current is not None and blocks[-1].is_itself() else tokens
         size = batch, tokens, kept, *(block.place(*geometry) for block in blocks)
-        prepared = jobs.get(inside, lambda: prepare_chain(blocks, *size), of=(inside, size))
+        of = inside, list(map(type, inside)), size, [block.epsilons for block in blocks]
+        prepared = jobs.get(inside, lambda: prepare_chain(blocks, *size), of=of)
         if prepared is None:
             return None
         pointers, _ = prepared
@@ -188,15 +214,23 @@ class PackedWindowBlock(PackedBlock):
         return job, (*tensors, bias)
 
 
-def prepare_chain(blocks: Iterable[nn.Module], batch: int, tokens: int, kept: int, *places: tuple) -> Prepared | None:
+def may_be_run(block: nn.Module) -> bool:
+    """Whether `block` may be run without being called: it is one of these, and of no class of somebody else."""
+    return isinstance(block, PackedBlock) and block.is_itself()
+
+
+def prepare_chain(blocks: Sequence[PackedBlock], batch: int, tokens: int, kept: int, *places: tuple) -> Prepared | None:
     """Pointers to the jobs of `blocks` for inputs of one size, and what they point into; None where one of them has none."""
     jobs, points_into = [], []
-    for block, place in zip(blocks, places, strict=True):
+    for position, (block, place) in enumerate(zip(blocks, places, strict=True), 1):
         prepared = block.prepared(quiet_modules(block))
         if prepared is None:
             return None
         job = Block.from_buffer_copy(prepared[0])
-        filled = block.fill(job, batch, tokens, kept if block is blocks[-1] else tokens, *place)
+        # They are no tensors, and what was prepared may have been so before they were changed.
+        job.norm_before.epsilon, job.norm_after.epsilon = block.epsilons
+        # One block may be there twice.
+        filled = block.fill(job, batch, tokens, kept if position == len(blocks) else tokens, *place)
         if filled is None:
             return None
         jobs.append(job)

@@ -64,6 +64,10 @@ PACKED_FORMS = {
     DeiTLayer: PackedDeiTLayer,
     SwinLayer: PackedSwinLayer,
 }
+for form in PACKED_FORMS.values():
+    # Transformers wraps that of a block in each class.
+    form._own_forward = form.forward
+
 PLAIN_FORMS = {packed: plain for plain, packed in PACKED_FORMS.items()}
 
 

@@ -50,7 +50,7 @@ from .kernels.library import (
 )
 from .layers import InferenceLayerNorm, InferenceMean, QuantLayerNorm
 from .packed_blocks import PackedAttention, kernels_take
-from .packed_encoder import PackedBlock, prepare_chain
+from .packed_encoder import may_be_run, prepare_chain
 from .packed_layers import PackedConv2d, PackedLayer, PackedLinear
 from .quiet_modules import Quiet, quiet_modules
 
@@ -180,13 +180,14 @@ class _Steps:
         batch: images.
         rows: of an image.
         width: numbers of a row.
-        facts, kept: as of `_Whole`.
+        attention, facts, kept: as of `_Whole`.
     """
 
     batch: int
     rows: int = 0
     width: int = 0
     steps: list[Step] = field(default_factory=list)
+    attention: list[PackedAttention] = field(default_factory=list)
     facts: list = field(default_factory=list)
     kept: list = field(default_factory=list)
 
@@ -240,10 +241,17 @@ class _Steps:
             raise _NotHere
         places = []
         for block in blocks:
-            if not isinstance(block, PackedBlock) or block.layernorm_before.normalized_shape != (self.width,):
+            if not may_be_run(block) or not block.has_own_parts():
+                raise _NotHere
+            if block.layernorm_before.normalized_shape != (self.width,):
                 raise _NotHere
             places.append(block.place(*geometry))
             self.facts += [(block, name, getattr(block, name)) for name in block.PLACED_BY]
+            self.facts += [(norm, "eps", norm.eps) for norm in (block.layernorm_before, block.layernorm_after)]
+            for part in (block, block.attention, block.mlp):
+                fact = type(part), "forward", type(part).forward
+                self.facts += [] if fact in self.facts else [fact]
+            self.attention.append(block.attention)
         prepared = prepare_chain(list(blocks), self.batch, self.rows, kept, *places)
         if prepared is None:
             raise _NotHere
@@ -278,9 +286,8 @@ def prepare(backbone: nn.Module, batch: int, channels: int, height: int, width: 
     except _NotHere:
         return None
     array = (Step * len(steps.steps))(*steps.steps)
-    attention = [module for module in backbone.modules() if isinstance(module, PackedAttention)]
     job = Model(array, len(array), batch * channels * height * width, 0, 0)
-    return _Whole(job, steps.width, attention, steps.facts, (steps, array))
+    return _Whole(job, steps.width, steps.attention, steps.facts, (steps, array))
 
 
 def _add_patches(steps: _Steps, projection: nn.Module, channels: int, height: int, width: int) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.classes_only import classes_only
 from quantformer_hf.kernels import using
 from quantformer_hf.packed_encoder import PackedPlainBlock
+from quantformer_hf.packed_forms import PackedViTAttention, PackedViTLayer, PackedViTMLP
+from quantformer_hf.packed_layers import PackedLinear
 
 
 @needs_kernels
@@ -173,3 +175,131 @@ def test_a_model_without_blocks_runs():
     model = make_quantized("vit", "finetune").pack()
     model.backbone.vit.layers = nn.ModuleList()
     assert logits(model, make_batches()[0]).isfinite().all()
+
+
+def scaled(x):
+    """Not the same for all channels, which a LayerNorm would take out."""
+    return x * torch.linspace(0.5, 2, x.shape[-1])
+
+
+class ScalingLayer(PackedViTLayer):
+    def forward(self, *args, **kwargs):
+        return scaled(super().forward(*args, **kwargs))
+
+
+class ScalingAttention(PackedViTAttention):
+    def forward(self, *args, **kwargs):
+        output, probabilities = super().forward(*args, **kwargs)
+        return scaled(output), probabilities
+
+
+class ScalingMlp(PackedViTMLP):
+    def forward(self, x):
+        return scaled(super().forward(x))
+
+
+class ScalingLinear(PackedLinear):
+    def forward(self, x):
+        return scaled(super().forward(x))
+
+
+class Scaling(nn.Module):
+    def forward(self, x):
+        return scaled(x)
+
+
+class AttentionOfSomebodyElse(nn.Module):
+    """With all that transformers and we look for."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = [own]
+
+    def forward(self, *args, **kwargs):
+        output, probabilities = self.own[0](*args, **kwargs)
+        return scaled(output), probabilities
+
+
+def become(module, kind):
+    module.__class__ = kind
+
+
+#: What somebody does to a block of a ViT.
+CHANGED_BLOCKS = {
+    "class of the block": lambda block: become(block, ScalingLayer),
+    "class of its attention": lambda block: become(block.attention, ScalingAttention),
+    "class of its perceptron": lambda block: become(block.mlp, ScalingMlp),
+    "class of a linear": lambda block: become(block.mlp.fc2, ScalingLinear),
+    "another attention": lambda block: setattr(block, "attention", AttentionOfSomebodyElse(block.attention)),
+    "another perceptron": lambda block: setattr(block, "mlp", nn.Sequential(block.mlp, Scaling())),
+    "another dropout": lambda block: setattr(block, "dropout", Scaling()),
+    "epsilon before": lambda block: setattr(block.layernorm_before, "eps", 0.5),
+    "epsilon after": lambda block: setattr(block.layernorm_after, "eps", 0.5),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("change", list(CHANGED_BLOCKS))
+def test_what_a_block_does_now_counts(change, place, ran_before, whole):
+    """Whether the model was run before that or not, and in one call or block by block."""
+    packed, images = make_quantized("vit", "finetune").pack(), make_batches()[0]
+    if not whole:
+        # Then blocks follow one another without the model's job.
+        listen([packed.backbone.classifier])
+    before = logits(packed, images)
+    if not ran_before:
+        packed = make_quantized("vit", "finetune").pack()
+    CHANGED_BLOCKS[change](packed.backbone.vit.layers[place])
+    packed.eval()
+    after = logits(packed, images)
+    assert not torch.equal(after, before)
+    for _ in range(2):
+        assert torch.equal(after, logits(packed, images))
+        assert torch.equal(after, one_by_one(packed, images))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["drop_path", "dropout"])
+def test_another_module_of_a_swin_block_is_called(name):
+    packed, images = make_quantized("swin", "finetune").pack(), make_batches()[0]
+    before = logits(packed, images)
+    setattr(packed.backbone.swin.encoder.layers[0].blocks[1], name, Scaling())
+    packed.eval()
+    after = logits(packed, images)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, one_by_one(packed, images))
+
+
+@needs_kernels
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_block_may_be_there_twice(whole):
+    packed, images = make_quantized("vit", "finetune").pack(), make_batches()[0]
+    layers = packed.backbone.vit.layers
+    layers.append(layers[0])
+    if not whole:
+        listen([packed.backbone.classifier])
+    assert torch.equal(logits(packed, images), one_by_one(packed, images))
+    # Each runs by itself.
+    listen(layers)
+    assert torch.equal(logits(packed, images), one_by_one(packed, images))
+
+
+@needs_kernels
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", ["attention", "mlp", ""])
+def test_a_forward_that_is_put_into_a_class_is_called(name, whole, monkeypatch):
+    packed, images, called = make_quantized("vit", "finetune").pack(), make_batches()[0], []
+    if not whole:
+        listen([packed.backbone.classifier])
+    before = logits(packed, images)
+    form = type(packed.backbone.vit.layers[0].get_submodule(name))
+    own = form.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(form, "forward", lambda self, *args, **kwargs: called.append(self) or own(self, *args, **kwargs))
+        assert torch.equal(logits(packed, images), before)
+        assert len(called) == len(packed.backbone.vit.layers)
+    assert torch.equal(logits(packed, images), before)
+    assert len(called) == len(packed.backbone.vit.layers)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from quantformer_hf import QuantformerForImageClassification, packed_model
+from quantformer_hf.attention import capture_attention
 from quantformer_hf.kernels import using
 from quantformer_hf.layers import InferenceLayerNorm
 from quantformer_hf.packed_layers import PackedLinear
@@ -397,3 +398,13 @@ def test_jobs_of_a_few_sizes_are_kept(monkeypatch):
     assert ran_whole(packed, images[:1])
     # Nothing of what the model was is kept.
     assert len(packed.backbone.whole._of_size) == 1
+
+
+@needs_kernels
+def test_a_model_whose_maps_are_captured_first_runs_whole_after_that():
+    packed, images = make_packed(), make_batches()[0]
+    with capture_attention(packed) as maps:
+        expected = logits(packed, images)
+    assert len(maps) == len(packed.backbone.vit.layers)
+    assert torch.equal(logits(packed, images), expected)
+    assert ran_whole(packed, images)
