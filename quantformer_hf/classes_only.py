@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .class_token import CLASS_TOKENS
 from .hooks import is_heard
+from .layers import InferenceLayerNorm
 
 
 @dataclass(eq=False)
@@ -46,7 +47,13 @@ def classes_only(backbone: PreTrainedModel) -> Iterator[None]:
     encoder = getattr(backbone, kind)
     lists = [encoder.layers] if kind in CLASS_TOKENS else [stage.blocks for stage in encoder.encoder.layers]
     made = Pass({blocks[0]: blocks for blocks in lists if blocks})
-    if kind in CLASS_TOKENS and encoder.layers and not any(map(is_heard, (encoder, *encoder.layernorm.modules()))):
+    if (
+        kind in CLASS_TOKENS
+        and encoder.layers
+        # Another one may mix tokens.
+        and type(encoder.layernorm) is InferenceLayerNorm
+        and not any(map(is_heard, (encoder, *encoder.layernorm.modules())))
+    ):
         *others, last = encoder.layers
         # One that is there twice is not the last one the first time.
         if all(block is not last for block in others):

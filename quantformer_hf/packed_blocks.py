@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .attention import ATTENTION_IMPLEMENTATION
+from .attention import ATTENTION_IMPLEMENTATION, AttentionOperands
 from .hooks import has_listener
 from .kernels import ChannelPlan, Remembered, in_integers, operators
 from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Mlp, check, library
@@ -65,7 +65,12 @@ class OneJob:
         """What was prepared, or is now, of the `quiet_modules` inside this one."""
         if inside is None:
             return None
-        return self._job.get(inside, lambda: self.prepare(channels), of=(channels, inside, list(map(type, inside))))
+        of = channels, inside, list(map(type, inside)), self.looked_at()
+        return self._job.get(inside, lambda: self.prepare(channels), of=of)
+
+    def looked_at(self) -> tuple:
+        """What the job is made from beside modules and their tensors."""
+        return ()
 
 
 class PackedMlp(OneJob):
@@ -88,7 +93,7 @@ class PackedMlp(OneJob):
         return output
 
     def prepare(self, channels: ChannelPlan) -> Prepared | None:
-        if not (isinstance(self.activation_fn, nn.Identity) and _are_packed(self.fc1, self.fc2)):
+        if not (type(self.activation_fn) is nn.Identity and _are_packed(self.fc1, self.fc2)):
             return None
         between = self.fc2.channel_plan()
         plans = self.fc1.plan(channels), self.fc2.plan(between)
@@ -139,7 +144,7 @@ class PackedAttention(OneJob):
     def prepare(self, channels: ChannelPlan) -> Prepared | None:
         operands = getattr(self, "operands", None)
         layers = self.q_proj, self.k_proj, self.v_proj, self.o_proj
-        if operands is None or not operands.query.packed or not _are_packed(*layers):
+        if type(operands) is not AttentionOperands or not operands.query.packed or not _are_packed(*layers):
             return None
         between = self.o_proj.channel_plan()
         plans = *(layer.plan(channels) for layer in layers[:3]), self.o_proj.plan(between)

@@ -52,10 +52,11 @@ class PackedBlock(OneJob):
         if current is not None and current.output is x and self in current.ran:
             # The first block of the chain has run this one too.
             return x
-        if not (kernels_take(x) and self._takes(x)):
+        # It begins with the first call of its first block, which may be there a second time.
+        chain = None if current is None else current.chains.pop(self, None)
+        if not (kernels_take(x) and self.has_own_parts() and self._takes(x)):
             return None
-        chain = None if current is None else current.chains.get(self)
-        if chain is not None and all(map(may_be_run, chain)):
+        if chain is not None and all(may_be_run(block) and block._takes(x) for block in chain):
             output = self._run(self._chain, list(chain), quiet_modules(chain), x, kwargs, geometry)
             if output is not None:
                 current.output, current.ran = output, frozenset(chain)
@@ -81,14 +82,9 @@ class PackedBlock(OneJob):
     def prepare(self, channels: None = None) -> Prepared | None:
         norms, reads = (self.layernorm_before, self.layernorm_after), self.reads()
         tensors = [tensor for norm in norms for tensor in norm.parameters(recurse=False)]
-        others = (part for name, part in self.named_children() if name not in _PARTS)
-        known = (
-            type(norms[0]) in (InferenceLayerNorm, QuantLayerNorm)
-            and type(norms[1]) is QuantLayerNorm
-            and self.has_own_parts()
-            and all(type(part) in _IDLE for part in others)
-        )
-        if reads is None or not known or any(tensor.dtype != torch.float32 for tensor in tensors):
+        # All of them, since transformers may come to call one that is not known here.
+        idle = all(type(part) in _IDLE for name, part in self.named_children() if name not in _PARTS)
+        if reads is None or not idle or any(tensor.dtype != torch.float32 for tensor in tensors):
             return None
         (width,) = norms[0].normalized_shape
         before, after = reads.plan(width), norms[1].output_quantizer.plan(width)
@@ -99,18 +95,16 @@ class PackedBlock(OneJob):
         job = Block(0, *prepared, 0, 0, 0, before.job, attention[0], after.job, mlp[0])
         return job, (before, after, attention[1], mlp[1])
 
-    @property
-    def epsilons(self) -> tuple[float, float]:
-        """Of its LayerNorms."""
+    def looked_at(self) -> tuple:
         return self.layernorm_before.eps, self.layernorm_after.eps
 
-    def calls_parts(self, kwargs: dict) -> bool:
-        """Whether attention and perceptron are to be called, with `kwargs` for the block."""
-        return not self.has_own_parts() or self.attention.maps_are_wanted(kwargs)
-
     def has_own_parts(self) -> bool:
-        """Whether nobody has put something else in the place of attention or perceptron."""
-        return all(isinstance(part, OneJob) and part.is_itself() for part in (self.attention, self.mlp))
+        """Whether nobody has put something else in the place of what its job stands for."""
+        return (
+            all(isinstance(part, OneJob) and part.is_itself() for part in (self.attention, self.mlp))
+            and type(self.layernorm_before) in (InferenceLayerNorm, QuantLayerNorm)
+            and type(self.layernorm_after) is QuantLayerNorm
+        )
 
     def _takes(self, x: Tensor) -> bool:
         """Whether `x` is one that the kernels work on."""
@@ -133,13 +127,13 @@ class PackedBlock(OneJob):
         geometry: tuple,
     ) -> Tensor | None:
         """What comes out of the last one of `blocks`, in which are the modules `inside`, of which none is to be called."""
-        if inside is None or any(block.calls_parts(kwargs) for block in blocks):
+        if inside is None or any(block.attention.maps_are_wanted(kwargs) for block in blocks):
             return None
         current = current_pass()
         batch, tokens, channels = x.shape
         kept = current.read_of(blocks[-1], tokens) if current is not None and blocks[-1].is_itself() else tokens
         size = batch, tokens, kept, *(block.place(*geometry) for block in blocks)
-        of = inside, list(map(type, inside)), size, [block.epsilons for block in blocks]
+        of = inside, list(map(type, inside)), size, [block.looked_at() for block in blocks]
         prepared = jobs.get(inside, lambda: prepare_chain(blocks, *size), of=of)
         if prepared is None:
             return None
@@ -215,8 +209,8 @@ class PackedWindowBlock(PackedBlock):
 
 
 def may_be_run(block: nn.Module) -> bool:
-    """Whether `block` may be run without being called: it is one of these, and of no class of somebody else."""
-    return isinstance(block, PackedBlock) and block.is_itself()
+    """Whether `block` may be run without being called: it and its parts are of no class of somebody else."""
+    return isinstance(block, PackedBlock) and block.is_itself() and block.has_own_parts()
 
 
 def prepare_chain(blocks: Sequence[PackedBlock], batch: int, tokens: int, kept: int, *places: tuple) -> Prepared | None:
@@ -227,8 +221,6 @@ def prepare_chain(blocks: Sequence[PackedBlock], batch: int, tokens: int, kept: 
         if prepared is None:
             return None
         job = Block.from_buffer_copy(prepared[0])
-        # They are no tensors, and what was prepared may have been so before they were changed.
-        job.norm_before.epsilon, job.norm_after.epsilon = block.epsilons
         # One block may be there twice.
         filled = block.fill(job, batch, tokens, kept if position == len(blocks) else tokens, *place)
         if filled is None:

@@ -64,9 +64,9 @@ PACKED_FORMS = {
     DeiTLayer: PackedDeiTLayer,
     SwinLayer: PackedSwinLayer,
 }
-for form in PACKED_FORMS.values():
-    # Transformers wraps that of a block in each class.
-    form._own_forward = form.forward
+for _form in PACKED_FORMS.values():
+    # Not in the classes themselves: `GradientCheckpointingLayer` wraps the `forward` of each class that is made of it.
+    _form._own_forward = _form.forward
 
 PLAIN_FORMS = {packed: plain for plain, packed in PACKED_FORMS.items()}
 

@@ -7,7 +7,7 @@ compute one by one, bit for bit. In all other cases they are called.
 
 import ctypes
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -49,7 +49,7 @@ from .kernels.library import (
     library,
 )
 from .layers import InferenceLayerNorm, InferenceMean, QuantLayerNorm
-from .packed_blocks import PackedAttention, kernels_take
+from .packed_blocks import OneJob, PackedAttention, kernels_take
 from .packed_encoder import may_be_run, prepare_chain
 from .packed_layers import PackedConv2d, PackedLayer, PackedLinear
 from .quiet_modules import Quiet, quiet_modules
@@ -123,26 +123,21 @@ class ModelJob:
         if inside is None:
             return None
         quiet = Quiet(backbone, inside)
-        # Also under inference_mode, made tensors must serve later calls outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            made = _Made(quiet, prepare(backbone, *size))
+        # Another thread may have changed them after they were looked at.
+        if quiet_modules(backbone) != inside:
+            return None
+        if before is not None and quiet.has_those_of(before.quiet) and before.facts_hold():
+            # They are lent for a call, say, by `torch.func.functional_call`.
+            made = replace(before, quiet=quiet)
+        else:
+            # Also under inference_mode, made tensors must serve later calls outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                made = _Made(quiet, *prepare(backbone, *size))
         with self._lock:
             # Where the model has changed, those of other sizes keep what it was.
-            others = [] if before is not None else [other for other in self._of_size.items() if other[0] != size]
+            others = [(of, other) for of, other in self._of_size.items() if of != size and other.holds(backbone)]
             self._of_size = dict([*others[-(KEPT_SIZES - 1) :], (size, made)])
         return made.whole
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What stands for a model, None where nothing does, and the modules and tensors that it was made from."""
-
-    quiet: Quiet
-    whole: "_Whole | None"
-
-    def holds(self, backbone: nn.Module) -> bool:
-        """Whether that is what would be made of `backbone` now."""
-        return self.quiet.holds(backbone) and (self.whole is None or self.whole.holds())
 
 
 @dataclass(frozen=True)
@@ -153,18 +148,34 @@ class _Whole:
         job: but for pixels and logits.
         classes: how many.
         attention: the modules of attention in whose place it is.
-        facts: what it was made from beside tensors: something, the name of its attribute, and what that was.
         kept: what the job points into.
     """
 
     job: Model
     classes: int
     attention: list[PackedAttention]
-    facts: list[tuple[object, str, object]]
     kept: object
 
-    def holds(self) -> bool:
-        """Whether the facts are what they were."""
+
+@dataclass(frozen=True)
+class _Made:
+    """What was made of a model.
+
+    Attributes:
+        quiet: the modules and tensors of which it was.
+        whole: None where nothing stands for these.
+        facts: what else was looked at: something, the name of its attribute, and what that was.
+    """
+
+    quiet: Quiet
+    whole: _Whole | None
+    facts: list[tuple[object, str, object]]
+
+    def holds(self, backbone: nn.Module) -> bool:
+        """Whether the same would be made of `backbone` now."""
+        return self.quiet.holds(backbone) and self.facts_hold()
+
+    def facts_hold(self) -> bool:
         return all(getattr(owner, name) == value for owner, name, value in self.facts)
 
 
@@ -180,7 +191,8 @@ class _Steps:
         batch: images.
         rows: of an image.
         width: numbers of a row.
-        attention, facts, kept: as of `_Whole`.
+        attention, kept: as of `_Whole`.
+        facts: as of `_Made`.
     """
 
     batch: int
@@ -188,15 +200,20 @@ class _Steps:
     width: int = 0
     steps: list[Step] = field(default_factory=list)
     attention: list[PackedAttention] = field(default_factory=list)
-    facts: list = field(default_factory=list)
     kept: list = field(default_factory=list)
+    facts: list = field(default_factory=list)
 
     def be_sure_of(self, module: nn.Module, kind: type) -> None:
         """That `module` is of this class, and the class does what it did when it was imported."""
+        if kind in _FORWARDS:
+            self.look_at(kind, "forward")
         if type(module) is not kind or kind.forward is not _FORWARDS.get(kind, kind.forward):
             raise _NotHere
-        if kind in _FORWARDS:
-            self.facts.append((kind, "forward", _FORWARDS[kind]))
+
+    def look_at(self, owner: object, *names: str) -> None:
+        """Take down what these attributes are, which are no tensors."""
+        facts = ((owner, name, getattr(owner, name)) for name in names)
+        self.facts += [fact for fact in facts if fact not in self.facts]
 
     def add(self, job: ctypes.Structure, rows: int, width: int, *points_into: object) -> None:
         self.rows, self.width = rows, width
@@ -231,7 +248,7 @@ class _Steps:
         if not norm.packed or norm.normalized_shape != (channels,):
             raise _NotHere
         weight, bias = norm.weight, norm.bias
-        self.facts.append((norm, "eps", norm.eps))
+        self.look_at(norm, "eps")
         self.kept += [weight, bias]
         return operators.prepare_layer_norm(channels, weight, bias, norm.eps)
 
@@ -241,16 +258,15 @@ class _Steps:
             raise _NotHere
         places = []
         for block in blocks:
-            if not may_be_run(block) or not block.has_own_parts():
-                raise _NotHere
-            if block.layernorm_before.normalized_shape != (self.width,):
+            for part in (block, *block.children()):
+                if isinstance(part, OneJob):
+                    self.look_at(type(part), "forward")
+            if not may_be_run(block) or block.layernorm_before.normalized_shape != (self.width,):
                 raise _NotHere
             places.append(block.place(*geometry))
-            self.facts += [(block, name, getattr(block, name)) for name in block.PLACED_BY]
-            self.facts += [(norm, "eps", norm.eps) for norm in (block.layernorm_before, block.layernorm_after)]
-            for part in (block, block.attention, block.mlp):
-                fact = type(part), "forward", type(part).forward
-                self.facts += [] if fact in self.facts else [fact]
+            self.look_at(block, *block.PLACED_BY)
+            self.look_at(block.layernorm_before, "eps")
+            self.look_at(block.layernorm_after, "eps")
             self.attention.append(block.attention)
         prepared = prepare_chain(list(blocks), self.batch, self.rows, kept, *places)
         if prepared is None:
@@ -258,12 +274,12 @@ class _Steps:
         self.add(Blocks(prepared[0], len(blocks), 0, 0), kept, self.width, prepared)
 
 
-def prepare(backbone: nn.Module, batch: int, channels: int, height: int, width: int) -> _Whole | None:
-    """What stands for `backbone` with images of one size; None where nothing does."""
+def prepare(backbone: nn.Module, batch: int, channels: int, height: int, width: int) -> tuple[_Whole | None, list]:
+    """What stands for `backbone` with images of one size, None where nothing does; and the facts that were looked at."""
     tensors = [*backbone.parameters(), *backbone.buffers()]
     # What transformers casts and moves, the modules do.
     if any(not tensor.is_cpu or (tensor.is_floating_point() and tensor.dtype != torch.float32) for tensor in tensors):
-        return None
+        return None, []
     steps = _Steps(batch, channels * height, width)
     try:
         base = getattr(backbone, backbone.base_model_prefix)
@@ -284,10 +300,10 @@ def prepare(backbone: nn.Module, batch: int, channels: int, height: int, width: 
                 _add_vit(steps, base, (height, width))
                 _add_classifier(steps, backbone.classifier, base.layernorm)
     except _NotHere:
-        return None
+        return None, steps.facts
     array = (Step * len(steps.steps))(*steps.steps)
     job = Model(array, len(array), batch * channels * height * width, 0, 0)
-    return _Whole(job, steps.width, steps.attention, steps.facts, (steps, array))
+    return _Whole(job, steps.width, steps.attention, (steps, array)), steps.facts
 
 
 def _add_patches(steps: _Steps, projection: nn.Module, channels: int, height: int, width: int) -> tuple[int, int]:

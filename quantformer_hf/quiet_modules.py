@@ -46,45 +46,52 @@ def quiet_modules(module: nn.Module) -> list[nn.Module] | None:
 class Quiet:
     """Modules that were found to be quiet, with their tensors, and whether all of it is what it was.
 
-    What modules and tensors are lies all over the memory, and in no cache any more after a model has run. So time goes by
-    what is read, and by how many reads are under way at once: here along lists that are made once, with no step of Python
-    between two of them, which takes half as long as to find it all again.
+    This is asked in each call, and modules and tensors are scattered over the memory: after a model has run, no cache holds
+    them. So the time is that of reading them, and less the more reads are under way at once: along lists that are made once,
+    with no step of Python between two elements.
 
     Args:
-        module: in which they are.
+        module: in which they are. It is not kept, but for what holds its parts, so that it can keep this.
         inside: what `quiet_modules` found there.
     """
 
     def __init__(self, module: nn.Module, inside: list[nn.Module]) -> None:
-        self._modules = [module, *inside]
-        self._types = list(map(type, self._modules))
-        self._own = list(map(vars, self._modules))
+        self._top = module._modules
+        self._inside = inside
+        self._types = list(map(type, inside))
+        self._own = list(map(vars, inside))
         self._attributes = list(_all(map(_of_module, self._own)))
-        dictionaries = [own[name] for name in _DICTIONARIES for own in self._own]
+        dictionaries = [self._top, *(own[name] for name in _DICTIONARIES for own in self._own)]
         self._empty = [dictionary for dictionary in dictionaries if not dictionary]
         self._full = [dictionary for dictionary in dictionaries if dictionary]
+        self._sizes = list(map(len, self._full))
         self._held = list(_all(map(dict.values, self._full)))
-        self._with_hooks = [own for own in inside if own._forward_hooks]
-        self._quantizers = [vars(own) for own in inside if isinstance(own, ActivationQuantizer)]
+        self._with_hooks = [part for part in inside if part._forward_hooks]
+        self._quantizers = [vars(part) for part in inside if isinstance(part, ActivationQuantizer)]
         self._switches = list(_all(map(_of_quantizer, self._quantizers)))
-        # As they were made, mostly one after the other in memory.
-        self._tensors = sorted((held for held in self._held if isinstance(held, Tensor)), key=id)
+        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
         self._state = state_of(self._tensors)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether `quiet_modules` would find the same in `module`, and the tensors are what they were."""
         return (
-            module is self._modules[0]
+            module._modules is self._top
             and not _has_any_global_hook()
+            and _are(map(type, self._inside), self._types)
+            and _are(map(vars, self._inside), self._own)
             and _are(_all(map(_of_module, self._own)), self._attributes)
             and not any(map(dict.__contains__, self._own, repeat("forward")))
             and not any(self._empty)
+            and list(map(len, self._full)) == self._sizes
             and _are(_all(map(dict.values, self._full)), self._held)
             and not any(map(has_listener, self._with_hooks))
-            and _are(map(type, self._modules), self._types)
             and _are(_all(map(_of_quantizer, self._quantizers)), self._switches)
             and state_of(self._tensors) == self._state
         )
+
+    def has_those_of(self, other: "Quiet") -> bool:
+        """Whether modules are the same and tensors lie where those of `other` do, and have not been written to since."""
+        return self._inside == other._inside and self._types == other._types and self._state == other._state
 
 
 _all = chain.from_iterable

@@ -22,6 +22,12 @@ def whole_modules(model):
     return [module for module in model.modules() if type(module) in PLAIN_FORMS]
 
 
+def ran_whole(model, images):
+    """Whether the model is one job."""
+    with torch.no_grad():
+        return model.backbone.whole.run(model.backbone, images, {}) is not None
+
+
 def ran_as_one(model):
     """The modules whose job was made."""
     return [module for module in whole_modules(model) if module._job.value is not None]

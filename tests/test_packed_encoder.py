@@ -1,12 +1,15 @@
 """All blocks in one call, and of the last one the class token alone, unless somebody looks at what they put out."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_batches, make_quantized
-from packed_models import listen, logits, needs_kernels, one_by_one, outermost, ran_as_one, whole_modules
+from packed_models import listen, logits, needs_kernels, one_by_one, outermost, ran_as_one, ran_whole, whole_modules
 from torch import nn
 
 from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf.attention import AttentionOperands
 from quantformer_hf.classes_only import classes_only
 from quantformer_hf.kernels import using
 from quantformer_hf.packed_encoder import PackedPlainBlock
@@ -208,16 +211,38 @@ class Scaling(nn.Module):
         return scaled(x)
 
 
-class AttentionOfSomebodyElse(nn.Module):
-    """With all that transformers and we look for."""
+class Around(nn.Module):
+    """A module of somebody else, with ours in it."""
 
     def __init__(self, own):
         super().__init__()
-        self.own = [own]
+        self.own = own
 
     def forward(self, *args, **kwargs):
-        output, probabilities = self.own[0](*args, **kwargs)
+        output = self.own(*args, **kwargs)
+        return (scaled(output[0]), *output[1:]) if isinstance(output, tuple) else scaled(output)
+
+
+class ScalingIdentity(nn.Identity):
+    def forward(self, x):
+        return x + 1
+
+
+class ScalingOperands(AttentionOperands):
+    def forward(self, *args, **kwargs):
+        output, probabilities = super().forward(*args, **kwargs)
         return scaled(output), probabilities
+
+
+class Rescaled(nn.Module):
+    """Another LayerNorm: ours of other numbers."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x):
+        return self.own(x + scaled(x))
 
 
 def become(module, kind):
@@ -230,8 +255,12 @@ CHANGED_BLOCKS = {
     "class of its attention": lambda block: become(block.attention, ScalingAttention),
     "class of its perceptron": lambda block: become(block.mlp, ScalingMlp),
     "class of a linear": lambda block: become(block.mlp.fc2, ScalingLinear),
-    "another attention": lambda block: setattr(block, "attention", AttentionOfSomebodyElse(block.attention)),
-    "another perceptron": lambda block: setattr(block, "mlp", nn.Sequential(block.mlp, Scaling())),
+    "class of the products of attention": lambda block: become(block.attention.operands, ScalingOperands),
+    "class of the activation": lambda block: become(block.mlp.activation_fn, ScalingIdentity),
+    "another attention": lambda block: setattr(block, "attention", Around(block.attention)),
+    "another perceptron": lambda block: setattr(block, "mlp", Around(block.mlp)),
+    "another norm before": lambda block: setattr(block, "layernorm_before", Rescaled(block.layernorm_before)),
+    "another norm after": lambda block: setattr(block, "layernorm_after", Rescaled(block.layernorm_after)),
     "another dropout": lambda block: setattr(block, "dropout", Scaling()),
     "epsilon before": lambda block: setattr(block.layernorm_before, "eps", 0.5),
     "epsilon after": lambda block: setattr(block.layernorm_after, "eps", 0.5),
@@ -246,12 +275,13 @@ CHANGED_BLOCKS = {
 def test_what_a_block_does_now_counts(change, place, ran_before, whole):
     """Whether the model was run before that or not, and in one call or block by block."""
     packed, images = make_quantized("vit", "finetune").pack(), make_batches()[0]
+    before = logits(copy.deepcopy(packed), images)
     if not whole:
         # Then blocks follow one another without the model's job.
         listen([packed.backbone.classifier])
-    before = logits(packed, images)
-    if not ran_before:
-        packed = make_quantized("vit", "finetune").pack()
+    if ran_before:
+        assert torch.equal(logits(packed, images), before)
+        assert ran_whole(packed, images) == whole
     CHANGED_BLOCKS[change](packed.backbone.vit.layers[place])
     packed.eval()
     after = logits(packed, images)
@@ -282,8 +312,19 @@ def test_a_block_may_be_there_twice(whole):
     if not whole:
         listen([packed.backbone.classifier])
     assert torch.equal(logits(packed, images), one_by_one(packed, images))
+    assert ran_whole(packed, images) == whole
     # Each runs by itself.
     listen(layers)
+    assert torch.equal(logits(packed, images), one_by_one(packed, images))
+
+
+@needs_kernels
+def test_a_chain_does_not_begin_in_its_middle():
+    packed, images = make_quantized("vit", "finetune").pack(), make_batches()[0]
+    embeddings, layers = packed.backbone.vit.embeddings, packed.backbone.vit.layers
+    layers.append(layers[0])
+    # The first block is not run by the kernels then, and is there once more.
+    embeddings.register_forward_hook(lambda module, given, output: output.mT.contiguous().mT)
     assert torch.equal(logits(packed, images), one_by_one(packed, images))
 
 
@@ -303,3 +344,4 @@ def test_a_forward_that_is_put_into_a_class_is_called(name, whole, monkeypatch):
         assert len(called) == len(packed.backbone.vit.layers)
     assert torch.equal(logits(packed, images), before)
     assert len(called) == len(packed.backbone.vit.layers)
+    assert ran_whole(packed, images) == whole

@@ -1,12 +1,14 @@
 """A whole packed classifier in one call of the kernels gives the bits of its modules, and these to who looks at them."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from conftest import instruction_sets, make_batches, make_quantized
-from packed_models import listen, logits, needs_kernels, one_by_one
+from packed_models import listen, logits, needs_kernels, one_by_one, ran_whole
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -17,15 +19,11 @@ from quantformer_hf.attention import capture_attention
 from quantformer_hf.kernels import using
 from quantformer_hf.layers import InferenceLayerNorm
 from quantformer_hf.packed_layers import PackedLinear
+from quantformer_hf.quiet_modules import Quiet
 
 
 def make_packed(backbone="vit", **arguments):
     return make_quantized(backbone, "finetune", **arguments).pack()
-
-
-def ran_whole(model, images):
-    with torch.no_grad():
-        return model.backbone.whole.run(model.backbone, images, {}) is not None
 
 
 @needs_kernels
@@ -408,3 +406,80 @@ def test_a_model_whose_maps_are_captured_first_runs_whole_after_that():
     assert len(maps) == len(packed.backbone.vit.layers)
     assert torch.equal(logits(packed, images), expected)
     assert ran_whole(packed, images)
+
+
+@needs_kernels
+@pytest.mark.parametrize("backbone", ["vit", "swin"])
+def test_a_model_that_nobody_has_any_more_is_gone(backbone):
+    packed = make_packed(backbone)
+    logits(packed, make_batches()[0])
+    gc.collect()
+    gc.disable()
+    try:
+        # Blocks that are not run by themselves have nothing that holds them.
+        codes = weakref.ref(packed.backbone.classifier.weight_quantizer.codes)
+        backbone = weakref.ref(packed.backbone)
+        del packed
+        assert backbone() is None
+        assert codes() is None
+    finally:
+        gc.enable()
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", ["a hook", "training", "a quantizer off"])
+def test_a_change_while_the_job_is_made_counts(change, monkeypatch):
+    """By another thread, after modules were looked at."""
+    packed, images, heard = make_packed(), make_batches()[0], []
+    classifier = packed.backbone.classifier
+
+    def act():
+        if change == "a hook":
+            classifier.register_forward_hook(lambda *_: heard.append(True))
+        elif change == "training":
+            packed.backbone.vit.embeddings.dropout.train()
+        else:
+            classifier.input_quantizer.enabled = False
+
+    class Slow(Quiet):
+        def __init__(self, *args):
+            act()
+            super().__init__(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_model, "Quiet", Slow)
+        logits(packed, images)
+    assert not ran_whole(packed, images)
+    assert len(heard) == (change == "a hook")
+
+
+@needs_kernels
+def test_copies_that_share_modules_share_their_job(monkeypatch):
+    packed, images, made = make_packed(), make_batches()[0], []
+    prepare = packed_model.prepare
+    monkeypatch.setattr(packed_model, "prepare", lambda *given: made.append(given) or prepare(*given))
+    expected = logits(packed, images)
+    copied = copy.copy(packed.backbone)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(copied.whole.run(copied, images, {}), expected)
+        assert torch.equal(logits(packed, images), expected)
+    assert len(made) == 1
+    # The copy's own is its own.
+    copied.train(False)
+    copied.training = True
+    assert copied.whole.run(copied, images, {}) is None
+
+
+@needs_kernels
+def test_tensors_that_are_lent_as_they_are_change_nothing(monkeypatch):
+    packed, images, made = make_packed(), make_batches()[0], []
+    prepare = packed_model.prepare
+    monkeypatch.setattr(packed_model, "prepare", lambda *given: made.append(given) or prepare(*given))
+    expected = logits(packed, images)
+    lent = {name: tensor.detach() for name, tensor in packed.named_parameters()}
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(functional_call(packed, lent, (images,)).logits, expected)
+        assert torch.equal(logits(packed, images), expected)
+    assert len(made) == 1

@@ -691,6 +691,26 @@ void test_block(const InstructionSet& set, Random& random, const AttentionShape&
   }
 }
 
+// `model` with images of which a number is not finite, the last one or any other.
+void test_not_finite(const InstructionSet& set, Random& random, const Model& model, int64_t size, const std::string& of) {
+  for (const float value : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::quiet_NaN()}) {
+    for (const int64_t at : {model.numbers - 1, random.integer(0, model.numbers - 1)}) {
+      Exact<float> images(model.numbers), untouched(size);
+      std::copy_n(model.x, model.numbers, images.begin());
+      std::fill(untouched.begin(), untouched.end(), -1.0f);
+      images[at] = value;
+      Model own = model;
+      own.x = images;
+      own.y = untouched;
+      for (const int64_t threads : {1, 3}) {
+        const bool right = quantformer_model(&own, threads, threads == 1 ? nullptr : in_threads) == kNotFinite;
+        const bool same = std::all_of(untouched.begin(), untouched.end(), [](float y) { return y == -1.0f; });
+        check(right && same, set, "model of what is not finite", of);
+      }
+    }
+  }
+}
+
 // Patches of an image, tokens, LayerNorm, mean, and a classifier that has a LayerNorm of its own.
 void test_model(const InstructionSet& set, Random& random, int64_t batch, int64_t width, int bits) {
   constexpr int64_t kRows = 11, kRuns = 3, kLength = 5, kImage = 90, kLeading = 2, kAll = kRows + kLeading, kClasses = 7;
@@ -751,22 +771,7 @@ void test_model(const InstructionSet& set, Random& random, int64_t batch, int64_
   const Model model = {steps, 5, images.size, images, got};
   right = right && quantformer_model(&model, 3, in_threads) == 0;
   check(right && same_bits(got, expected), set, "model", first.name);
-  // One number that is not finite, the last one or any other, of one sign or the other.
-  for (const float value : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::quiet_NaN()}) {
-    for (const int64_t at : {images.size - 1, random.integer(0, std::max<int64_t>(0, images.size - 1))}) {
-      if (images.size == 0) continue;
-      Exact<float> spoilt(images.size), untouched(got.size);
-      std::copy(images.begin(), images.end(), spoilt.begin());
-      std::fill(untouched.begin(), untouched.end(), -1.0f);
-      spoilt[at] = value;
-      const Model no_model = {steps, 5, spoilt.size, spoilt, untouched};
-      for (const int64_t threads : {1, 3}) {
-        right = quantformer_model(&no_model, threads, threads == 1 ? nullptr : in_threads) == kNotFinite;
-        right = right && std::all_of(untouched.begin(), untouched.end(), [](float y) { return y == -1.0f; });
-        check(right, set, "model of what is not finite", first.name);
-      }
-    }
-  }
+  if (batch > 0) test_not_finite(set, random, model, got.size, first.name);
   // Rows as they lie.
   patches.runs.starts = nullptr;
   const Model from_rows = {steps, 5, rows.size, rows, got};
