@@ -152,8 +152,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             logits, hidden_states, attentions = outputs.logits, outputs.hidden_states, outputs.attentions
             if pixel_values.is_floating_point() and not torch.compiler.is_exporting():
                 # Where a value is not finite, one of these is not either, and they take less time than a look at each.
-                least, largest = pixel_values.flatten(1).aminmax(dim=1, keepdim=True)
-                finite = least.isfinite() & largest.isfinite()
+                flat = pixel_values.flatten(1)
+                finite = flat.amin(1, keepdim=True).isfinite() & flat.amax(1, keepdim=True).isfinite()
                 logits = logits.masked_fill(~finite.to(logits.device), torch.nan)
         loss = None if labels is None else self._loss(logits.float(), labels)
         result = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
