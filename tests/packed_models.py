@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import make_quantized
 from torch import nn
 
 from quantformer_hf.kernels import instruction_set
@@ -11,6 +12,10 @@ from quantformer_hf.packed_forms import PLAIN_FORMS
 
 
 needs_kernels = pytest.mark.skipif(instruction_set() is None, reason="the kernels were not built")
+
+
+def make_packed(backbone="vit", **arguments):
+    return make_quantized(backbone, "finetune", **arguments).pack()
 
 
 def logits(model, images):
