@@ -22,7 +22,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[test]'")
 
 from quantformer_hf.exporters import exact  # noqa: E402  needs what is looked for above
-from quantformer_hf.exporters.onnx import export_onnx  # noqa: E402
+from quantformer_hf.exporters.onnx import export_onnx  # noqa: E402  likewise
 
 
 #: Each costs a trace of some seconds: every backbone at four bits, and every kind of code on the smallest.

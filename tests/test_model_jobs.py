@@ -16,6 +16,14 @@ from quantformer_hf.attention import capture_attention
 from quantformer_hf.quiet_modules import Quiet
 
 
+@pytest.fixture
+def made(monkeypatch):
+    """What each job was made of, a list that fills."""
+    made, prepare = [], packed_model.prepare
+    monkeypatch.setattr(packed_model, "prepare", lambda *given: made.append(given) or prepare(*given))
+    return made
+
+
 @needs_kernels
 def test_copies_saved_and_unpacked_models_have_jobs_of_their_own(tmp_path):
     packed = make_packed()
@@ -132,10 +140,8 @@ def test_a_change_while_the_job_is_made_counts(change, monkeypatch):
 
 
 @needs_kernels
-def test_copies_that_share_modules_share_their_job(monkeypatch):
-    packed, images, made = make_packed(), make_batches()[0], []
-    prepare = packed_model.prepare
-    monkeypatch.setattr(packed_model, "prepare", lambda *given: made.append(given) or prepare(*given))
+def test_copies_that_share_modules_share_their_job(made):
+    packed, images = make_packed(), make_batches()[0]
     expected = logits(packed, images)
     copied = copy.copy(packed.backbone)
     for _ in range(2):
@@ -150,10 +156,8 @@ def test_copies_that_share_modules_share_their_job(monkeypatch):
 
 
 @needs_kernels
-def test_tensors_that_are_lent_as_they_are_change_nothing(monkeypatch):
-    packed, images, made = make_packed(), make_batches()[0], []
-    prepare = packed_model.prepare
-    monkeypatch.setattr(packed_model, "prepare", lambda *given: made.append(given) or prepare(*given))
+def test_tensors_that_are_lent_as_they_are_change_nothing(made):
+    packed, images = make_packed(), make_batches()[0]
     expected = logits(packed, images)
     lent = {name: tensor.detach() for name, tensor in packed.named_parameters()}
     for _ in range(2):
