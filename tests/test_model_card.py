@@ -242,3 +242,10 @@ def test_the_trainers_draft_of_a_card_does_not_replace_ours(tmp_path):
     assert card.data.license == "mit"
     assert "flowers" in card.data.tags
     assert card.data.eval_results[0].metric_value == 0.85
+
+
+def test_a_card_tells_no_path_of_the_machine_that_made_it(tmp_path):
+    text = saved_card(recorded(), tmp_path).text
+    assert "## How it was made" in text
+    assert "/home/somebody" not in text
+    assert "/home/somebody" not in (tmp_path / "config.json").read_text()
