@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -67,4 +68,5 @@ def classes_only(backbone: PreTrainedModel) -> Iterator[None]:
 
 def current_pass() -> Pass | None:
     """The pass that goes on in this thread; None where all that a block puts out is wanted."""
-    return _pass.get()
+    # A traced graph has all tokens, and torch 2.11 cannot trace a context variable.
+    return None if torch.compiler.is_compiling() else _pass.get()

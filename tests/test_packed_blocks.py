@@ -14,7 +14,7 @@ from packed_models import listen, logits, needs_kernels, one_by_one, outermost, 
 from torch import nn
 
 from quantformer_hf.attention import capture_attention
-from quantformer_hf.kernels import using
+from quantformer_hf.kernels import operators, using
 from quantformer_hf.packed_encoder import PackedBlock
 from quantformer_hf.packed_forms import PACKED_FORMS
 from quantformer_hf.packed_layers import PackedLinear
@@ -149,6 +149,27 @@ def test_threads_that_call_a_fresh_model_at_once_get_its_logits(packed):
             assert all(torch.equal(one, expected) for one in got)
     finally:
         sys.setswitchinterval(interval)
+
+
+@needs_kernels
+def test_threads_that_read_the_job_of_a_plan_at_once_get_the_same_one(packed, monkeypatch):
+    # Copies point into what it alone holds. Python 3.11 let one thread make it, later versions let each make its own.
+    layer = next(module for module in packed.modules() if isinstance(module, PackedLinear))
+    plan, both_make, got = copy.deepcopy(layer).plan(layer.channel_plan()), threading.Barrier(2, timeout=30), []
+    prepare_multiply = operators.prepare_multiply
+
+    def prepare_together(*arguments):
+        both_make.wait()
+        return prepare_multiply(*arguments)
+
+    monkeypatch.setattr(operators, "prepare_multiply", prepare_together)
+    threads = [threading.Thread(target=lambda: got.append(plan.job)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 2
+    assert got[0] is got[1] is plan.job
 
 
 @needs_kernels

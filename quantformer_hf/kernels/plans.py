@@ -1,7 +1,6 @@
 """What the operators need beside codes, made once from a layer's tensors: the order of the channels, the folded bias."""
 
 import ctypes
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from . import operators
 from .library import Codes, Product, library
 from .ordered_weights import order_weights
+from .remembered import made_once
 
 
 #: Positions of a group are padded to a multiple of this: what the kernels multiply in one step.
@@ -55,7 +55,7 @@ class ChannelPlan(_Plan):
         in_order = self.source.numel() == self.channels and len(self.group_ends) == 1
         return self.offset, self.inverse, None if in_order else self.source, self.largest, self.gelu
 
-    @functools.cached_property
+    @made_once
     def job(self) -> Codes:
         """The same for the kernel."""
         return operators.prepare_quantize(*self.arguments)
@@ -132,7 +132,7 @@ class TokenPlan(_Plan):
     def source(self) -> Tensor:
         return self.others.source
 
-    @functools.cached_property
+    @made_once
     def job(self) -> Codes:
         """As `ChannelPlan.job`, of all tokens."""
         first = Codes.from_buffer_copy(self.first.job)
@@ -201,7 +201,7 @@ class LinearPlan(_Plan):
         scales = self.channels.group_scales, self.weight.scale, self.bias
         return _arguments(self.packed, self.weight, self.channels, *scales)
 
-    @functools.cached_property
+    @made_once
     def job(self) -> Product:
         """The same for the kernel."""
         return operators.prepare_multiply(*self.arguments)
@@ -210,7 +210,7 @@ class LinearPlan(_Plan):
         """`job` with its weights in order too, for codes by `then`, and what has to be kept for it (`order_weights`)."""
         return self.ordered_by_itself if then is None else order_weights(self.job, then.job)
 
-    @functools.cached_property
+    @made_once
     def ordered_by_itself(self) -> tuple[Product, object]:
         """`ordered_job` for outputs that are read as they are."""
         return order_weights(self.job, None)
@@ -230,7 +230,7 @@ class TokenLinearPlan(_Plan):
     others: LinearPlan
     tokens: int
 
-    @functools.cached_property
+    @made_once
     def job(self) -> Product:
         """As `LinearPlan.job`, of all tokens."""
         return _with_first(self.others.job, self.first.job, self.tokens)

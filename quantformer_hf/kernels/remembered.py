@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,25 @@ def state_of(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
         # Inference tensors have none.
         versions = [tensor.is_inference() or tensor._version for tensor in tensors]
     return list(map(Tensor.data_ptr, tensors)), versions
+
+
+class made_once(Generic[T]):
+    """A property that is made when it is first read, and then the same object for all threads.
+
+    From `functools.cached_property`, since Python 3.12, threads that read it at once get one each, of which the last stays.
+    But a copy of a job points into arrays that the job alone holds, and a plan holds its job: the first has to stay.
+    """
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        # Only the first time: what lies in the instance's dictionary is found before this.
+        return vars(instance).setdefault(self._name, self._make(instance))
 
 
 class Remembered(Generic[T]):
