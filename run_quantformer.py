@@ -7,6 +7,7 @@ interruption goes on where it stopped.
 
 import json
 import sys
+from dataclasses import replace
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def evaluate_only(arguments: StageArguments) -> None:
 def evaluate_checkpoint(name: str, arguments: StageArguments) -> dict[str, float]:
     """Load `name` as any user would and return its top-1 and top-5 accuracy on the validation images."""
     data = load_image_data(arguments.data, arguments.training.seed)
-    model, processor = load_classifier(name, data, arguments.model)
+    # A new classifier would have learnt nothing.
+    model, processor = load_classifier(name, data, replace(arguments.model, ignore_mismatched_sizes=False))
     if isinstance(model, QuantformerPreTrainedModel):
         check_same_quantization(model.backbone, model.config, arguments.typed_quantization(), name)
     trainer = make_trainer(model, arguments.training, data, with_crop(processor, arguments.data.crop_pct))

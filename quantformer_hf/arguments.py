@@ -148,6 +148,20 @@ class StageArguments:
     given: dict[str, Any]
     typed: frozenset[str]
 
+    @property
+    def trains(self) -> bool:
+        """Whether the stage has any step."""
+        return self.training.max_steps > 0 or self.training.num_train_epochs > 0
+
+    def trains_classifier(self, quantized: bool) -> bool:
+        """Whether a new classifier would learn from labels, and nothing from it.
+
+        Args:
+            quantized: whether the stage starts from a quantized model: one in full precision is its own teacher.
+        """
+        learns = self.training.task_weight > 0 and (quantized or self.training.distillation_weight == 0)
+        return self.trains and (self.stage == "full_precision" or (self.stage != "allocate" and learns))
+
     def typed_quantization(self) -> dict[str, Any]:
         """What the user, and no preset, said of how the model is quantized, and `layer_bits` wherever they come from."""
         names = {*self.typed, "layer_bits"} & {*QUANTIZATION_ARGUMENTS, "image_size", "window_size"}

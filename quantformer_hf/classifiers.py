@@ -44,7 +44,8 @@ def load_classifier(
         if not arguments.ignore_mismatched_sizes:
             raise ValueError(
                 f"{name} has {model.config.num_labels} classes and the data set {len(data.label_names)}: give"
-                f" --ignore_mismatched_sizes for a new classifier"
+                f" --ignore_mismatched_sizes for a new classifier, and a stage that trains it by labels, such as"
+                f" --stages full_precision finetune --full_precision.num_train_epochs 5"
             )
         model, processor = _load(name, arguments, **class_names(data), ignore_mismatched_sizes=True)
     if processor is None:

@@ -268,7 +268,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         `problem_type` is not that of one class an image is left as it is.
 
         Args:
-            batches: as in `calibrate`. The presets take 256 images (`ptq`) and 384 (`lightning`).
+            batches: as in `calibrate`. The presets take 256 images (`ptq`) and 1,024 (`lightning`, `best`).
 
         Raises:
             StageError: not calibrated, or packed.

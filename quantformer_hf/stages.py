@@ -172,13 +172,12 @@ class StageRun:
                 model.config.num_labels, arguments.data.mixup, arguments.data.cutmix, training.label_smoothing_factor
             ),
         )
-        trains = training.max_steps > 0 or training.num_train_epochs > 0
-        if self.stage == "finetune" and trains:
+        if self.stage == "finetune" and arguments.trains:
             results["frozen_accuracy"] = trainer.evaluate()["eval_accuracy"]
         if teacher is not None and not is_quantized(self.source):
             metrics = make_trainer(teacher, training, data, processor).evaluate()
             results["full_precision_accuracy"] = metrics["eval_accuracy"]
-        if trains:
+        if arguments.trains:
             self._announce(trainer, teacher)
             # One process decides: another node's view of the folder may be older.
             checkpoint = broadcast_object_list([newest_checkpoint(self.folder)])[0]
@@ -224,7 +223,8 @@ class StageRun:
                 f"the stage '{self.stage}' starts from a checkpoint: give --model_name_or_path, or begin with an earlier"
                 f" stage ({', '.join(RUN_STAGES)})"
             )
-        model, processor = load_classifier(self.source, data, arguments)
+        may_be_new = arguments.ignore_mismatched_sizes and self.arguments.trains_classifier(is_quantized(self.source))
+        model, processor = load_classifier(self.source, data, replace(arguments, ignore_mismatched_sizes=may_be_new))
         processor = with_crop(processor, self.arguments.data.crop_pct)
         quantized = isinstance(model, QuantformerPreTrainedModel)
         if quantized:

@@ -61,6 +61,28 @@ def test_epochs_that_were_asked_for_win_over_a_presets_steps():
     assert RunArguments([*flags, "--num_train_epochs", "2"]).for_stage("finetune").training.max_steps == -1
 
 
+@pytest.mark.parametrize(
+    ("stage", "quantized", "flags", "trains"),
+    [
+        ("full_precision", False, [], True),
+        ("full_precision", False, ["--preset", "lightning"], True),
+        # No step, or nothing but what the untrained classifier itself says.
+        ("full_precision", False, ["--preset", "ptq"], False),
+        ("full_precision", False, ["--preset", "ptq", "--full_precision.num_train_epochs", "1"], True),
+        ("allocate", False, [], False),
+        ("finetune", False, [], True),
+        ("finetune", False, ["--preset", "ptq"], False),
+        ("finetune", False, ["--preset", "lightning"], False),
+        ("finetune", False, ["--distillation_weight", "1"], False),
+        ("finetune", True, ["--distillation_weight", "1"], True),
+        ("finetune", True, ["--max_steps", "0", "--num_train_epochs", "0"], False),
+    ],
+)
+def test_where_a_new_classifier_would_be_trained(stage, quantized, flags, trains):
+    run = RunArguments(["--dataset_name", "digits", "--output_dir", "x", *flags])
+    assert run.for_stage(stage).trains_classifier(quantized) == trains
+
+
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="preset is 'fast': choose one of ptq, lightning, best"):
         RunArguments(["--preset", "fast", "--dataset_name", "digits"])

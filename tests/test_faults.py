@@ -1,5 +1,6 @@
 """Runs that are killed, and what they do when the same command is typed again."""
 
+import contextlib
 import json
 import os
 import random
@@ -121,7 +122,9 @@ def wait_for(path, process):
     deadline = time.monotonic() + 180
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
-            os.killpg(process.pid, signal.SIGKILL)
+            # Of those that have ended there is none to kill.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(process.communicate()[0])
         time.sleep(0.05)
 

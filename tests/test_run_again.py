@@ -186,3 +186,17 @@ def test_the_same_classes_in_another_order_are_refused(finished, tmp_path):
     model.save_pretrained(tmp_path / "reversed")
     stderr = again(tmp_path / "out", "--stages", "--do_eval", "--model_name_or_path", tmp_path / "reversed", code=1)
     assert "the same classes in another order (class 0 is '9' and '0')" in stderr
+
+
+@pytest.mark.slow
+def test_a_new_classifier_that_nothing_would_train_is_refused(finished, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(
+        finished / "full_precision", num_labels=3, ignore_mismatched_sizes=True
+    )
+    shutil.copytree(finished / "full_precision", tmp_path / "three")
+    model.save_pretrained(tmp_path / "three")
+    for stages in (["--stages", "finetune"], ["--stages", "--do_eval"]):
+        flags = [*stages, "--model_name_or_path", tmp_path / "three", "--ignore_mismatched_sizes"]
+        stderr = again(tmp_path / "out", *flags, code=1)
+        assert "has 3 classes and the data set 10" in stderr
+        assert "--stages full_precision finetune --full_precision.num_train_epochs 5" in stderr

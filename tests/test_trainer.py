@@ -343,11 +343,13 @@ def test_activation_checkpointing_changes_nothing(backbone, tmp_path):
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_mixed_precision_trains(kind, tmp_path):
+    # What stochastic depth drops depends, in torch 2.11, on the dtype.
+    arguments = {"max_steps": 4, "drop_path_rate": 0.0, **ALL_LOSSES}
     losses = {}
     for bf16 in (False, True):
         # At eight bits: with few levels, bfloat16 moves values to other ones, and a small untrained model shows it.
         model = make_quantized(kind, "search", bit_width=8)
-        trainer = make_trainer(tmp_path, model, make_full_precision(kind), max_steps=4, bf16=bf16, **ALL_LOSSES)
+        trainer = make_trainer(tmp_path, model, make_full_precision(kind), bf16=bf16, **arguments)
         trainer.train()
         losses[bf16] = logged(trainer)
     assert losses[True] == pytest.approx(losses[False], rel=0.1)
