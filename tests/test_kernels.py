@@ -1,6 +1,9 @@
 """Kernels, whatever instructions this machine has, against plain torch and against exact arithmetic."""
 
+import importlib.util
 import itertools
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from conftest import instruction_sets
 
 from quantformer_hf.kernels import (
     instruction_set,
+    library,
     operators,
     plans,
     reference,
@@ -204,4 +208,14 @@ def test_operators_are_what_torch_expects_of_them():
     torch.library.opcheck(ops.attention_mix.default, (torch.rand(2, 3, 4, 6), key, operands, 255))
 
 
-# Models
+def test_where_kernels_are_missing_or_damaged_the_warning_says_how_to_build_them(tmp_path, monkeypatch, caplog):
+    root = Path(library.__file__).parents[2]
+    in_checkout = (root / "setup.py").exists()
+    how = f"pip install -e {root}" if in_checkout else "pip install --force-reinstall --no-deps quantformer_hf"
+    (tmp_path / "damaged.so").write_bytes(b"no library")
+    for found in (None, SimpleNamespace(origin=str(tmp_path / "damaged.so"))):
+        caplog.clear()
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
+        assert library._load() is None
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert f"{how} builds them" in caplog.text

@@ -268,12 +268,20 @@ def switched_off() -> bool:
     return _off
 
 
+def _command_to_build() -> str:
+    # Who runs in a checkout imports what lies there, whatever is installed beside it.
+    root = Path(__file__).parents[2]
+    if (root / "setup.py").exists():
+        return f"pip install -e {root}"
+    return "pip install --force-reinstall --no-deps quantformer_hf"
+
+
 def _load() -> ctypes.CDLL | None:
     found = importlib.util.find_spec(NAME)
     if found is None or found.origin is None:
         logger.warning(
             "the kernels of quantformer_hf were not built, and packed models run in plain torch: same results, slower."
-            " Install a C++ compiler and the package anew (pip install --force-reinstall --no-deps quantformer_hf)"
+            f" With a C++ compiler, {_command_to_build()} builds them"
         )
         return None
     jobs = {
@@ -300,8 +308,9 @@ def _load() -> ctypes.CDLL | None:
     if not fits:
         logger.warning(
             "the kernels of quantformer_hf (%s) are of another version or damaged, and packed models run in plain torch:"
-            " same results, slower. Install the package anew",
+            " same results, slower. %s builds them anew",
             found.origin,
+            _command_to_build(),
         )
         return None
     for name, job in jobs.items():
