@@ -22,7 +22,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[test]'")
 
 from quantformer_hf.exporters import exact  # noqa: E402  needs what is looked for above
-from quantformer_hf.exporters.onnx import export_onnx  # noqa: E402  likewise
+from quantformer_hf.exporters.onnx import export_onnx, shorten  # noqa: E402  likewise
 
 
 #: Each costs a trace of some seconds: every backbone at four bits, and every kind of code on the smallest.
@@ -39,6 +39,13 @@ OPSETS = {"2 bits, half-shifted": 25}
 @torch.no_grad()
 def logits_of(model):
     return torch.cat([model(batch).logits for batch in make_batches()]).numpy()
+
+
+def run_openvino(path, images=None):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[test]'")
+    # Where the processor has bfloat16, it would compute in that.
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return compiled([torch.cat(make_batches()).numpy() if images is None else images])[0]
 
 
 def run(path, batch_size, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
@@ -75,12 +82,10 @@ def test_onnxruntime_gives_the_logits_of_the_packed_model_in_batches_of_any_size
 
 @pytest.mark.slow
 def test_openvino_gives_the_logits_of_the_packed_model(exported):
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[test]'")
     model, path = exported
     if onnx.load(path).opset_import[0].version > 21:
         pytest.skip("OpenVINO does not read INT2")
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found, expected = (torch.as_tensor(t) for t in (compiled([torch.cat(make_batches()).numpy()])[0], logits_of(model)))
+    found, expected = torch.as_tensor(run_openvino(path)), torch.as_tensor(logits_of(model))
     # Its sums run in another order. With two bits one of eight images was seen to have an activation on a border, which
     # that moved to another level.
     near = torch.isclose(found, expected, rtol=1e-4, atol=1e-5).all(1)
@@ -120,12 +125,13 @@ EXACT_CASES = {
 
 
 def assert_exact(model, path):
-    """The file's logits are those of the packed model, however the engine optimizes it, and however large batches are."""
+    """The file's logits are the packed model's in both engines, whatever they merge, and however large batches are."""
     expected = logits_of(model)
     for batch_size in (1, 3, 8):
         assert np.array_equal(np.concatenate(run(path, batch_size)), expected)
     unoptimized = run(path, 8, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
     assert np.array_equal(np.concatenate(unoptimized), expected)
+    assert np.array_equal(run_openvino(path), expected)
 
 
 @pytest.mark.slow
@@ -144,6 +150,60 @@ def test_an_exact_file_gives_the_logits_of_the_packed_model_bit_for_bit(case, tm
     narrow = [m.grid.bits <= 4 for m in model.modules() if isinstance(m, PackedWeight)]
     types = onnx.TensorProto.UINT4, onnx.TensorProto.UINT8
     assert tuple(stored[type_] for type_ in types) == (sum(narrow), len(narrow) - sum(narrow))
+
+
+class Norm(torch.nn.Module):
+    """Of many channels: all outputs are looked at, and no codes hide a last digit."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(torch.randn(192)), torch.nn.Parameter(torch.randn(192))
+
+    def forward(self, x):
+        return torch.ops.quantformer.layer_norm(x, self.weight, self.bias, 1e-6)
+
+    def inputs(self):
+        return torch.randn(8, 50, 192)
+
+
+class Borders(torch.nn.Module):
+    """Codes of what another constant was added to, of inputs that lie within some last digits of where codes change."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("added", torch.randn(192))
+        self.register_buffer("offset", torch.randn(192))
+        self.register_buffer("inverse", torch.rand(192) + 0.5)
+
+    def forward(self, x):
+        return torch.ops.quantformer.quantize(x + self.added, self.offset, self.inverse, None, 255).float()
+
+    def inputs(self):
+        borders = torch.arange(0.5, 255).view(-1, 1, 1) / self.inverse + self.offset - self.added
+        return borders * (1 + torch.arange(-3, 4).view(1, -1, 1) * 2.0**-23)
+
+
+@pytest.mark.parametrize("part", [Norm, Borders])
+def test_an_engine_keeps_each_rounding_of_an_exact_operator(part, tmp_path):
+    torch.manual_seed(0)
+    module = part().eval()
+    x, path = module.inputs(), tmp_path / "part.onnx"
+    with torch.no_grad():
+        expected = module(x).numpy()
+        program = torch.onnx.export(
+            module,
+            (x,),
+            dynamic_shapes=({0: "batch"},),
+            opset_version=21,
+            verbose=False,
+            custom_translation_table=exact.TRANSLATIONS,
+            optimize=False,
+        )
+    shorten(program.model)
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], expected)
+    assert np.array_equal(run_openvino(path, x.numpy()), expected)
 
 
 def make_odd_model(**arguments):

@@ -1,14 +1,17 @@
 """The operators of a packed model in standard operators of ONNX, with the roundings of `kernels/reference.py`.
 
 What `torch.onnx` is to put in the place of each (`TRANSLATIONS`). Codes are floats here, all of them integers that floats
-hold. An engine that runs the operators as they stand gives the logits of the packed model bit for bit; ONNX Runtime (with
-AVX2) does, whatever its level of optimization. Forms that look simpler are not exact there or elsewhere (ONNX Runtime
-1.32 and OpenVINO 2026.4, measured 2026-11-28):
+hold. An engine that runs the operators as they stand gives the logits of the packed model bit for bit; ONNX Runtime does,
+whatever its level of optimization, and OpenVINO does in float32. Forms that look simpler are not exact in one of them (1.32
+and 2026.4, measured 2026-11-28 and 2026-11-30):
 
 - `1 / x`, with which ONNX Runtime turns `y * (1 / x)` into `y / x`. Here it is `0.5 / x * 2`, which rounds like it.
 - A product of integers in floats, and then its scale, which ONNX Runtime multiplies into each part of a long sum. Here
   sums are made int32 first.
 - A sum of products in float64, which in OpenVINO is not exact. Here long sums have parts that floats hold.
+- Operations with constants one after the other, which OpenVINO makes one: `(y + b) - β` becomes `y + (b - β)`, `(x - β) i`
+  becomes `x i - β i`, and `(y s) t` becomes `y (s t)`. Here stands between them what changes no finite number (`_kept`).
+- `y s + b`, which OpenVINO rounds once, by a fused instruction. It does not where b comes first.
 - BitShift of bytes, whose results are off by one in OpenVINO. Here the file has a weight's codes unpacked
   (`onnx.lay_out_codes`).
 """
@@ -33,7 +36,7 @@ Value = TypeVar("Value", bound=FLOAT)
 def quantize(x: Value, offset: Value, inverse: Value, source: Value | None, largest: int, gelu: bool = False) -> Value:
     """As `reference.quantize`, of finite x."""
     x = gelu_of(x) if gelu else x
-    codes = op.Round(op.Clip(op.Mul(op.Sub(x, offset), inverse), _floats(0), _floats(largest)))
+    codes = op.Round(op.Clip(op.Mul(_kept(op.Sub(_kept(x), offset)), inverse), _floats(0), _floats(largest)))
     if source is None:
         return codes
     return op.Gather(op.Pad(codes, _integers([0, 1]), None, _integers([-1])), source, axis=-1)
@@ -48,7 +51,7 @@ def layer_norm(x: Value, weight: Value | None, bias: Value | None, epsilon: floa
     variance = op.Cast(op.Add(variance, _floats(epsilon)), to=ir.DataType.DOUBLE)
     y = op.Mul(difference, _inverse(op.Cast(op.Sqrt(variance), to=ir.DataType.FLOAT)))
     y = y if weight is None else op.Mul(y, weight)
-    return y if bias is None else op.Add(y, bias)
+    return y if bias is None else op.Add(bias, y)
 
 
 def multiply(
@@ -78,7 +81,7 @@ def multiply(
             part = op.Mul(part, _part(group_scales, group, group + 1, 0))
             sums = part if sums is None else op.Add(sums, part)
         start = end
-    return op.Add(op.Mul(sums, scale), bias)
+    return op.Add(bias, op.Mul(_kept(sums), scale))
 
 
 def attention_probabilities(
@@ -192,6 +195,12 @@ def _exact_product(x: Value, weight: Value, width: int, largest: int) -> Value:
 def _operands(operands: Value) -> list[list[Value]]:
     """Scale, its inverse and offset of both."""
     return [[op.Gather(op.Gather(operands, _integers(row)), _integers(i)) for i in range(3)] for row in range(2)]
+
+
+def _kept(x: Value) -> Value:
+    """Finite `x`, where OpenVINO would merge what makes it with what reads it."""
+    greatest = np.finfo(np.float32).max
+    return op.Clip(x, _floats(-greatest), _floats(greatest))
 
 
 def _part(x: Value, start: int, end: int, axis: int) -> Value:

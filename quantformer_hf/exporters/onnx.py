@@ -78,7 +78,7 @@ def export_onnx(
         prepare_inference(traceable.backbone)
         program = _trace(traceable, opset, TRANSLATIONS)
         lay_out_codes(program)
-        _shorten(program.model)
+        shorten(program.model)
     else:
         make_traceable(traceable.backbone)
         program = _trace(traceable, opset)
@@ -160,7 +160,7 @@ def _check_integers(backbone: nn.Module) -> None:
         )
 
 
-def _shorten(model: ir.Model) -> None:
+def shorten(model: ir.Model) -> None:
     """Leave out, in place, what thousands of nodes need not say: equal constants, names, types and shapes in between."""
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     DeduplicateInitializersPass()(model)
