@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_inference.py [--bits 2 4 8] [--batch_sizes 1 32 256] [--rounds 21]
 
-DeiT-Small at 224 px, random weights and images, one scale for each input; candidates run in turn, medians of CUDA events.
+DeiT-Small at 224 px, random weights and images, eight groups; candidates run in turn, medians of CUDA events.
 The packed model is also run in plain torch: what its Triton kernels gain over that.
 """
 
@@ -54,8 +54,8 @@ def packed_model(full_precision: ViTForImageClassification, bits: int) -> Quantf
     model = QuantformerForImageClassification.from_full_precision(
         copy.deepcopy(full_precision), bit_width=bits, attention_bits=bits
     )
-    model.calibrate([torch.randn(2, 3, 224, 224)])
-    return model.begin_search(1).freeze_groups().pack().to("cuda")
+    model.calibrate([torch.randn(8, 3, 224, 224)])
+    return model.begin_search(8).freeze_groups().pack().to("cuda")
 
 
 def inference(model: Callable, images: torch.Tensor, *, plain: bool = False) -> Callable[[], None]:

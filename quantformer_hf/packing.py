@@ -39,7 +39,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: a code that does not fit.
     """
-    if codes.numel() and not 0 <= codes.min() <= codes.max() < 2**bits:
+    # As Python's numbers: a byte cannot be compared with 256.
+    if codes.numel() and not 0 <= codes.min().item() <= codes.max().item() < 2**bits:
         raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit into {bits} bits")
     rows, columns = codes.shape
     places = torch.arange(bits, dtype=torch.uint8, device=codes.device)

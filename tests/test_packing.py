@@ -49,6 +49,7 @@ def test_packed_codes_come_back_and_waste_nothing(bits, columns):
     assert packed.shape == (5, packed_width(columns, bits))
     assert 8 * packed.shape[1] - columns * bits < 8
     assert torch.equal(unpack_codes(packed, bits, columns), codes.to(torch.uint8))
+    assert torch.equal(pack_codes(codes.to(torch.uint8), bits), packed)
 
 
 def test_codes_that_do_not_fit_are_refused():

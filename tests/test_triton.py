@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import make_batches, make_quantized
 
-from quantformer_hf.kernels import cuda, plans, reference, using
+from quantformer_hf.kernels import cuda, operators, plans, reference, using
 from quantformer_hf.packed_layers import PackedLayer
+from quantformer_hf.packing import pack_codes
 
 
 HERE = Path(__file__).parent
@@ -37,35 +38,40 @@ def test_interpreted_kernels_give_the_bits_of_the_reference():
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiled_product_uses_integer_tensor_cores_and_fuses_no_rounding(capability):
+def test_compiled_product_uses_integer_tensor_cores_and_fuses_no_rounding(capability, bits):
     # Compiling needs no GPU.
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = cuda.triton_kernels().multiply_kernel
-    # Codes that lie in two bytes, and activations above 127.
+    # Merged groups, and with eight bits activations above 127.
     constants = {
-        "BITS": 3,
-        "SHIFTED": True,
+        "BITS": bits,
+        "MERGED": bits < 8,
+        "SHIFTED": bits == 8,
         "SPLIT": False,
         "BLOCK_ROWS": 16,
         "BLOCK_OUTPUTS": 64,
         "BLOCK_POSITIONS": 32,
     }
-    pointers = {"x": "*u8", "packed": "*u8", "source": "*i32", "spans": "*i32"}
+    pointers = {"x": "*u8", "packed": "*u8", "multiples": "*u8", "spans": "*i32"}
     types = (
-        pointers
-        | dict.fromkeys(("group_scales", "scale", "bias", "y"), "*fp32")
-        | dict.fromkeys(constants, "constexpr")
+        pointers | dict.fromkeys(("run_scales", "scale", "bias", "y"), "*fp32") | dict.fromkeys(constants, "constexpr")
     )
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     target = GPUTarget("cuda", capability, 32)
-    ptx = compile(ASTSource(kernel, signature, constants), target=target, options={"enable_fp_fusion": False}).asm[
-        "ptx"
-    ]
+    # As triton finds of plans on a GPU.
+    known = types.keys() - constants | {"positions", "width"}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name in known]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    ptx = compile(source, target=target, options={"enable_fp_fusion": False}).asm["ptx"]
     assert re.search(r"mma\S*\.s32\.s8\.s8", ptx)
+    # Neighbours are read together.
+    assert "cp.async" in ptx
+    assert not re.search(r"ld\.global\S*8 ", ptx)
     assert "fma." not in ptx
     assert ".ftz" not in ptx
 
@@ -92,10 +98,10 @@ def forget():
 def test_without_triton_plain_torch_serves_with_one_warning(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "quantformer_hf.kernels.triton_kernels", None)
     codes, packed, weight, channels = make_layer()
-    arguments = (weight.columns, weight.bits, weight.largest_code, weight.multiplier, weight.addend, channels.source)
-    arguments += (channels.group_ends, channels.group_scales, channels.largest, weight.scale, torch.zeros(3))
+    plan = plans.LinearPlan(weight, packed, channels, torch.zeros(3))
+    (laid_out,) = plans.laid_out_plans([plan])
     for _ in range(2):
-        assert torch.equal(cuda.multiply(codes, packed, *arguments), reference.multiply(codes, packed, *arguments))
+        assert torch.equal(cuda.multiply(codes, *laid_out.arguments), reference.multiply(codes, *plan.arguments))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "triton cannot be imported" in cuda.reason_against(weight, channels, torch.device("cuda"))
 
@@ -109,17 +115,37 @@ def test_sums_that_may_not_fit_into_32_bits_stay_in_plain_torch(monkeypatch):
     assert "33028 channels" in cuda.reason_against(weight, long, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("unit", [1.0, 0.3])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_a_layer_that_is_laid_out_for_a_gpu_gives_the_same_bits(bits, unit):
+    torch.manual_seed(bits)
+    # Of one weight, as for a class token with scales of its own; 0.3 times a multiple is rounded, so that groups stay apart.
+    scales = unit * torch.tensor([[1.0, 3.0, 7.0], [2.0, 1.0, 1.0]])
+    index = torch.randint(0, 3, (37,))
+    inputs = [plans.plan_channels(37, scale, torch.randn(3), index, 15) for scale in scales]
+    weight = plans.plan_weight(37, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0, torch.rand(5))
+    packed = pack_codes(torch.randint(0, 2**bits, (5, 37)), bits)
+    layers = [plans.LinearPlan(weight, packed, channels, torch.randn(5)) for channels in inputs]
+    laid_out = plans.laid_out_plans(layers)
+    assert laid_out[0].laid_out[0] is laid_out[1].laid_out[0]
+    for channels, layer, other in zip(inputs, layers, laid_out, strict=True):
+        codes = channels.quantize(torch.randn(6, 37))
+        assert torch.equal(operators.multiply(codes, *other.arguments), operators.multiply(codes, *layer.arguments))
+        # -128 times 1 is a byte, but 128 is none.
+        assert (other.arguments[-1] is not None) == (unit == 1 and bits < 8)
+
+
 @needs_cuda
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_products_on_cuda_are_those_of_a_cpu_bit_for_bit(bits):
     model = make_quantized(stage="finetune", bit_width=bits).pack()
     on_cuda = make_quantized(stage="finetune", bit_width=bits).pack().to("cuda")
     for layer, other in zip(model.modules(), on_cuda.modules(), strict=True):
         if isinstance(layer, PackedLayer) and layer.can_infer():
-            channels = layer.channel_plan()
-            codes = torch.randint(0, channels.largest + 1, (50, channels.source.numel()), dtype=torch.uint8)
-            expected = layer.plan()(codes, layer.weight_quantizer.codes, channels)
-            y = other.plan()(codes.cuda(), other.weight_quantizer.codes, other.channel_plan())
+            channels, on_device = layer.channel_plan(), other.channel_plan()
+            x = torch.randn(50, channels.channels)
+            expected = layer.plan(channels)(channels.quantize(x))
+            y = other.plan(on_device)(on_device.quantize(x.cuda()))
             assert torch.equal(y.cpu(), expected)
 
 

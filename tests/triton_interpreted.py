@@ -16,32 +16,39 @@ from quantformer_hf.packing import pack_codes
 SHAPES = [(1, 1, 1, 1), (1, 33, 17, 5), (5, 8, 30, 8), (2, 3, 5, 6), (35, 40, 65, 2), (130, 9, 3, 1)]
 
 
-def make_operands(shape, bits, activation_bits, shift):
-    """Random arguments of `multiply`."""
+def make_layer(shape, bits, activation_bits, shift, multiples=False):
+    """A random layer: its plan, and codes of its input.
+
+    Args:
+        multiples: make the scales of the groups small multiples of a unit, by which they may be merged.
+    """
     rows, columns, outputs, groups = shape
     index = torch.randint(0, groups, (columns,))
-    channels = plans.plan_channels(
-        columns, torch.rand(groups) + 0.1, torch.randn(groups), index, 2**activation_bits - 1
-    )
+    scale = torch.randint(1, 8, (groups,)) / 8 if multiples else torch.rand(groups) + 0.1
+    channels = plans.plan_channels(columns, scale, torch.randn(groups), index, 2**activation_bits - 1)
     weight = plans.plan_weight(columns, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, shift, torch.rand(outputs) + 0.1)
     packed = pack_codes(torch.randint(0, 2**bits, (outputs, columns)), bits)
-    # What lies on the padding of a group must not count.
     codes = torch.randint(0, channels.largest + 1, (rows, channels.source.numel()), dtype=torch.uint8)
-    return {
-        "codes": codes,
-        "weight": packed,
-        "columns": columns,
-        "bits": bits,
-        "largest_code": weight.largest_code,
-        "multiplier": weight.multiplier,
-        "addend": weight.addend,
-        "source": channels.source,
-        "group_ends": channels.group_ends,
-        "group_scales": channels.group_scales,
-        "largest": channels.largest,
-        "scale": weight.scale,
-        "bias": torch.randn(outputs),
-    }
+    codes[:, channels.source == columns] = 0
+    return plans.LinearPlan(weight, packed, channels, torch.randn(outputs)), codes
+
+
+def make_operands(*layer):
+    """Arguments of `multiply`, and what it is to give."""
+    plan, codes = make_layer(*layer)
+    (laid_out,) = plans.laid_out_plans([plan])
+    return taken_by_the_kernel(codes, laid_out), reference.multiply(codes, *plan.arguments)
+
+
+def taken_by_the_kernel(codes, laid_out):
+    names = (
+        *("weight", "columns", "bits", "largest_code", "multiplier", "addend", "source", "run_ends", "run_scales"),
+        *("largest", "scale", "bias", "multiples"),
+    )
+    operands = {"codes": codes} | dict(zip(names, laid_out.arguments, strict=True))
+    assert operands.pop("source") is None
+    assert operands.pop("columns") == codes.shape[-1]
+    return operands
 
 
 def same_bits(x, y):
@@ -52,27 +59,41 @@ def same_bits(x, y):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_products_are_those_of_the_reference_bit_for_bit(bits):
     torch.manual_seed(bits)
-    for shape, activation_bits, shift in itertools.product(SHAPES, (7, 8), (0, 0.5)):
-        operands = make_operands(shape, bits, activation_bits, shift)
-        expected = reference.multiply(**operands)
-        assert same_bits(triton_kernels.multiply(**operands), expected), (shape, activation_bits, shift)
+    merged = 0
+    for shape, activation_bits, shift, multiples in itertools.product(SHAPES, (4, 8), (0, 0.5), (False, True)):
+        operands, expected = make_operands(shape, bits, activation_bits, shift, multiples)
+        merged += operands["multiples"] is not None
+        assert same_bits(triton_kernels.multiply(**operands), expected), (shape, activation_bits, shift, multiples)
+    # A weight of eight bits times two is no byte.
+    assert (merged > 0) == (bits < 8)
+
+
+def test_groups_that_are_one_for_some_of_their_multiples_run_together():
+    # 15 * 8 is a byte, 16 * 8 is none: two runs, the second of which is odd.
+    channels = plans.plan_channels(96, torch.tensor([1.0, 15.0, 17.0]), torch.randn(3), torch.arange(96) % 3, 15)
+    weight = plans.plan_weight(96, 4, -8, 7, 0, torch.rand(5) + 0.1)
+    packed = pack_codes(torch.randint(0, 16, (5, 96)), 4)
+    plan = plans.LinearPlan(weight, packed, channels, torch.randn(5))
+    codes = torch.randint(0, 16, (3, 96), dtype=torch.uint8)
+    operands = taken_by_the_kernel(codes, *plans.laid_out_plans([plan]))
+    assert operands["run_ends"] == (64, 96)
+    assert same_bits(triton_kernels.multiply(**operands), reference.multiply(codes, *plan.arguments))
 
 
 def test_extreme_operands_and_sums_beyond_float32_are_exact():
     for shift, code in itertools.product((0, 0.5), (0, 255)):
-        operands = make_operands((2, 2000, 3, 1), 8, 8, shift)
+        operands, _ = make_operands((2, 2000, 3, 1), 8, 8, shift)
         operands["codes"] = torch.full_like(operands["codes"], 255)
         operands["weight"] = torch.full_like(operands["weight"], code)
         operands["scale"], operands["bias"] = torch.ones(3), torch.zeros(3)
-        operands["group_scales"] = torch.ones(1)
+        operands["run_scales"] = torch.ones(1)
         weight = code * operands["multiplier"] + operands["addend"]
         expected = torch.full((2, 3), 2000 * 255 * weight).float()
         assert torch.equal(triton_kernels.multiply(**operands), expected)
 
 
 def test_any_number_of_dimensions_and_any_strides():
-    operands = make_operands((6, 33, 17, 5), 3, 4, 0)
-    expected = reference.multiply(**operands)
+    operands, expected = make_operands((6, 33, 17, 5), 3, 4, 0)
     codes = operands["codes"]
     operands["codes"] = codes.view(2, 3, -1)
     assert same_bits(triton_kernels.multiply(**operands), expected.view(2, 3, -1))
@@ -108,18 +129,20 @@ def test_halves_are_rounded_to_even():
 @pytest.mark.parametrize(
     ("name", "change", "error"),
     [
-        ("codes", lambda t: t[:, :-1], ValueError),
+        ("codes", lambda t: t[:, :-4], ValueError),
         ("codes", lambda t: t.float(), TypeError),
         ("weight", lambda t: t[:, :-1], ValueError),
-        ("source", lambda t: t.long(), TypeError),
-        ("group_scales", lambda t: t[:-1], ValueError),
-        ("group_ends", lambda ends: (*ends[:-1], ends[-1] + 4), ValueError),
+        ("bits", lambda bits: 3, ValueError),
+        ("run_scales", lambda t: t[:-1], ValueError),
+        ("run_ends", lambda ends: (*ends[:-1], ends[-1] + 4), ValueError),
+        ("run_ends", lambda ends: (ends[0] + 1, *ends[1:]), ValueError),
         ("scale", lambda t: t.double(), TypeError),
         ("bias", lambda t: t.to("meta"), ValueError),
+        ("multiples", lambda t: t[:-1], ValueError),
     ],
 )
 def test_what_the_kernel_would_read_beyond_is_refused(name, change, error):
-    operands = make_operands((2, 33, 17, 5), 3, 4, 0)
+    operands, _ = make_operands((2, 33, 17, 5), 3, 4, 0, name == "multiples")
     operands[name] = change(operands[name])
     with pytest.raises(error, match=r"positions|takes|needs|rise to|is on"):
         triton_kernels.multiply(**operands)

@@ -107,32 +107,28 @@ def multiply(
     largest_code: int,
     multiplier: int,
     addend: int,
-    source: Tensor,
+    source: Tensor | None,
     group_ends: Sequence[int],
     group_scales: Tensor,
     largest: int,
     scale: Tensor,
     bias: Tensor,
+    multiples: Tensor | None = None,
 ) -> Tensor:
-    """See `operators.multiply`."""
+    """See `operators.multiply`; the kernel takes weights that are laid out for it (`laid_out.py`)."""
     served = (
-        not switched_off()
+        source is None
+        and not switched_off()
         and reason_against_device(codes.device) is None
-        and _reason_against_sums(group_ends, largest, largest_code, multiplier, addend) is None
+        # Merged sums are less than 2^24.
+        and (
+            multiples is not None or _reason_against_sums(group_ends, largest, largest_code, multiplier, addend) is None
+        )
     )
-    run = triton_kernels().multiply if served else reference.multiply
-    return run(
-        codes,
-        weight,
-        columns,
-        bits,
-        largest_code,
-        multiplier,
-        addend,
-        source,
-        group_ends,
-        group_scales,
-        largest,
-        scale,
-        bias,
-    )
+    integers = largest_code, multiplier, addend
+    if served:
+        return triton_kernels().multiply(
+            codes, weight, bits, *integers, group_ends, group_scales, largest, scale, bias, multiples
+        )
+    of_groups = group_ends, group_scales, largest, scale, bias, multiples
+    return reference.multiply(codes, weight, columns, bits, *integers, source, *of_groups)

@@ -5,11 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .reference import EXACT_FLOAT32
-
-
-#: Of a weight times a multiple, in a signed byte.
-LARGEST_BYTE = 127
+from .reference import EXACT_FLOAT32, LARGEST_BYTE
 
 
 def merged_groups(

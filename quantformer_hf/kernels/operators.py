@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
-from ..packing import packed_width
 from . import cuda, reference
+from .checks import check_float32, check_product
 from .library import AttentionMix, AttentionProbabilities, Codes, LayerNorm, Norm, Product, check, library
 from .merging import merged_groups
 
@@ -26,7 +26,8 @@ _LIBRARY.define(
 _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float epsilon) -> Tensor")
 _LIBRARY.define(
     "multiply(Tensor codes, Tensor weight, int columns, int bits, int largest_code, int multiplier, int addend,"
-    " Tensor source, int[] group_ends, Tensor group_scales, int largest, Tensor scale, Tensor bias) -> Tensor"
+    " Tensor? source, int[] group_ends, Tensor group_scales, int largest, Tensor scale, Tensor bias,"
+    " Tensor? multiples=None) -> Tensor"
 )
 _LIBRARY.define(
     "attention_probabilities(Tensor query, Tensor key, Tensor? mask, Tensor operands, int largest, float scaling)"
@@ -78,7 +79,7 @@ def quantize(
 
 def prepare_quantize(offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool) -> Codes:
     """All of `quantize` but x, for `run_quantize`. It points into these tensors, which the caller keeps."""
-    _check_float32(offset, inverse)
+    check_float32(offset, inverse)
     channels = offset.numel()
     if inverse.numel() != channels:
         raise ValueError(f"there are {channels} offsets and {inverse.numel()} scales")
@@ -90,7 +91,7 @@ def run_quantize(prepared: Codes, x: Tensor, norm: LayerNorm | None = None) -> T
     """`quantize`, of what is prepared, and of `layer_norm(x)` where there is a norm."""
     kernels = library()
     x = x.contiguous()
-    _check_float32(x)
+    check_float32(x)
     rows = x.shape[:-1]
     # A copy, since several threads may run what one of them prepared.
     job = Codes.from_buffer_copy(prepared)
@@ -119,7 +120,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: f
     if kernels is None:
         return reference.layer_norm(x, weight, bias, epsilon)
     x = x.contiguous()
-    _check_float32(x)
+    check_float32(x)
     y = torch.empty_like(x)
     norm = prepare_layer_norm(x.shape[-1], weight, bias, epsilon)
     job = Norm(x.data_ptr(), x.shape[:-1].numel(), x.shape[-1], norm, y.data_ptr())
@@ -130,7 +131,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: f
 def prepare_layer_norm(channels: int, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> LayerNorm:
     """All of `layer_norm` but x, for `run_quantize`. It points into these tensors, which the caller keeps."""
     given = [tensor for tensor in (weight, bias) if tensor is not None]
-    _check_float32(*given)
+    check_float32(*given)
     if any(tensor.numel() != channels for tensor in given):
         raise ValueError(f"LayerNorm has {given[0].numel()} channels, and its input {channels}")
     if not all(tensor.is_contiguous() for tensor in given):
@@ -146,14 +147,15 @@ def multiply(
     largest_code: int,
     multiplier: int,
     addend: int,
-    source: Tensor,
+    source: Tensor | None,
     group_ends: Sequence[int],
     group_scales: Tensor,
     largest: int,
     scale: Tensor,
     bias: Tensor,
+    multiples: Tensor | None = None,
 ) -> Tensor:
-    """`y_o = scale_o Σ_g s_g Σ_{c∈g} w_oc x_c + bias_o`, the inner sums in integers (design: deployment form).
+    """`y_o = scale_o Σ_g s_g Σ_{c∈g} m_c w_oc x_c + bias_o`, the inner sums in integers (design: deployment form).
 
     Args:
         codes: x, `(..., positions)` uint8, channels in the order of `source`.
@@ -161,11 +163,13 @@ def multiply(
         columns: of the weight.
         bits: that a code of the weight takes.
         largest_code: of the weight; less than `2^bits - 1` where codes lie in more bits than they need.
-        source: `(positions,)` int32, the column of each position, `columns` for padding.
+        source: `(positions,)` int32, the column of each position, `columns` for padding; None where columns lie in the
+            order of the positions (`laid_out.py`).
         group_ends: the position where each group ends, multiples of 4 that rise to `positions`.
         group_scales: s, `(groups,)` float32.
         largest: code of x.
         scale, bias: `(outputs,)` float32.
+        multiples: m, `(positions,)` uint8, or None for 1; any of them times a weight is at most 127.
 
     Returns:
         `(..., outputs)`, float32.
@@ -184,8 +188,9 @@ def multiply(
         scale,
         bias,
     )
-    if library() is None:
-        return reference.multiply(codes, *arguments)
+    # What is laid out for another device is looked at in plain torch.
+    if library() is None or source is None or multiples is not None:
+        return reference.multiply(codes, *arguments, multiples)
     return run_multiply(prepare_multiply(*arguments), codes)
 
 
@@ -205,8 +210,8 @@ def prepare_multiply(
 ) -> Product:
     """All of `multiply` but the codes, for `run_multiply`. It points into these tensors, which the caller keeps."""
     outputs, positions = weight.shape[0], source.numel()
-    _check_float32(group_scales, scale, bias)
-    _check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
+    check_float32(group_scales, scale, bias)
+    check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
     largest_weight = reference.largest_weight(largest_code, multiplier, addend)
     merged = merged_groups(group_ends, group_scales, largest, largest_weight)
     return Product(
@@ -270,11 +275,11 @@ def attention_probabilities(
     if kernels is None:
         return reference.attention_probabilities(query, key, mask, operands, largest, scaling)
     query, key = _rows(query), _rows(key)
-    _check_float32(query, key, operands)
+    check_float32(query, key, operands)
     batch, heads, queries, head_size = query.shape
     probabilities = torch.empty((batch, heads, queries, key.shape[2]), dtype=torch.float32)
     if mask is not None:
-        _check_float32(mask)
+        check_float32(mask)
         mask = _rows(mask.expand(probabilities.shape))
     job = AttentionProbabilities(
         query=query.data_ptr(),
@@ -313,7 +318,7 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
     if kernels is None:
         return reference.attention_mix(probabilities, value, operands, largest)
     probabilities, value = probabilities.contiguous(), _rows(value)
-    _check_float32(probabilities, value, operands)
+    check_float32(probabilities, value, operands)
     batch, heads, queries, keys = probabilities.shape
     head_size = value.shape[-1]
     output = torch.empty((batch, queries, heads, head_size), dtype=torch.float32)
@@ -337,28 +342,6 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
 def _rows(x: Tensor) -> Tensor:
     """`x` with its last dimension in one piece; the others may lie as they do."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias) -> None:
-    """A kernel reads what it is told is there: raise ValueError where it is not."""
-    outputs = len(weight)
-    if weight.dtype != torch.uint8 or not weight.is_contiguous() or weight.shape[1] != packed_width(columns, bits):
-        raise ValueError(
-            f"a weight of {columns} columns and {bits} bits is packed in contiguous rows of {packed_width(columns, bits)}"
-            f" bytes, and this one is {tuple(weight.shape)} {weight.dtype}"
-        )
-    if len(group_ends) != group_scales.numel() or group_ends[-1] != positions:
-        raise ValueError(f"{group_scales.numel()} groups end at {list(group_ends)}, of {positions} positions")
-    if scale.numel() != outputs or bias.numel() != outputs:
-        raise ValueError(f"there are {scale.numel()} scales and {bias.numel()} biases for {outputs} outputs")
-
-
-def _check_float32(*tensors: Tensor) -> None:
-    for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"a kernel was given {tensor.dtype}: convert it to torch.float32 first")
-        if not tensor.is_cpu:
-            raise ValueError(f"a kernel of the CPU was given a tensor on {tensor.device}: move the model to one device")
 
 
 def _fake_quantize(x, offset, inverse, source, largest, gelu=False):

@@ -1,12 +1,14 @@
 """What the operators need beside codes, made once from a layer's tensors: the order of the channels, the folded bias."""
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import operators
+from .laid_out import ALIGNMENT, lay_out, merge_runs
 from .library import Codes, Product, library
 from .ordered_weights import order_weights
 from .remembered import made_once
@@ -92,6 +94,10 @@ def plan_channels(
         members = (of_channel == group).nonzero().flatten().tolist()
         source += members + [channels] * (-len(members) % STEP)
         ends.append(len(source))
+    if scale.is_cuda:
+        # Rows of codes are aligned, as those of the weight are.
+        source += [channels] * (-len(source) % ALIGNMENT)
+        ends[-1] = len(source)
     of_channel = of_channel.to(scale.device)
     # A model in another dtype computes here in float32 all the same.
     scale, offset = scale.detach().float(), offset.detach().float()
@@ -188,16 +194,23 @@ def plan_weight(columns: int, bits: int, qmin: int, qmax: int, shift: float, sca
 @dataclass(frozen=True, eq=False)
 class LinearPlan(_Plan):
     """A linear layer: its weight's codes and their plan, that of its input, and the bias `(out,)` float32 with the
-    input's offsets folded in."""
+    input's offsets folded in.
+
+    Attributes:
+        laid_out: `arguments`, on a GPU, where weights lie otherwise (`laid_out.py`).
+    """
 
     weight: WeightPlan
     packed: Tensor
     channels: ChannelPlan
     bias: Tensor
+    laid_out: tuple | None = None
 
     @property
     def arguments(self) -> tuple:
         """Of `operators.multiply`, after the codes of the input."""
+        if self.laid_out is not None:
+            return self.laid_out
         scales = self.channels.group_scales, self.weight.scale, self.bias
         return _arguments(self.packed, self.weight, self.channels, *scales)
 
@@ -253,10 +266,27 @@ class TokenLinearPlan(_Plan):
 def plan_linear(
     weight: WeightPlan, packed: Tensor, bias: Tensor | None, channels: ChannelPlan | TokenPlan
 ) -> LinearPlan | TokenLinearPlan:
-    """Fold the offsets: `b'_o = b_o + s_o Σ_g β_g Σ_{c∈g} w_oc` (design: deployment form), in float64."""
-    if isinstance(channels, TokenPlan):
-        first, others = (plan_linear(weight, packed, bias, part) for part in (channels.first, channels.others))
-        return TokenLinearPlan(first, others, channels.tokens)
+    """The plan of a layer, whose input's offsets go into its bias."""
+    plans = [LinearPlan(weight, packed, part, _folded_bias(weight, packed, bias, part)) for part in channels.parts]
+    if packed.is_cuda:
+        plans = laid_out_plans(plans)
+    return TokenLinearPlan(*plans, channels.tokens) if isinstance(channels, TokenPlan) else plans[0]
+
+
+def laid_out_plans(plans: Sequence[LinearPlan]) -> list[LinearPlan]:
+    """Plans of one weight and one order of channels as a GPU takes them."""
+    weight, packed = lay_out(plans[0].weight, plans[0].packed, plans[0].channels.source)
+    integers = weight.columns, weight.bits, weight.largest_code, weight.multiplier, weight.addend
+    laid_out = []
+    for plan in plans:
+        ends, scales, multiples = merge_runs(plan.channels, weight)
+        of_runs = None, ends, scales, plan.channels.largest, weight.scale, plan.bias, multiples
+        laid_out.append(replace(plan, laid_out=(packed, *integers, *of_runs)))
+    return laid_out
+
+
+def _folded_bias(weight: WeightPlan, packed: Tensor, bias: Tensor | None, channels: ChannelPlan) -> Tensor:
+    """`b'_o = b_o + s_o Σ_g β_g Σ_{c∈g} w_oc` (design: deployment form), in float64."""
     groups, positions = len(channels.group_ends), channels.source.numel()
     # The sums of the weights of each group, by the operator itself: row g of the input has ones in group g.
     ones = torch.zeros(groups, positions, dtype=torch.uint8, device=packed.device)
@@ -270,7 +300,7 @@ def plan_linear(
     folded = weight.scale.double() * (channels.group_offsets.double() @ sums.double())
     if bias is not None:
         folded = folded + bias.double()
-    return LinearPlan(weight, packed, channels, folded.float())
+    return folded.float()
 
 
 def _arguments(packed, weight: WeightPlan, channels: ChannelPlan, group_scales, scale, bias) -> tuple:

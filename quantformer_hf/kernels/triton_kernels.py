@@ -1,8 +1,8 @@
 """The operators on CUDA as Triton kernels: integer tensor cores, weights that stay packed in memory.
 
-Bit for bit what `reference.py` computes. Sums over a group are int32, hence exact; they become float32 by one rounding,
-and each further operation is one rounding in the order written there: `enable_fp_fusion=False` keeps the compiler from
-contracting a product and a sum into one.
+Bit for bit what `reference.py` computes. Sums over a run (a group, or several that add up as one, `merging.py`) are int32,
+hence exact; they become float32 by one rounding, and each further operation is one rounding in the order written there:
+`enable_fp_fusion=False` keeps the compiler from contracting a product and a sum into one.
 
 `tl.dot` multiplies signed bytes, and not all operands are such. Activations up to 255 are shifted: `u = x - 128`, and
 `Σ x v = Σ u v + 128 Σ v`. Weights beyond a byte (8 bits on the half-shifted grid: odd integers up to ±255) are split:
@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import packed_width
+from .laid_out import LAID_OUT_BITS, row_width
+from .plans import STEP
 
 
 #: Outputs of a block of the product; its rows follow the input's number of rows.
@@ -67,34 +68,26 @@ def quantize_kernel(
 
 
 @triton.jit
-def unpack(packed_rows, column, inside, BITS: tl.constexpr):
-    """Codes of the columns of some rows, see `packing` for the layout.
-
-    Args:
-        packed_rows: `(1, outputs)`, pointers to the rows' first bytes.
-        column: `(positions, 1)`.
-        inside: `(positions, outputs)`; what lies outside is not read.
-
-    Returns:
-        `(positions, outputs)`, int32.
-    """
-    place = column * BITS
-    byte = place // 8
-    bits = tl.load(packed_rows + byte, mask=inside, other=0).to(tl.int32)
-    if 8 % BITS != 0:
-        # A code may go on in the next byte, which a row has if it does.
-        reaches = inside & (place % 8 + BITS > 8)
-        bits |= tl.load(packed_rows + byte + 1, mask=reaches, other=0).to(tl.int32) << 8
-    return (bits >> (place % 8)) & ((1 << BITS) - 1)
+def unpack(packed, BITS: tl.constexpr):
+    """Codes of 2, 4 or 8 bits, `(outputs, positions)`, from the bytes of rows, see `packing` for the layout."""
+    if BITS == 2:
+        even = tl.interleave(packed & 3, (packed >> 4) & 3)
+        odd = tl.interleave((packed >> 2) & 3, packed >> 6)
+        codes = tl.interleave(even, odd)
+    elif BITS == 4:
+        codes = tl.interleave(packed & 15, packed >> 4)
+    else:
+        codes = packed
+    return codes
 
 
 @triton.jit
 def multiply_kernel(
     x,
     packed,
-    source,
+    multiples,
     spans,
-    group_scales,
+    run_scales,
     scale,
     bias,
     y,
@@ -102,13 +95,13 @@ def multiply_kernel(
     positions,
     outputs,
     width,
-    columns,
     count,
     multiplier,
     addend,
     factor,
     rest,
     BITS: tl.constexpr,
+    MERGED: tl.constexpr,
     SHIFTED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -118,8 +111,9 @@ def multiply_kernel(
     """A block of `y`, see `operators.multiply`.
 
     Args:
-        spans: `(count, 3)` int32: start, end and number of each group that has positions.
-        multiplier, addend: `v = code * multiplier + addend`, a signed byte.
+        multiples: read where MERGED.
+        spans: `(count, 3)` int32: start, end and number of each run that has positions.
+        multiplier, addend: `v = code * multiplier + addend`, a signed byte, also times any multiple.
         factor, rest: `w = factor v + rest`, where SPLIT; else `w = v`.
         SHIFTED: codes of x may be above 127.
     """
@@ -127,40 +121,45 @@ def multiply_kernel(
     output = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     row_inside, output_inside = row < rows, output < outputs
     x_rows = x + row[:, None] * positions
-    packed_rows = packed + output.to(tl.int64)[None, :] * width
+    packed_rows = packed + output.to(tl.int64)[:, None] * width
 
-    # x + -0.0 is x, -0.0 too: the first group's part enters unchanged, as it does in the reference.
+    # x + -0.0 is x, -0.0 too: the first run's part enters unchanged, as it does in the reference.
     sums = tl.full((BLOCK_ROWS, BLOCK_OUTPUTS), -0.0, tl.float32)
     for index in range(count):
         start = tl.load(spans + 3 * index)
         end = tl.load(spans + 3 * index + 1)
-        group_scale = tl.load(group_scales + tl.load(spans + 3 * index + 2))
+        run_scale = tl.load(run_scales + tl.load(spans + 3 * index + 2))
         products = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.int32)
         sum_of_v = tl.zeros((BLOCK_OUTPUTS,), tl.int32)
         sum_of_x = tl.zeros((BLOCK_ROWS,), tl.int32)
-        for first in range(start, end, BLOCK_POSITIONS):
+        # From a whole step, so that what is read is aligned: neighbours are then read by one instruction.
+        for first in range(start // BLOCK_POSITIONS * BLOCK_POSITIONS, end, BLOCK_POSITIONS):
             position = first + tl.arange(0, BLOCK_POSITIONS)
-            column = tl.load(source + position, mask=position < end, other=columns)
-            # Beyond the group and on its padding, v and x count as 0.
-            real = (column >= 0) & (column < columns)
-            codes = tl.load(x_rows + position[None, :], mask=row_inside[:, None] & real[None, :], other=0)
-            inside = real[:, None] & output_inside[None, :]
-            v = unpack(packed_rows, column[:, None], inside, BITS) * multiplier + addend
-            v = tl.where(inside, v, 0).to(tl.int8)
+            reads = position < positions
+            codes = tl.load(x_rows + position[None, :], mask=row_inside[:, None] & reads[None, :], other=0)
+            byte = first * BITS // 8 + tl.arange(0, BLOCK_POSITIONS * BITS // 8)
+            inside = output_inside[:, None] & (byte < width)[None, :]
+            v = unpack(tl.load(packed_rows + byte[None, :], mask=inside, other=0), BITS).to(tl.int32)
+            v = v * multiplier + addend
+            if MERGED:
+                v *= tl.load(multiples + position, mask=reads, other=0).to(tl.int32)[None, :]
+            # What is of other runs counts as 0.
+            of_run = ((position >= start) & (position < end))[None, :]
+            v = tl.where(of_run, v, 0).to(tl.int8)
             if SHIFTED:
                 # x - 128 in eight bits is x with its highest bit turned over.
                 operand = (codes ^ 128).to(tl.int8, bitcast=True)
-                sum_of_v += tl.sum(v.to(tl.int32), axis=0)
+                sum_of_v += tl.sum(v.to(tl.int32), axis=1)
             else:
                 operand = codes.to(tl.int8, bitcast=True)
             if SPLIT:
-                sum_of_x += tl.sum(codes.to(tl.int32), axis=1)
-            products = tl.dot(operand, v, products, out_dtype=tl.int32)
+                sum_of_x += tl.sum(tl.where(of_run, codes, 0).to(tl.int32), axis=1)
+            products = tl.dot(operand, tl.trans(v), products, out_dtype=tl.int32)
         if SHIFTED:
             products += 128 * sum_of_v[None, :]
         if SPLIT:
             products = products * factor + rest * sum_of_x[:, None]
-        sums += products.to(tl.float32) * group_scale
+        sums += products.to(tl.float32) * run_scale
 
     scales = tl.load(scale + output, mask=output_inside, other=0.0)
     biases = tl.load(bias + output, mask=output_inside, other=0.0)
@@ -206,43 +205,42 @@ def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, 
 def multiply(
     codes: Tensor,
     weight: Tensor,
-    columns: int,
     bits: int,
     largest_code: int,
     multiplier: int,
     addend: int,
-    source: Tensor,
-    group_ends: Sequence[int],
-    group_scales: Tensor,
+    run_ends: Sequence[int],
+    run_scales: Tensor,
     largest: int,
     scale: Tensor,
     bias: Tensor,
+    multiples: Tensor | None,
 ) -> Tensor:
-    """See `operators.multiply`. The sums of a group must fit into int32: `cuda.reason_against` tells.
+    """See `operators.multiply`, of a weight that is laid out (`laid_out.py`).
+
+    The sums of a run must fit into int32: `cuda.reason_against` tells.
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, size or device than the kernel reads.
     """
-    outputs, positions = weight.shape[0], source.numel()
-    if codes.shape[-1] != positions:
-        raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {positions}")
+    outputs, positions = weight.shape[0], codes.shape[-1]
     device = codes.device
-    weight_shape = (outputs, packed_width(columns, bits))
-    vectors = {
-        "scale": (scale, [outputs]),
-        "bias": (bias, [outputs]),
-        "group_scales": (group_scales, [len(group_ends)]),
-    }
+    vectors = {"scale": (scale, [outputs]), "bias": (bias, [outputs]), "group_scales": (run_scales, [len(run_ends)])}
+    bytes_of = {"codes": (codes, codes.shape), "weight": (weight, (outputs, row_width(positions, bits)))}
+    if multiples is not None:
+        bytes_of["multiples"] = (multiples, [positions])
+        multiples = multiples.contiguous()
     _check_tensors(device, torch.float32, vectors)
-    _check_tensors(device, torch.int32, {"source": (source, [positions])})
-    _check_tensors(device, torch.uint8, {"codes": (codes, codes.shape), "weight": (weight, weight_shape)})
-    codes, weight, source = codes.contiguous(), weight.contiguous(), source.contiguous()
-    group_scales, scale, bias = group_scales.contiguous(), scale.contiguous(), bias.contiguous()
+    _check_tensors(device, torch.uint8, bytes_of)
+    if bits not in LAID_OUT_BITS:
+        raise ValueError(f"the codes of the weight have {bits} bits, and the kernel takes one of {LAID_OUT_BITS}")
+    codes, weight = codes.contiguous(), weight.contiguous()
+    run_scales, scale, bias = run_scales.contiguous(), scale.contiguous(), bias.contiguous()
     y = torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32, device=device)
     if y.numel() == 0:
         return y
     rows = y.numel() // outputs
-    spans = _spans(tuple(group_ends), positions, device)
+    spans = _spans(tuple(run_ends), positions, device)
     smallest, greatest = sorted((addend, addend + largest_code * multiplier))
     split = smallest < -128 or greatest > 127
     # Split, the byte v is the code less 128.
@@ -252,15 +250,15 @@ def multiply(
     block_rows = min(max(triton.next_power_of_2(rows), LEAST_BLOCK_ROWS), MOST_BLOCK_ROWS)
     # With four warps, the two accumulators of a larger block leave too few registers, and the compiler spills.
     warps = 4 if block_rows < 64 else 8
-    # Longer steps where groups are long; short ones waste less at the end of each group.
+    # Longer steps where runs are long; short ones waste less at the end of each run.
     block_positions = LEAST_BLOCK_POSITIONS * (2 if positions >= 4 * LEAST_BLOCK_POSITIONS * len(spans) else 1)
     with torch.cuda.device_of(codes):
         multiply_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(outputs, BLOCK_OUTPUTS))](
             codes,
             weight,
-            source,
+            multiples,
             spans,
-            group_scales,
+            run_scales,
             scale,
             bias,
             y,
@@ -268,11 +266,11 @@ def multiply(
             positions,
             outputs,
             weight.shape[1],
-            columns,
             len(spans),
             *of_byte,
             *of_weight,
             BITS=bits,
+            MERGED=multiples is not None,
             SHIFTED=largest > 127,
             SPLIT=split,
             BLOCK_ROWS=block_rows,
@@ -285,12 +283,13 @@ def multiply(
 
 
 @functools.lru_cache(maxsize=1024)
-def _spans(group_ends: tuple[int, ...], positions: int, device: torch.device) -> Tensor:
-    """`(groups that have positions, 3)` int32. Remembered: copying it to the device would wait for the device."""
-    starts = (0, *group_ends[:-1])
-    if group_ends[-1] != positions or any(start > end for start, end in zip(starts, group_ends, strict=True)):
-        raise ValueError(f"the groups end at {group_ends}: they should rise to {positions}")
-    spans = [(start, end, i) for i, (start, end) in enumerate(zip(starts, group_ends, strict=True)) if end > start]
+def _spans(run_ends: tuple[int, ...], positions: int, device: torch.device) -> Tensor:
+    """`(runs that have positions, 3)` int32. Remembered: copying it to the device would wait for the device."""
+    starts = (0, *run_ends[:-1])
+    rises = all(start <= end for start, end in zip(starts, run_ends, strict=True))
+    if run_ends[-1] != positions or not rises or any(end % STEP for end in run_ends):
+        raise ValueError(f"the runs end at {run_ends}: they should rise to {positions} in multiples of {STEP}")
+    spans = [(start, end, i) for i, (start, end) in enumerate(zip(starts, run_ends, strict=True)) if end > start]
     return torch.tensor(spans, dtype=torch.int32, device=device)
 
 
