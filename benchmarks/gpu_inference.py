@@ -19,6 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.kernels import using
+from quantformer_hf.packed_layers import PackedLayer
 from quantformer_hf.report import format_table
 
 
@@ -45,8 +46,11 @@ def event_medians(candidates: dict[str, Callable[[], None]], rounds: int) -> dic
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Of parameters and buffers, as they lie in memory."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Of parameters and buffers, as they lie in memory, and of weights that are there once more for the kernels."""
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+    laid_out = [layer.plan(layer.channel_plan()).laid_out for layer in layers if layer.can_infer()]
+    once_more = [arguments[0] for arguments in laid_out if arguments is not None]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *once_more))
 
 
 def packed_model(full_precision: ViTForImageClassification, bits: int) -> QuantformerForImageClassification:

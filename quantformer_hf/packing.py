@@ -39,6 +39,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: a code that does not fit.
     """
+    if bits == 8 and codes.dtype == torch.uint8:
+        return codes
     # As Python's numbers: a byte cannot be compared with 256.
     if codes.numel() and not 0 <= codes.min().item() <= codes.max().item() < 2**bits:
         raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit into {bits} bits")
@@ -52,6 +54,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_codes`: `(rows, columns)`, uint8."""
+    if bits == 8:
+        return packed[:, :columns]
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = (packed.unsqueeze(-1) >> places & 1).flatten(1)[:, : columns * bits]
     places = torch.arange(bits, dtype=torch.uint8, device=packed.device)

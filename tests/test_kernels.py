@@ -68,7 +68,9 @@ def test_the_inner_sums_are_exact(name, bits):
             for group in range(shape[3]):
                 only = torch.zeros(shape[3])
                 only[group] = 1
-                arguments = plans._arguments(packed, weight, channels, only, ones, torch.zeros(shape[2]))
+                arguments = plans._arguments(
+                    packed, weight, channels.source, channels, only, ones, torch.zeros(shape[2])
+                )
                 sums = operators.multiply(codes, *arguments)
                 start = channels.group_ends[group - 1] if group else 0
                 members = channels.source[start : channels.group_ends[group]].long()

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from conftest import make_batches, make_quantized
 
 from quantformer_hf.kernels import cuda, operators, plans, reference, using
+from quantformer_hf.kernels.laid_out import lay_out
 from quantformer_hf.packed_layers import PackedLayer
 from quantformer_hf.packing import pack_codes
 
@@ -98,8 +100,8 @@ def forget():
 def test_without_triton_plain_torch_serves_with_one_warning(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "quantformer_hf.kernels.triton_kernels", None)
     codes, packed, weight, channels = make_layer()
-    plan = plans.LinearPlan(weight, packed, channels, torch.zeros(3))
-    (laid_out,) = plans.laid_out_plans([plan])
+    plan = plans.plan_linear(weight, packed, None, channels)
+    laid_out = plans.plan_part(weight, packed, None, channels, lay_out(weight, packed, channels.source))
     for _ in range(2):
         assert torch.equal(cuda.multiply(codes, *laid_out.arguments), reference.multiply(codes, *plan.arguments))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -119,18 +121,24 @@ def test_sums_that_may_not_fit_into_32_bits_stay_in_plain_torch(monkeypatch):
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 def test_a_layer_that_is_laid_out_for_a_gpu_gives_the_same_bits(bits, unit):
     torch.manual_seed(bits)
-    # Of one weight, as for a class token with scales of its own; 0.3 times a multiple is rounded, so that groups stay apart.
+    # Of one weight, as for a class token; 0.3 times a multiple is rounded, so that groups stay apart.
     scales = unit * torch.tensor([[1.0, 3.0, 7.0], [2.0, 1.0, 1.0]])
     index = torch.randint(0, 3, (37,))
-    inputs = [plans.plan_channels(37, scale, torch.randn(3), index, 15) for scale in scales]
     weight = plans.plan_weight(37, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0, torch.rand(5))
-    packed = pack_codes(torch.randint(0, 2**bits, (5, 37)), bits)
-    layers = [plans.LinearPlan(weight, packed, channels, torch.randn(5)) for channels in inputs]
-    laid_out = plans.laid_out_plans(layers)
-    assert laid_out[0].laid_out[0] is laid_out[1].laid_out[0]
-    for channels, layer, other in zip(inputs, layers, laid_out, strict=True):
-        codes = channels.quantize(torch.randn(6, 37))
-        assert torch.equal(operators.multiply(codes, *other.arguments), operators.multiply(codes, *layer.arguments))
+    packed, bias = pack_codes(torch.randint(0, 2**bits, (5, 37)), bits), torch.randn(5)
+    aligned = [plans.plan_channels(37, scale, torch.randn(3), index, 15, alignment=16) for scale in scales]
+    rows = lay_out(weight, packed, aligned[0].source)
+    x = torch.randn(6, 37)
+    for channels in aligned:
+        assert channels.source.numel() % 16 == 0
+        plain = plans.plan_channels(37, channels.group_scales, channels.group_offsets, index, 15)
+        expected = plans.plan_linear(weight, packed, bias, plain)
+        other = plans.plan_part(weight, packed, bias, channels, rows)
+        assert torch.equal(other.bias, expected.bias)
+        y = operators.multiply(channels.quantize(x), *other.arguments)
+        assert torch.equal(y, operators.multiply(plain.quantize(x), *expected.arguments))
+        # A copy makes its plan anew: weights need not be in it twice.
+        assert len(pickle.dumps(other)) < len(pickle.dumps(expected)) + 500
         # -128 times 1 is a byte, but 128 is none.
         assert (other.arguments[-1] is not None) == (unit == 1 and bits < 8)
 

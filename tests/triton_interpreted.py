@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantformer_hf.kernels import plans, reference, triton_kernels
+from quantformer_hf.kernels.laid_out import lay_out
 from quantformer_hf.packing import pack_codes
 
 
@@ -17,7 +18,7 @@ SHAPES = [(1, 1, 1, 1), (1, 33, 17, 5), (5, 8, 30, 8), (2, 3, 5, 6), (35, 40, 65
 
 
 def make_layer(shape, bits, activation_bits, shift, multiples=False):
-    """A random layer: its plan, and codes of its input.
+    """A random layer: what its plan is made of, and codes of its input.
 
     Args:
         multiples: make the scales of the groups small multiples of a unit, by which they may be merged.
@@ -25,27 +26,32 @@ def make_layer(shape, bits, activation_bits, shift, multiples=False):
     rows, columns, outputs, groups = shape
     index = torch.randint(0, groups, (columns,))
     scale = torch.randint(1, 8, (groups,)) / 8 if multiples else torch.rand(groups) + 0.1
-    channels = plans.plan_channels(columns, scale, torch.randn(groups), index, 2**activation_bits - 1)
+    # As on a GPU; in every other case as on a CPU, which the kernel is to take as well.
+    alignment = 16 if multiples else None
+    channels = plans.plan_channels(
+        columns, scale, torch.randn(groups), index, 2**activation_bits - 1, alignment=alignment
+    )
     weight = plans.plan_weight(columns, bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, shift, torch.rand(outputs) + 0.1)
     packed = pack_codes(torch.randint(0, 2**bits, (outputs, columns)), bits)
     codes = torch.randint(0, channels.largest + 1, (rows, channels.source.numel()), dtype=torch.uint8)
     codes[:, channels.source == columns] = 0
-    return plans.LinearPlan(weight, packed, channels, torch.randn(outputs)), codes
+    return weight, packed, torch.randn(outputs), channels, codes
 
 
 def make_operands(*layer):
     """Arguments of `multiply`, and what it is to give."""
-    plan, codes = make_layer(*layer)
-    (laid_out,) = plans.laid_out_plans([plan])
-    return taken_by_the_kernel(codes, laid_out), reference.multiply(codes, *plan.arguments)
+    *parts, codes = make_layer(*layer)
+    return laid_out(*parts, codes), reference.multiply(codes, *plans.plan_linear(*parts).arguments)
 
 
-def taken_by_the_kernel(codes, laid_out):
+def laid_out(weight, packed, bias, channels, codes):
+    """Arguments of `multiply`."""
+    plan = plans.plan_part(weight, packed, bias, channels, lay_out(weight, packed, channels.source))
     names = (
         *("weight", "columns", "bits", "largest_code", "multiplier", "addend", "source", "run_ends", "run_scales"),
         *("largest", "scale", "bias", "multiples"),
     )
-    operands = {"codes": codes} | dict(zip(names, laid_out.arguments, strict=True))
+    operands = {"codes": codes} | dict(zip(names, plan.arguments, strict=True))
     assert operands.pop("source") is None
     assert operands.pop("columns") == codes.shape[-1]
     return operands
@@ -73,9 +79,9 @@ def test_groups_that_are_one_for_some_of_their_multiples_run_together():
     channels = plans.plan_channels(96, torch.tensor([1.0, 15.0, 17.0]), torch.randn(3), torch.arange(96) % 3, 15)
     weight = plans.plan_weight(96, 4, -8, 7, 0, torch.rand(5) + 0.1)
     packed = pack_codes(torch.randint(0, 16, (5, 96)), 4)
-    plan = plans.LinearPlan(weight, packed, channels, torch.randn(5))
+    plan = plans.plan_linear(weight, packed, None, channels)
     codes = torch.randint(0, 16, (3, 96), dtype=torch.uint8)
-    operands = taken_by_the_kernel(codes, *plans.laid_out_plans([plan]))
+    operands = laid_out(weight, packed, None, channels, codes)
     assert operands["run_ends"] == (64, 96)
     assert same_bits(triton_kernels.multiply(**operands), reference.multiply(codes, *plan.arguments))
 

@@ -11,7 +11,7 @@ and 2026.4, measured 2026-11-28 and 2026-11-30):
 - A sum of products in float64, which in OpenVINO is not exact. Here long sums have parts that floats hold.
 - Operations with constants one after the other, which OpenVINO makes one: `(y + b) - β` becomes `y + (b - β)`, `(x - β) i`
   becomes `x i - β i`, and `(y s) t` becomes `y (s t)`. Here stands between them what changes no finite number (`_kept`).
-- `y s + b`, which OpenVINO rounds once, by a fused instruction. It does not where b comes first.
+- `y s + b` with constants, which OpenVINO rounds once, by a fused instruction. It does not where b comes first.
 - BitShift of bytes, whose results are off by one in OpenVINO. Here the file has a weight's codes unpacked
   (`onnx.lay_out_codes`).
 """

@@ -58,8 +58,9 @@ def export_onnx(
         path: of the file, which must not be there yet. Folders are made.
         opset: 21, which ONNX Runtime and OpenVINO read: weights of 1 to 4 bits take four in the file, those of 5 to 8
             eight. 25 stores weights of 1 and 2 bits in two; OpenVINO (2026.4) does not read it.
-        exact: write the arithmetic of the packed model operator by operator (`exporters/exact.py`): ONNX Runtime then gives
-            its logits of finite images bit for bit, and takes longer. Weights take 4 or 8 bits, whatever the operator set.
+        exact: write the arithmetic of the packed model operator by operator (`exporters/exact.py`): ONNX Runtime,
+            and OpenVINO in float32, then give its logits of finite images bit for bit, and take longer. Weights take 4 or 8
+            bits, whatever the operator set.
 
     Raises:
         ValueError: groups that are not frozen, another operator set, or `exact` of a model that computes in floating point.

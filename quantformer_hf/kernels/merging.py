@@ -5,7 +5,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .reference import EXACT_FLOAT32, LARGEST_BYTE
+from .reference import EXACT_FLOAT32
+
+
+#: Of a weight times a multiple, in a signed byte.
+LARGEST_BYTE = 127
 
 
 def merged_groups(

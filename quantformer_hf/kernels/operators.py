@@ -169,7 +169,7 @@ def multiply(
         group_scales: s, `(groups,)` float32.
         largest: code of x.
         scale, bias: `(outputs,)` float32.
-        multiples: m, `(positions,)` uint8, or None for 1; any of them times a weight is at most 127.
+        multiples: m, `(positions,)` uint8, or None for 1; times a weight at most 127, and sums below 2^24.
 
     Returns:
         `(..., outputs)`, float32.

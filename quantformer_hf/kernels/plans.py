@@ -1,13 +1,12 @@
 """What the operators need beside codes, made once from a layer's tensors: the order of the channels, the folded bias."""
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import operators
+from . import cuda, operators
 from .laid_out import ALIGNMENT, lay_out, merge_runs
 from .library import Codes, Product, library
 from .ordered_weights import order_weights
@@ -19,10 +18,13 @@ STEP = 4
 
 
 class _Plan:
-    """A plan whose copies, also in another process, make their jobs anew: they point into the tensors of this one."""
+    """A plan whose copies, also in another process, make their jobs anew, which point into the tensors of this one, and do
+    without weights that are there once more: a copied model makes its plans anew."""
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("job", "ordered_by_itself")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("job", "ordered_by_itself", "laid_out")
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,13 @@ class ChannelPlan(_Plan):
 
 
 def plan_channels(
-    channels: int, scale: Tensor, offset: Tensor, index: Tensor | None, largest: int, gelu: bool = False
+    channels: int,
+    scale: Tensor,
+    offset: Tensor,
+    index: Tensor | None,
+    largest: int,
+    gelu: bool = False,
+    alignment: int | None = None,
 ) -> ChannelPlan:
     """The plan of a tensor of `channels`, quantized as `ops.fake_quantize_groups` does.
 
@@ -87,17 +95,18 @@ def plan_channels(
         index: `(channels,)`, the group of each; None for one group.
         largest: code.
         gelu: whether GELU makes the tensor, on the way to codes.
+        alignment: of which positions are a multiple; by default that of the device, which on a GPU is that of weights.
     """
+    if alignment is None:
+        alignment = ALIGNMENT if scale.is_cuda else STEP
     of_channel = torch.zeros(channels, dtype=torch.long) if index is None else index.long().cpu()
     source, ends = [], []
     for group in range(scale.numel()):
         members = (of_channel == group).nonzero().flatten().tolist()
         source += members + [channels] * (-len(members) % STEP)
         ends.append(len(source))
-    if scale.is_cuda:
-        # Rows of codes are aligned, as those of the weight are.
-        source += [channels] * (-len(source) % ALIGNMENT)
-        ends[-1] = len(source)
+    source += [channels] * (-len(source) % alignment)
+    ends[-1] = len(source)
     of_channel = of_channel.to(scale.device)
     # A model in another dtype computes here in float32 all the same.
     scale, offset = scale.detach().float(), offset.detach().float()
@@ -212,7 +221,7 @@ class LinearPlan(_Plan):
         if self.laid_out is not None:
             return self.laid_out
         scales = self.channels.group_scales, self.weight.scale, self.bias
-        return _arguments(self.packed, self.weight, self.channels, *scales)
+        return _arguments(self.packed, self.weight, self.channels.source, self.channels, *scales)
 
     @made_once
     def job(self) -> Product:
@@ -267,25 +276,33 @@ def plan_linear(
     weight: WeightPlan, packed: Tensor, bias: Tensor | None, channels: ChannelPlan | TokenPlan
 ) -> LinearPlan | TokenLinearPlan:
     """The plan of a layer, whose input's offsets go into its bias."""
-    plans = [LinearPlan(weight, packed, part, _folded_bias(weight, packed, bias, part)) for part in channels.parts]
-    if packed.is_cuda:
-        plans = laid_out_plans(plans)
+    served = packed.is_cuda and cuda.reason_against_device(packed.device) is None
+    laid_out = lay_out(weight, packed, channels.source) if served else None
+    plans = [plan_part(weight, packed, bias, part, laid_out) for part in channels.parts]
     return TokenLinearPlan(*plans, channels.tokens) if isinstance(channels, TokenPlan) else plans[0]
 
 
-def laid_out_plans(plans: Sequence[LinearPlan]) -> list[LinearPlan]:
-    """Plans of one weight and one order of channels as a GPU takes them."""
-    weight, packed = lay_out(plans[0].weight, plans[0].packed, plans[0].channels.source)
-    integers = weight.columns, weight.bits, weight.largest_code, weight.multiplier, weight.addend
-    laid_out = []
-    for plan in plans:
-        ends, scales, multiples = merge_runs(plan.channels, weight)
-        of_runs = None, ends, scales, plan.channels.largest, weight.scale, plan.bias, multiples
-        laid_out.append(replace(plan, laid_out=(packed, *integers, *of_runs)))
-    return laid_out
+def plan_part(
+    weight: WeightPlan,
+    packed: Tensor,
+    bias: Tensor | None,
+    channels: ChannelPlan,
+    laid_out: tuple[WeightPlan, Tensor] | None,
+) -> LinearPlan:
+    """The plan for some tokens, or all; `laid_out` by `lay_out`, or None where weights are taken as they are."""
+    if laid_out is None:
+        folded = _folded_bias(weight, packed, channels.source, bias, channels)
+        return LinearPlan(weight, packed, channels, folded)
+    in_order, rows = laid_out
+    folded = _folded_bias(in_order, rows, None, bias, channels)
+    ends, scales, multiples = merge_runs(channels, in_order)
+    of_runs = None, ends, scales, channels.largest, in_order.scale, folded, multiples
+    return LinearPlan(weight, packed, channels, folded, (rows, *_integers(in_order), *of_runs))
 
 
-def _folded_bias(weight: WeightPlan, packed: Tensor, bias: Tensor | None, channels: ChannelPlan) -> Tensor:
+def _folded_bias(
+    weight: WeightPlan, packed: Tensor, source: Tensor | None, bias: Tensor | None, channels: ChannelPlan
+) -> Tensor:
     """`b'_o = b_o + s_o Σ_g β_g Σ_{c∈g} w_oc` (design: deployment form), in float64."""
     groups, positions = len(channels.group_ends), channels.source.numel()
     # The sums of the weights of each group, by the operator itself: row g of the input has ones in group g.
@@ -296,25 +313,16 @@ def _folded_bias(weight: WeightPlan, packed: Tensor, bias: Tensor | None, channe
         start = end
     unit = torch.ones_like(weight.scale)
     scales = torch.ones_like(channels.group_scales), unit, torch.zeros_like(unit)
-    sums = operators.call(operators.multiply, ones, *_arguments(packed, weight, channels, *scales))
+    sums = operators.call(operators.multiply, ones, *_arguments(packed, weight, source, channels, *scales))
     folded = weight.scale.double() * (channels.group_offsets.double() @ sums.double())
     if bias is not None:
         folded = folded + bias.double()
     return folded.float()
 
 
-def _arguments(packed, weight: WeightPlan, channels: ChannelPlan, group_scales, scale, bias) -> tuple:
-    return (
-        packed,
-        weight.columns,
-        weight.bits,
-        weight.largest_code,
-        weight.multiplier,
-        weight.addend,
-        channels.source,
-        channels.group_ends,
-        group_scales,
-        channels.largest,
-        scale,
-        bias,
-    )
+def _integers(weight: WeightPlan) -> tuple[int, ...]:
+    return weight.columns, weight.bits, weight.largest_code, weight.multiplier, weight.addend
+
+
+def _arguments(packed, weight: WeightPlan, source, channels: ChannelPlan, group_scales, scale, bias) -> tuple:
+    return packed, *_integers(weight), source, channels.group_ends, group_scales, channels.largest, scale, bias

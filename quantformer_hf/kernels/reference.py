@@ -16,8 +16,6 @@ from ..packing import unpack_codes
 
 #: Integers up to here are exact in float32.
 EXACT_FLOAT32 = 2**24
-#: Of a weight times a multiple, in a signed byte.
-LARGEST_BYTE = 127
 
 #: Coefficients, highest power first: of 2^f in `exponential`, and of what GELU's tail is the 16th power of.
 EXPONENTIAL_POLYNOMIAL = (1.3276471771e-3, 9.6755413327e-3, 5.5507132742e-2, 2.4022119724e-1, 6.9314696706e-1, 1.0)
@@ -139,7 +137,8 @@ def multiply(
         integers = F.pad(integers, (0, 1)).index_select(1, source)
     largest_product = largest * largest_weight(largest_code, multiplier, addend)
     if multiples is not None:
-        integers, largest_product = integers * multiples, largest * LARGEST_BYTE
+        # Whatever is summed up stays below 2^24.
+        integers, largest_product = integers * multiples, 0
     sums, start = None, 0
     for end, group_scale in zip(group_ends, group_scales, strict=True):
         if end > start:
