@@ -34,7 +34,8 @@ def packed_width(columns: int, bits: int) -> int:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack `(rows, columns)` integers of 0 to `2^bits - 1` into `(rows, packed_width(columns, bits))` uint8.
+    """Pack `(rows, columns)` integers of 0 to `2^bits - 1` into `(rows, packed_width(columns, bits))` uint8: bytes, of which
+    8 bits are asked, are handed back as they are.
 
     Raises:
         ValueError: a code that does not fit.
@@ -53,7 +54,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack_codes`: `(rows, columns)`, uint8."""
+    """The inverse of `pack_codes`: `(rows, columns)`, uint8; of 8 bits a view of `packed`."""
     if bits == 8:
         return packed[:, :columns]
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
