@@ -71,6 +71,7 @@ ROWS = {
     "ours_one_group": ["--preset", "lightning", *ONE_GROUP],
     "ours_attention": ["--preset", "lightning", *ATTENTION],
     "ours_fixed_degree": ["--preset", "lightning", *ATTENTION, "--pnorm", "2"],
+    "ours_even_levels": ["--preset", "lightning", "--twin_levels", "False"],
     "ours_no_features": ["--preset", "lightning", "--feature_weight", "0"],
     "ours_not_centred": ["--preset", "lightning", "--centre_channels", "False"],
     "ours_not_rotated": ["--preset", "lightning", "--rotate_channels", "False"],

@@ -105,6 +105,10 @@ class ModelArguments:
         default="lsq_by_width",
         metadata={"help": "lsq, lsq_shifted, statsq, minmax, or lsq_by_width: lsq_shifted up to three bits, else lsq."},
     )
+    twin_levels: bool | None = field(
+        default=None,
+        metadata={"help": "Levels of what GELU puts out, at 3 and 4 bits, have two step sizes. Default: with groups."},
+    )
 
     def __post_init__(self):
         for name in ("backbone_config", "layer_bits"):

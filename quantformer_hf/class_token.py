@@ -39,6 +39,7 @@ class ClassTokenQuantizer(GroupActivationQuantizer):
             others.producer,
             others.stage,
             others.scale.numel(),
+            twin_levels=others.twin_levels,
         )
         self.tokens = tokens
         others.class_token = self
@@ -62,8 +63,9 @@ class ClassTokenQuantizer(GroupActivationQuantizer):
         return self.others[0].assignment_probabilities()
 
     @torch.no_grad()
-    def begin_search(self, num_groups: int, importance: Tensor | None = None) -> None:
+    def begin_search(self, num_groups: int, importance: Tensor | None = None, twin_levels: bool = False) -> None:
         """Fit a scale and an offset to each of the groups, which `others` has made."""
+        self.set_levels(twin_levels)
         quantiles = self.channel_quantiles
         self.set_stage("search", num_groups)
         importance = torch.ones_like(quantiles[:, 0]) if importance is None else importance

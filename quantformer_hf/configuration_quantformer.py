@@ -49,6 +49,8 @@ class QuantformerConfig(PreTrainedConfig):
         weight_quantizer: `lsq`, `lsq_shifted`, `statsq`, `minmax`, or `lsq_by_width`, which is `lsq_shifted` up to three
             bits and `lsq` above, for the linears of the blocks. Patch embedding and classifier always use `lsq`, and 1-bit
             weights the binary quantizer. Older checkpoints name `auto`, which is `lsq_shifted` at two bits alone.
+        twin_levels: whether levels of what GELU puts out, at 3 and 4 bits, have two step sizes (`ops/levels.py`), from the
+            search on. None: `begin_search()` will have it so; in older checkpoints that are beyond it, levels are even.
         stage: `pretrain`, `search`, `finetune` or `packed`. The verbs of the model set it.
         packing_layout: version of the layout of packed weights (`packing.py`), in the stage `packed`. `pack()` sets it.
         calibrated: whether the quantizers hold calibrated values. `calibrate()` sets it.
@@ -77,6 +79,7 @@ class QuantformerConfig(PreTrainedConfig):
     layer_bits: dict[str, Any] | list | str | None = None
     num_groups: int = 8
     weight_quantizer: str = "lsq_by_width"
+    twin_levels: bool | None = None
     stage: str = "pretrain"
     packing_layout: int | None = None
     calibrated: bool = False
@@ -199,6 +202,7 @@ QUANTIZATION_ARGUMENTS = (
     "layer_bits",
     "num_groups",
     "weight_quantizer",
+    "twin_levels",
 )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops.levels import COARSE_STEP, nearest_level
 from .ops.scales import SMALLEST_SCALE
 
 
@@ -20,11 +21,14 @@ class Grid:
         bits: 1 to 8.
         signed: two's complement range if true, else from 0.
         shift: 0, or 0.5: of a signed grid, half-shifted, the levels lie evenly about zero, and none of them is zero.
+        knee: of an unsigned grid, the level up to which levels are one step apart, and above which `COARSE_STEP` steps
+            (`ops/levels.py`). None: all are one step apart.
     """
 
     bits: int
     signed: bool
     shift: float = 0.0
+    knee: int | None = None
 
     @property
     def qmin(self) -> int:
@@ -32,7 +36,9 @@ class Grid:
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        """The highest level, less `shift`."""
+        last = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return last if self.knee is None else self.knee + (last - self.knee) * COARSE_STEP
 
     @property
     def levels(self) -> int:
@@ -40,7 +46,19 @@ class Grid:
 
     def nearest(self, positions: Tensor) -> Tensor:
         """The nearest level of each of `positions`, in units of the scale."""
+        if not self.signed:
+            return nearest_level(positions, self.qmax, self.knee)
         return (positions - self.shift).round().clamp(self.qmin, self.qmax) + self.shift
+
+
+#: Knees of the grids of what GELU puts out, by bits: with them a layer loses half of what even levels lose at four bits, and
+#: two thirds at three (docs/choices.md). At two bits these levels gain nothing, and more bits lose little as they are.
+GELU_KNEES = {3: 2, 4: 5}
+
+
+def gelu_grid(bits: int) -> Grid:
+    """The levels for what GELU puts out: dense at its lower end, where the bits make that pay."""
+    return Grid(bits, signed=False, knee=GELU_KNEES.get(bits))
 
 
 def fit_row_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None, refinements: int = 5) -> Tensor:
@@ -139,7 +157,7 @@ def refine_affine(
     centre = _weighted_mean(values, weights)
     least = _affine_error(values, weights, scale, offset, grid)
     for _ in range(refinements):
-        codes = ((values - offset) / scale).round().clamp(grid.qmin, grid.qmax)
+        codes = grid.nearest((values - offset) / scale)
         mean = _weighted_mean(codes, weights)
         variance = (weights * (codes - mean).square()).sum(-1, keepdim=True)
         covariance = (weights * (codes - mean) * (values - centre)).sum(-1, keepdim=True)
@@ -162,7 +180,7 @@ def fit_offset(
     values = values.detach().float().expand_as(weights)
     scale, offset = scale.unsqueeze(-1), offset.unsqueeze(-1)
     for _ in range(refinements):
-        codes = ((values - offset) / scale).round().clamp(grid.qmin, grid.qmax)
+        codes = grid.nearest((values - offset) / scale)
         offset = _weighted_mean(values - codes * scale, weights)
     return offset.squeeze(-1)
 
@@ -173,5 +191,5 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _affine_error(values: Tensor, weights: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
-    codes = ((values - offset) / scale).round().clamp(grid.qmin, grid.qmax)
+    codes = grid.nearest((values - offset) / scale)
     return (weights * (values - codes * scale - offset).square()).sum(-1, keepdim=True)

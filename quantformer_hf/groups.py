@@ -93,7 +93,7 @@ def channel_mass(importance: Tensor) -> Tensor:
 def channel_errors(quantiles: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
     """Mean squared error of each channel under each quantizer: `(groups, channels)`, from `(channels, quantiles)`."""
     scale, offset = scale.view(-1, 1, 1), offset.view(-1, 1, 1)
-    codes = ((quantiles - offset) / scale).round().clamp(grid.qmin, grid.qmax)
+    codes = grid.nearest((quantiles - offset) / scale)
     return (quantiles - codes * scale - offset).square() @ QUANTILE_WEIGHTS.to(quantiles.device)
 
 

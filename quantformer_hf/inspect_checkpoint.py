@@ -117,7 +117,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     _check_tensors(folder, files, expected)
     _check_bit_widths(folder, files, quantizer_bits(backbone, config))
     if config.stage == "packed":
-        check_packed_files(folder, config.weight_quantizer)
+        check_packed_files(folder, config)
     layers, counted = _report_layers(folder, files, backbone, config)
     tensor_bytes = sum(tensor.bytes for tensor in files.tensors.values())
     return CheckpointReport(

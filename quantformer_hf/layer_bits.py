@@ -68,9 +68,11 @@ def check_same_quantization(backbone: nn.Module, config: QuantformerConfig, told
     if "bit_width" in told:
         wanted = {"weight_bits": told["bit_width"], "activation_bits": told["bit_width"]} | wanted
     if config.stage == "pretrain":
-        wanted.pop("num_groups", None)
+        wanted = {name: value for name, value in wanted.items() if name not in ("num_groups", "twin_levels")}
     for name, value in wanted.items():
         found = getattr(config if hasattr(config, name) else config.backbone_config, name, None)
+        # Checkpoints that are older than these have none.
+        found = bool(found) if name == "twin_levels" else found
         if value not in (None, found):
             raise ValueError(
                 f"{source} has {name} {found}, and not {value}: start from the full-precision checkpoint, or leave out"

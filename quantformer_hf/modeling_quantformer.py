@@ -299,8 +299,9 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         if not self.config.calibrated:
             raise StageError("begin_search() needs a calibrated model: run model.calibrate(batches) first")
         num_groups = self.config.num_groups if num_groups is None else num_groups
-        quantize.begin_search(self, num_groups, batches)
-        self.config.num_groups, self.config.whole_multiples = num_groups, True
+        twin_levels = self.config.twin_levels is not False
+        quantize.begin_search(self, num_groups, batches, twin_levels)
+        self.config.num_groups, self.config.whole_multiples, self.config.twin_levels = num_groups, True, twin_levels
         self.config.stage = "search"
         note_change(self.config)
         return self

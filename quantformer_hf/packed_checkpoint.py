@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .configuration_quantformer import QuantformerConfig
 from .packing import digest
 
 
@@ -22,21 +23,26 @@ DIGEST_NAME = "packed_digest"
 LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def digest_of_state(state: dict[str, Tensor], weight_quantizer: str) -> Tensor:
+def digest_of_state(state: dict[str, Tensor], config: QuantformerConfig) -> Tensor:
     """The digest of a packed model's tensors, without the one that holds it, and of what alone says how to read them.
 
     Args:
-        weight_quantizer: the config's: it decides between two grids, of which the tensors say nothing.
+        config: of the model: it decides between grids, of which the tensors say nothing.
     """
-    return digest([name for name in state if name != DIGEST_NAME], state.__getitem__, weight_quantizer)
+    return digest([name for name in state if name != DIGEST_NAME], state.__getitem__, _grids(config))
 
 
-def check_packed_files(name: str | os.PathLike, weight_quantizer: str, **location: Any) -> None:
+def _grids(config: QuantformerConfig) -> str:
+    # As it was before there were two kinds of levels, where they are of the first.
+    return f"{config.weight_quantizer}{', twin_levels' if config.twin_levels else ''}"
+
+
+def check_packed_files(name: str | os.PathLike, config: QuantformerConfig, **location: Any) -> None:
     """Read the weight files of a packed checkpoint, one tensor at a time, and compare their digest.
 
     Args:
         name: folder, or repository of the hub.
-        weight_quantizer: as in `digest_of_state`.
+        config: as in `digest_of_state`.
         location: of `LOCATION_ARGUMENTS`.
 
     Raises:
@@ -54,7 +60,7 @@ def check_packed_files(name: str | os.PathLike, weight_quantizer: str, **locatio
         if DIGEST_NAME not in tensors:
             raise ValueError(f"the packed checkpoint '{name}' has no tensor '{DIGEST_NAME}': {repair}")
         names = [tensor for tensor in tensors if tensor != DIGEST_NAME]
-        found = digest(names, lambda tensor: tensors[tensor].get_tensor(tensor), weight_quantizer)
+        found = digest(names, lambda tensor: tensors[tensor].get_tensor(tensor), _grids(config))
         if not torch.equal(found, tensors[DIGEST_NAME].get_tensor(DIGEST_NAME)):
             raise ValueError(
                 f"the packed checkpoint '{name}' is damaged: its tensors, or the weight_quantizer of its config, are not"

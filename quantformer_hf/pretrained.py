@@ -88,7 +88,7 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             return
         if self.config.stage == "packed":
             state = kwargs.get("state_dict") or self.state_dict()
-            digest = digest_of_state(state, self.config.weight_quantizer)
+            digest = digest_of_state(state, self.config)
             getattr(self, DIGEST_NAME).copy_(digest)
             if "state_dict" in kwargs:
                 kwargs["state_dict"] = state | {DIGEST_NAME: digest.to(self.device)}
@@ -115,7 +115,7 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         if not isinstance(config, QuantformerConfig):
             config = cls.config_class.from_pretrained(config or name, **location)
         if config.stage == "packed":
-            check_packed_files(name, config.weight_quantizer, **location)
+            check_packed_files(name, config, **location)
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except RuntimeError as error:

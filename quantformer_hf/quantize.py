@@ -46,6 +46,7 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
             config.stage,
             config.num_groups,
             config.whole_multiples,
+            bool(config.twin_levels),
         )
         if config.class_token_bits is not None:
             ClassTokenQuantizer(quantizer, config.class_token_bits, CLASS_TOKENS[backbone.config.model_type])
@@ -319,7 +320,7 @@ def calibrate(model: nn.Module, batches: Batches, centre_channels: bool = True) 
         layer.weight_quantizer.calibrate(layer.weight)
 
 
-def begin_search(model: nn.Module, num_groups: int, batches: Batches | None = None) -> None:
+def begin_search(model: nn.Module, num_groups: int, batches: Batches | None = None, twin_levels: bool = False) -> None:
     """Split the channels of each block linear's input into groups, softly."""
     check_num_groups(model, num_groups)
     if batches is not None:
@@ -327,7 +328,7 @@ def begin_search(model: nn.Module, num_groups: int, batches: Batches | None = No
             quantizer.channel_quantiles.copy_(quantiles)
     for quantizer, layers in reading_layers(model).items():
         for part in quantizer.with_class_token():
-            part.begin_search(num_groups, channel_importance(layers))
+            part.begin_search(num_groups, channel_importance(layers), twin_levels)
 
 
 def freeze_groups(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grids import Grid, fit_affine, fit_offset
+from .grids import Grid, fit_affine, fit_offset, gelu_grid
 from .groups import channel_mass, cluster_channels, initial_assignment_logits
 from .kernels import ChannelPlan, Remembered, TokenPlan, plan_channels
 from .multiples import learned_multiples
@@ -106,7 +106,8 @@ class ActivationQuantizer(nn.Module):
             raise RuntimeError(f"layer '{self.name}' was not calibrated: run model.calibrate(batches) first")
 
     def quantize(self, x: Tensor, gradient_scale: float) -> Tensor:
-        return fake_quantize_groups(x, self.scale, self.offset, None, self.grid.qmax, gradient_scale, self.producer)
+        arguments = self.grid.qmax, gradient_scale, self.producer, self.grid.knee
+        return fake_quantize_groups(x, self.scale, self.offset, None, *arguments)
 
     def step(self) -> Tensor:
         """The scales that it quantizes with, positive, of the shape of `scale`."""
@@ -127,8 +128,8 @@ class ActivationQuantizer(nn.Module):
         return (self,)
 
     def _make_plan(self, channels: int) -> ChannelPlan:
-        gelu = self.producer == "gelu"
-        return plan_channels(channels, self.step(), self.offset, self.channel_groups(), self.grid.qmax, gelu)
+        levels, gelu = (self.grid.qmax, self.grid.knee), self.producer == "gelu"
+        return plan_channels(channels, self.step(), self.offset, self.channel_groups(), *levels, gelu)
 
     @property
     def plan_of_codes(self) -> ChannelPlan:
@@ -189,6 +190,7 @@ class GroupActivationQuantizer(ActivationQuantizer):
         num_groups: G, of the last two stages.
         whole_multiples: whether it quantizes with multiples of one unit near its scales (`multiples.py`); where there is one
             group, it does not.
+        twin_levels: whether its levels are those of `grids.gelu_grid` where GELU makes the tensor.
     """
 
     def __init__(
@@ -201,14 +203,21 @@ class GroupActivationQuantizer(ActivationQuantizer):
         stage: str = "pretrain",
         num_groups: int = 1,
         whole_multiples: bool = False,
+        twin_levels: bool = False,
     ):
         super().__init__(bits, name, calibrated, producer)
         self.channels = channels
         self.whole_multiples = whole_multiples
+        self.set_levels(twin_levels)
         # The quantizer of the first tokens, where these have scales and offsets of their own (`class_token.py`).
         self.class_token: GroupActivationQuantizer | None = None
         self._token_plan: TokenPlan | None = None
         self.set_stage(stage, num_groups)
+
+    def set_levels(self, twin: bool) -> None:
+        """Have its levels lie as `twin_levels` says; what has been fitted to others is to be fitted anew."""
+        self.twin_levels, bits = twin, self.grid.bits
+        self.grid = gelu_grid(bits) if twin and self.producer == "gelu" else Grid(bits, signed=False)
 
     def set_stage(self, stage: str, num_groups: int) -> None:
         """Give the quantizer the tensors of `stage`, with nothing in them yet: the caller fills or loads them."""
@@ -271,7 +280,7 @@ class GroupActivationQuantizer(ActivationQuantizer):
         if self.stage == "pretrain":
             return super().quantize(x, gradient_scale)
         parameters = x, self.step() if self.in_multiples else self.scale, self.offset
-        arguments = self.grid.qmax, gradient_scale, self.producer
+        arguments = self.grid.qmax, gradient_scale, self.producer, self.grid.knee
         if self.stage == "search":
             return fake_quantize_mixture(*parameters, self.assignment_probabilities(), *arguments)
         return fake_quantize_groups(*parameters, self.group_index.long(), *arguments)
@@ -304,13 +313,15 @@ class GroupActivationQuantizer(ActivationQuantizer):
         self.channel_quantiles.copy_(quantiles)
 
     @torch.no_grad()
-    def begin_search(self, num_groups: int, importance: Tensor | None = None) -> None:
+    def begin_search(self, num_groups: int, importance: Tensor | None = None, twin_levels: bool = False) -> None:
         """Split the channels into groups (`cluster_channels`), and start α from what each channel loses in each group.
 
         Args:
             num_groups: G.
             importance: `(channels,)`, what a squared error of each channel costs; by default the same for all.
+            twin_levels: how its levels lie from now on.
         """
+        self.set_levels(twin_levels)
         if importance is None:
             importance = torch.ones(self.channels, device=self.scale.device)
         scale, offset, errors = cluster_channels(self.channel_quantiles, importance, num_groups, self.grid)

@@ -242,6 +242,8 @@ class StageRun:
             if self.stage in ("search", "finetune"):
                 model.begin_search()
         elif model.config.stage == "pretrain":
+            if arguments.twin_levels is not None:
+                model.config.twin_levels = arguments.twin_levels
             model.begin_search(arguments.num_groups, batches())
         if self.stage == "finetune":
             if model.config.stage == "packed":

@@ -20,23 +20,28 @@ from quantformer_hf.ops import (
 ROWS, CHANNELS, GROUPS = 11, 6, 3
 
 
+#: Highest level and knee of unsigned grids.
+GRIDS = [(3, None), (15, None), (255, None), (17, 2), (35, 5)]
+
+
 class RoundStraightThrough(torch.autograd.Function):
-    """Rounds half to even; the gradient passes."""
+    """Rounds half to even, or to the nearest of some levels; the gradient passes."""
 
     @staticmethod
-    def forward(ctx, x):
-        return x.round()
+    def forward(ctx, x, levels):
+        return x.round() if levels is None else levels[(x.unsqueeze(-1) - levels).abs().argmin(-1)]
 
     @staticmethod
     def backward(ctx, grad):
-        return grad
+        return grad, None
 
 
-def reference_quantize(x, scale, offset, qmin, qmax, shift=0.0):
+def reference_quantize(x, scale, offset, qmin, qmax, shift=0.0, knee=None):
     """Autograd through the formula: clamp's own gradient is zero outside, and where it holds the value the result is
     `scale * bound + offset`."""
     position = (x - offset) / scale - shift
-    return scale * (RoundStraightThrough.apply(position.clamp(qmin, qmax)) + shift) + offset
+    levels = None if knee is None else torch.tensor([*range(knee), *range(knee, qmax + 1, 3)], dtype=x.dtype)
+    return scale * (RoundStraightThrough.apply(position.clamp(qmin, qmax), levels) + shift) + offset
 
 
 def inputs(*shapes, seed=0):
@@ -73,21 +78,20 @@ def test_row_quantizer_and_its_gradients_are_those_of_the_formula(bits, shift, n
 
 
 @pytest.mark.parametrize("producer", list(PRODUCERS))
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("qmax", "knee"), GRIDS)
 @pytest.mark.parametrize("grouped", [False, True])
-def test_group_quantizer_and_its_gradients_are_those_of_the_formula(bits, grouped, producer):
+def test_group_quantizer_and_its_gradients_are_those_of_the_formula(qmax, knee, grouped, producer):
     groups = GROUPS if grouped else 1
     x, scale, offset, upstream = inputs((2, ROWS, CHANNELS), (groups,), (groups,), (2, ROWS, CHANNELS))
-    scale = scale.abs() * 2.0 ** (1 - bits) + 0.05
+    scale = scale.abs() * 2.0 / (qmax + 1) + 0.05
     index = torch.arange(CHANNELS) % groups
-    qmax = 2**bits - 1
 
     def slow(x, s, o):
         made = F.gelu(x) if producer == "gelu" else x
-        return reference_quantize(made, s[index], o[index], 0, qmax)
+        return reference_quantize(made, s[index], o[index], 0, qmax, knee=knee)
 
     def fast(x, s, o):
-        return fake_quantize_groups(x, s, o, index if grouped else None, qmax, 1.0, producer)
+        return fake_quantize_groups(x, s, o, index if grouped else None, qmax, 1.0, producer, knee)
 
     expected, expected_gradients = gradients(slow, (x, scale, offset), upstream)
     result, result_gradients = gradients(fast, (x, scale, offset), upstream)
@@ -97,21 +101,20 @@ def test_group_quantizer_and_its_gradients_are_those_of_the_formula(bits, groupe
 
 
 @pytest.mark.parametrize("producer", list(PRODUCERS))
-@pytest.mark.parametrize("bits", [2, 4])
-def test_mixture_and_its_gradients_are_those_of_the_formula(bits, producer):
+@pytest.mark.parametrize(("qmax", "knee"), [(3, None), (15, None), (17, 2)])
+def test_mixture_and_its_gradients_are_those_of_the_formula(qmax, knee, producer):
     x, scale, offset, logits, upstream = inputs(
         (ROWS, CHANNELS), (GROUPS,), (GROUPS,), (GROUPS, CHANNELS), (ROWS, CHANNELS)
     )
-    scale = scale.abs() * 2.0 ** (1 - bits) + 0.05
-    qmax = 2**bits - 1
+    scale = scale.abs() * 2.0 / (qmax + 1) + 0.05
 
     def slow(x, s, o, alpha):
         made = F.gelu(x) if producer == "gelu" else x
-        each = torch.stack([reference_quantize(made, s[g], o[g], 0, qmax) for g in range(GROUPS)])
+        each = torch.stack([reference_quantize(made, s[g], o[g], 0, qmax, knee=knee) for g in range(GROUPS)])
         return (alpha.softmax(0)[:, None, :] * each).sum(0)
 
     def fast(x, s, o, alpha):
-        return fake_quantize_mixture(x, s, o, alpha.softmax(0), qmax, 1.0, producer)
+        return fake_quantize_mixture(x, s, o, alpha.softmax(0), qmax, 1.0, producer, knee)
 
     expected, expected_gradients = gradients(slow, (x, scale, offset, logits), upstream)
     result, result_gradients = gradients(fast, (x, scale, offset, logits), upstream)

@@ -42,7 +42,7 @@ OperandCodes codes_of(const Rows& from, int32_t largest, const Operand& operand,
     if (from.x == nullptr) {
       std::copy_n(from.codes + r * from.stride, from.columns, row);
     } else {
-      current().quantize(from.x + r * from.stride, offset, inverse, static_cast<float>(largest), from.columns, row);
+      current().quantize(from.x + r * from.stride, offset, inverse, {largest, largest}, from.columns, row);
     }
     std::fill_n(row + from.columns, width - from.columns, 0);
   }

@@ -178,17 +178,28 @@ TARGET void unpack_words(const Panel& p, int16_t* panel) {
   }
 }
 
-TARGET inline __m256i quantize8(__m256 x, __m256 offset, __m256 inverse, __m256 top) {
-  const __m256 position = _mm256_mul_ps(_mm256_sub_ps(x, offset), inverse);
+template <bool kTwin>
+TARGET inline __m256i quantize8(__m256 x, __m256 offset, __m256 inverse, __m256 knee, __m256 top) {
+  __m256 position = _mm256_mul_ps(_mm256_sub_ps(x, offset), inverse);
+  if constexpr (kTwin) {
+    const __m256 beyond = _mm256_mul_ps(_mm256_sub_ps(position, knee), _mm256_set1_ps(kOneCoarse));
+    position = _mm256_min_ps(position, _mm256_add_ps(beyond, knee));
+  }
   // The order of operands makes zero of a NaN.
-  return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top));
+  const __m256 clipped = _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top);
+  const __m256i code = _mm256_cvtps_epi32(clipped);
+  if constexpr (!kTwin) return code;
+  const __m256i coarse = _mm256_max_epi32(_mm256_sub_epi32(code, _mm256_cvtps_epi32(knee)), _mm256_setzero_si256());
+  return _mm256_add_epi32(code, _mm256_mullo_epi32(coarse, _mm256_set1_epi32(kCoarseStep - 1)));
 }
 
-TARGET void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n,
-                     uint8_t* codes) {
-  const __m256 top = _mm256_set1_ps(largest);
+template <bool kTwin>
+TARGET void quantize_row(const float* x, const float* offset, const float* inverse, Levels levels, int64_t n,
+                         uint8_t* codes) {
+  const __m256 knee = _mm256_set1_ps(levels.knee), top = _mm256_set1_ps(levels.last);
   const auto quantized = [&](int64_t at) TARGET {
-    return quantize8(_mm256_loadu_ps(x + at), _mm256_loadu_ps(offset + at), _mm256_loadu_ps(inverse + at), top);
+    return quantize8<kTwin>(_mm256_loadu_ps(x + at), _mm256_loadu_ps(offset + at), _mm256_loadu_ps(inverse + at), knee,
+                            top);
   };
   const auto to_bytes = [](__m256i q) TARGET {
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
@@ -206,8 +217,13 @@ TARGET void quantize(const float* x, const float* offset, const float* inverse, 
   if (i == n) return;
   const auto last = [&](const float* p) TARGET { return load_last(p + i, n - i, 0); };
   uint8_t bytes[8];
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), to_bytes(quantize8(last(x), last(offset), last(inverse), top)));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), to_bytes(quantize8<kTwin>(last(x), last(offset), last(inverse), knee, top)));
   for (int64_t at = 0; at < n - i; ++at) codes[i + at] = bytes[at];
+}
+
+TARGET void quantize(const float* x, const float* offset, const float* inverse, Levels levels, int64_t n,
+                     uint8_t* codes) {
+  (levels.twin() ? quantize_row<true> : quantize_row<false>)(x, offset, inverse, levels, n, codes);
 }
 
 }  // namespace

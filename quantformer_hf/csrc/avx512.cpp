@@ -94,26 +94,37 @@ constexpr TileFunction kTiles[kTileRows] = {
     multiply<Kind, 5>, multiply<Kind, 6>,  multiply<Kind, 7>,  multiply<Kind, 8>,
     multiply<Kind, 9>, multiply<Kind, 10>, multiply<Kind, 11>, multiply<Kind, 12>};
 
-// Integers of 16, none above the largest code; what is below zero, or no number, is so as an integer.
-TARGET inline __m512i positions16(__m512 x, __m512 offset, __m512 inverse, __m512 top) {
-  const __m512 position = _mm512_mul_ps(_mm512_sub_ps(x, offset), inverse);
+// Integers of 16, none above the highest level; what is below zero, or no number, is so as an integer.
+template <bool kTwin>
+TARGET inline __m512i positions16(__m512 x, __m512 offset, __m512 inverse, __m512 knee, __m512 top) {
+  __m512 position = _mm512_mul_ps(_mm512_sub_ps(x, offset), inverse);
   // The order of operands leaves a NaN as it is.
-  return _mm512_cvtps_epi32(_mm512_min_ps(top, position));
+  if constexpr (!kTwin) return _mm512_cvtps_epi32(_mm512_min_ps(top, position));
+  // Here it makes zero of one, and integers below zero would leave their range.
+  position = _mm512_max_ps(position, _mm512_setzero_ps());
+  const __m512 beyond = _mm512_mul_ps(_mm512_sub_ps(position, knee), _mm512_set1_ps(kOneCoarse));
+  position = _mm512_min_ps(_mm512_add_ps(beyond, knee), position);
+  const __m512i code = _mm512_cvtps_epi32(_mm512_min_ps(top, position));
+  const __m512i coarse = _mm512_max_epi32(_mm512_sub_epi32(code, _mm512_cvtps_epi32(knee)), _mm512_setzero_si512());
+  return _mm512_add_epi32(code, _mm512_mullo_epi32(coarse, _mm512_set1_epi32(kCoarseStep - 1)));
 }
 
 // The first ones of 16, as `mask` has bits.
-TARGET inline void quantize16(const float* x, const float* offset, const float* inverse, __m512 top, uint16_t mask,
-                              uint8_t* codes) {
-  const __m512i q = positions16(_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, offset),
-                                _mm512_maskz_loadu_ps(mask, inverse), top);
+template <bool kTwin>
+TARGET inline void quantize16(const float* x, const float* offset, const float* inverse, __m512 knee, __m512 top,
+                              uint16_t mask, uint8_t* codes) {
+  const __m512i q = positions16<kTwin>(_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, offset),
+                                       _mm512_maskz_loadu_ps(mask, inverse), knee, top);
   _mm_mask_storeu_epi8(codes, mask, _mm512_cvtepi32_epi8(_mm512_max_epi32(q, _mm512_setzero_si512())));
 }
 
-TARGET void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n,
-                     uint8_t* codes) {
-  const __m512 top = _mm512_set1_ps(largest);
+template <bool kTwin>
+TARGET void quantize_row(const float* x, const float* offset, const float* inverse, Levels levels, int64_t n,
+                         uint8_t* codes) {
+  const __m512 knee = _mm512_set1_ps(levels.knee), top = _mm512_set1_ps(levels.last);
   const auto integers = [&](int64_t at) TARGET __attribute__((always_inline)) {
-    return positions16(_mm512_loadu_ps(x + at), _mm512_loadu_ps(offset + at), _mm512_loadu_ps(inverse + at), top);
+    return positions16<kTwin>(_mm512_loadu_ps(x + at), _mm512_loadu_ps(offset + at), _mm512_loadu_ps(inverse + at), knee,
+                              top);
   };
   // Packing works on quarters, and leaves runs of four in this order.
   const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -123,8 +134,14 @@ TARGET void quantize(const float* x, const float* offset, const float* inverse, 
     const __m512i more = _mm512_packs_epi32(integers(i + 32), integers(i + 48));
     _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(in_order, _mm512_packus_epi16(words, more)));
   }
-  for (; i + 16 <= n; i += 16) quantize16(x + i, offset + i, inverse + i, top, 0xffff, codes + i);
-  if (i < n) quantize16(x + i, offset + i, inverse + i, top, static_cast<uint16_t>((1 << (n - i)) - 1), codes + i);
+  for (; i + 16 <= n; i += 16) quantize16<kTwin>(x + i, offset + i, inverse + i, knee, top, 0xffff, codes + i);
+  const auto rest = static_cast<uint16_t>((1 << (n - i)) - 1);
+  if (i < n) quantize16<kTwin>(x + i, offset + i, inverse + i, knee, top, rest, codes + i);
+}
+
+TARGET void quantize(const float* x, const float* offset, const float* inverse, Levels levels, int64_t n,
+                     uint8_t* codes) {
+  (levels.twin() ? quantize_row<true> : quantize_row<false>)(x, offset, inverse, levels, n, codes);
 }
 
 bool available() {

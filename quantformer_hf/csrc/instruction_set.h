@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "codes.h"
+
 namespace quantformer {
 
 // Output features that are worked on together: a panel of weights holds that many.
@@ -97,8 +99,8 @@ struct InstructionSet {
   void (*unpack_bytes)(const Panel&, int8_t* panel);
   void (*unpack_words)(const Panel&, int16_t* panel);
   void (*unpack_ordered)(const Ordered&, int8_t* panel);
-  // One row: codes = clamp(round((x - offset) * inverse), 0, largest), in the order of the channels.
-  void (*quantize)(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes);
+  // One row: the levels nearest to (x - offset) * inverse, in the order of the channels.
+  void (*quantize)(const float* x, const float* offset, const float* inverse, Levels levels, int64_t n, uint8_t* codes);
   // See pointwise.h; of softmax and LayerNorm rows side by side.
   void (*gelu)(const float* x, int64_t n, float* y);
   void (*softmax)(float* rows, int64_t count, const float* masks, int64_t stride, int64_t n);

@@ -25,7 +25,7 @@ constexpr int64_t kMadeRows = 4;
 
 void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
   const InstructionSet& set = current();
-  const auto largest = static_cast<float>(job.largest);
+  const Levels levels = levels_up_to(job.largest, job.knee);
   const int64_t stride = divide_up(job.channels, 16) * 16;
   thread_local Scratch scratch;
   scratch.reserve(kMadeRows * job.channels * sizeof(float) + (2 * stride + 1) * kBlock);
@@ -42,7 +42,7 @@ void quantize_rows(const Codes& job, int64_t begin, int64_t end) {
         x = made;
       }
       for (int64_t i = 0; i < rows; ++i, codes += codes_stride) {
-        set.quantize(x + i * job.channels, job.offset, job.inverse, largest, job.channels, codes);
+        set.quantize(x + i * job.channels, job.offset, job.inverse, levels, job.channels, codes);
       }
     }
   };

@@ -39,7 +39,7 @@ int project(const AttentionBlock& job, Product linear, const Operand& operand, i
   then.channels = then.positions = width;
   then.offset = offset.data();
   then.inverse = inverse.data();
-  then.largest = largest;
+  then.largest = then.knee = largest;
   then.codes = codes;
   linear.x = job.query.x;
   linear.rows = job.query.rows;

@@ -170,16 +170,27 @@ void unpack_words(const Panel& p, int16_t* panel) {
   }
 }
 
-void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes) {
-  const float32x4_t top = vdupq_n_f32(largest), zero = vdupq_n_f32(0);
+template <bool kTwin>
+void quantize_row(const float* x, const float* offset, const float* inverse, Levels levels, int64_t n, uint8_t* codes) {
+  const float32x4_t knee = vdupq_n_f32(levels.knee), top = vdupq_n_f32(levels.last), zero = vdupq_n_f32(0);
   const auto quantize4 = [&](int64_t i) {
-    const float32x4_t position = vmulq_f32(vsubq_f32(vld1q_f32(x + i), vld1q_f32(offset + i)), vld1q_f32(inverse + i));
+    float32x4_t position = vmulq_f32(vsubq_f32(vld1q_f32(x + i), vld1q_f32(offset + i)), vld1q_f32(inverse + i));
     // This maximum makes zero of a NaN; the conversion rounds halves to even.
-    return vmovn_u32(vcvtnq_u32_f32(vminq_f32(vmaxnmq_f32(position, zero), top)));
+    position = vmaxnmq_f32(position, zero);
+    if constexpr (kTwin) {
+      position = vminq_f32(position, vaddq_f32(vmulq_n_f32(vsubq_f32(position, knee), kOneCoarse), knee));
+    }
+    uint32x4_t code = vcvtnq_u32_f32(vminq_f32(position, top));
+    if constexpr (kTwin) code = vmlaq_n_u32(code, vqsubq_u32(code, vdupq_n_u32(levels.knee)), kCoarseStep - 1);
+    return vmovn_u32(code);
   };
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) vst1_u8(codes + i, vmovn_u16(vcombine_u16(quantize4(i), quantize4(i + 4))));
-  if (i < n) plain()->quantize(x + i, offset + i, inverse + i, largest, n - i, codes + i);
+  if (i < n) plain()->quantize(x + i, offset + i, inverse + i, levels, n - i, codes + i);
+}
+
+void quantize(const float* x, const float* offset, const float* inverse, Levels levels, int64_t n, uint8_t* codes) {
+  (levels.twin() ? quantize_row<true> : quantize_row<false>)(x, offset, inverse, levels, n, codes);
 }
 
 bool has_dotprod() {

@@ -1,4 +1,5 @@
 // Plain C++, for every processor: what the others are compared with.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -76,13 +77,19 @@ void unpack_ordered(const Ordered& o, int8_t* panel) {
   }
 }
 
-void quantize(const float* x, const float* offset, const float* inverse, float largest, int64_t n, uint8_t* codes) {
+void quantize(const float* x, const float* offset, const float* inverse, Levels levels, int64_t n, uint8_t* codes) {
+  const auto knee = static_cast<float>(levels.knee), last = static_cast<float>(levels.last);
   for (int64_t i = 0; i < n; ++i) {
     const float difference = x[i] - offset[i];
-    const float position = difference * inverse[i];
+    float position = difference * inverse[i];
+    if (levels.twin()) {
+      const float beyond = (position - knee) * kOneCoarse;
+      position = std::min(position, beyond + knee);
+    }
     // In this order a NaN becomes zero.
-    const float clipped = position > 0 ? (position < largest ? position : largest) : 0;
-    codes[i] = static_cast<uint8_t>(std::nearbyint(clipped));
+    const float clipped = position > 0 ? (position < last ? position : last) : 0;
+    const auto code = static_cast<int32_t>(std::nearbyint(clipped));
+    codes[i] = static_cast<uint8_t>(code > levels.knee ? code + (code - levels.knee) * (kCoarseStep - 1) : code);
   }
 }
 

@@ -85,7 +85,7 @@ class Writer {
       return;
     }
     if (then_->gelu) set_.gelu(narrow_, rows * kWidth, narrow_);
-    set_.quantize(narrow_, offset_, inverse_, static_cast<float>(then_->largest), rows * kWidth, codes_);
+    set_.quantize(narrow_, offset_, inverse_, levels_up_to(then_->largest, then_->knee), rows * kWidth, codes_);
     const int64_t stride = then_->stride == 0 ? then_->positions : then_->stride, outputs = outputs_;
     // Bytes that are written might be anything: what this class knows is not to be looked up after each.
     const uint8_t* from = codes_;

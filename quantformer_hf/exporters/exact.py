@@ -27,16 +27,32 @@ from onnxscript import FLOAT
 from onnxscript import opset21 as op
 
 from ..kernels.reference import ERROR_POLYNOMIAL, EXACT_FLOAT32, EXPONENTIAL_POLYNOMIAL, largest_weight, middle
+from ..ops.levels import COARSE_STEP, last_code
 
 
 #: A value of the graph, to `torch.onnx`, which reads these annotations and has no word for one of any type.
 Value = TypeVar("Value", bound=FLOAT)
 
 
-def quantize(x: Value, offset: Value, inverse: Value, source: Value | None, largest: int, gelu: bool = False) -> Value:
+def quantize(
+    x: Value,
+    offset: Value,
+    inverse: Value,
+    source: Value | None,
+    largest: int,
+    gelu: bool = False,
+    knee: int | None = None,
+) -> Value:
     """As `reference.quantize`, of finite x."""
     x = gelu_of(x) if gelu else x
-    codes = op.Round(op.Clip(op.Mul(_kept(op.Sub(_kept(x), offset)), inverse), _floats(0), _floats(largest)))
+    position = op.Mul(_kept(op.Sub(_kept(x), offset)), inverse)
+    if knee is not None:
+        beyond = op.Mul(_kept(op.Sub(_kept(position), _floats(knee))), _floats(1 / COARSE_STEP))
+        position = op.Min(position, op.Add(_floats(knee), _kept(beyond)))
+    codes = op.Round(op.Clip(position, _floats(0), _floats(last_code(largest, knee))))
+    if knee is not None:
+        coarse = op.Clip(op.Sub(codes, _floats(knee)), _floats(0))
+        codes = op.Add(codes, op.Mul(coarse, _floats(COARSE_STEP - 1)))
     if source is None:
         return codes
     return op.Gather(op.Pad(codes, _integers([0, 1]), None, _integers([-1])), source, axis=-1)

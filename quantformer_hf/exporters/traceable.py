@@ -48,7 +48,7 @@ class TraceableActivation(nn.Module):
         if index is not None:
             scale, offset = scale[index.long()], offset[index.long()]
         self.produce = PRODUCERS[quantizer.producer][0]
-        self.qmax = quantizer.grid.qmax
+        self.grid = quantizer.grid
         self.register_buffer("reciprocal", 1 / scale)
         self.register_buffer("scale", scale.clone())
         self.register_buffer("offset", offset.clone())
@@ -64,7 +64,7 @@ class TraceableActivation(nn.Module):
 
     def _quantized(self, x: Tensor) -> Tensor:
         position = (self.produce(x) - self.offset) * self.reciprocal
-        return position.round().clamp(0, self.qmax) * self.scale + self.offset
+        return self.grid.nearest(position) * self.scale + self.offset
 
 
 class TraceableWeight(nn.Module):

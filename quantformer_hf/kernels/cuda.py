@@ -72,15 +72,21 @@ def _reason_against_sums(
 
 
 def quantize(
-    x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool = False
+    x: Tensor,
+    offset: Tensor,
+    inverse: Tensor,
+    source: Tensor | None,
+    largest: int,
+    gelu: bool = False,
+    knee: int | None = None,
 ) -> Tensor:
     """See `operators.quantize`; GELU is torch's, whose last digits are others."""
     x = F.gelu(x) if gelu else x
     # Float32 holds these exactly; in float64, plain torch would compute in float64.
     taken = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if switched_off() or not taken or reason_against_device(x.device) is not None:
-        return reference.quantize(x, offset, inverse, source, largest)
-    return triton_kernels().quantize(x, offset, inverse, source, largest)
+        return reference.quantize(x, offset, inverse, source, largest, knee=knee)
+    return triton_kernels().quantize(x, offset, inverse, source, largest, knee)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:

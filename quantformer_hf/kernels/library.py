@@ -48,6 +48,7 @@ Codes._fields_ = [
     ("offset", c_void_p),
     ("inverse", c_void_p),
     ("largest", c_int32),
+    ("knee", c_int32),
     ("gelu", c_int32),
     ("source", c_void_p),
     ("positions", c_int64),

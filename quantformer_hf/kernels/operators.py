@@ -21,7 +21,8 @@ from .merging import merged_groups
 
 _LIBRARY = torch.library.Library("quantformer", "DEF")
 _LIBRARY.define(
-    "quantize(Tensor x, Tensor offset, Tensor inverse, Tensor? source, int largest, bool gelu=False) -> Tensor"
+    "quantize(Tensor x, Tensor offset, Tensor inverse, Tensor? source, int largest, bool gelu=False, int? knee=None)"
+    " -> Tensor"
 )
 _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float epsilon) -> Tensor")
 _LIBRARY.define(
@@ -58,7 +59,13 @@ def nobody_listens(x: Tensor) -> bool:
 
 
 def quantize(
-    x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool = False
+    x: Tensor,
+    offset: Tensor,
+    inverse: Tensor,
+    source: Tensor | None,
+    largest: int,
+    gelu: bool = False,
+    knee: int | None = None,
 ) -> Tensor:
     """Codes `clip(round((f(x) - offset) * inverse), 0, largest)`, then in the order of `source`.
 
@@ -68,23 +75,27 @@ def quantize(
         source: `(positions,)`, int32: the channel of each position, `channels` where there is none (code 0).
         largest: at most 255.
         gelu: whether f is GELU, and not the identity.
+        knee: above it codes are only every third integer, the nearest of these (`ops/levels.py`); None: all are.
 
     Returns:
         `(..., positions)`, uint8.
     """
     if library() is None:
-        return reference.quantize(x, offset, inverse, source, largest, gelu)
-    return run_quantize(prepare_quantize(offset, inverse, source, largest, gelu), x)
+        return reference.quantize(x, offset, inverse, source, largest, gelu, knee)
+    return run_quantize(prepare_quantize(offset, inverse, source, largest, gelu, knee), x)
 
 
-def prepare_quantize(offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool) -> Codes:
+def prepare_quantize(
+    offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool, knee: int | None = None
+) -> Codes:
     """All of `quantize` but x, for `run_quantize`. It points into these tensors, which the caller keeps."""
     check_float32(offset, inverse)
     channels = offset.numel()
     if inverse.numel() != channels:
         raise ValueError(f"there are {channels} offsets and {inverse.numel()} scales")
     at, positions = (0, channels) if source is None else (source.data_ptr(), source.numel())
-    return Codes(0, 0, channels, offset.data_ptr(), inverse.data_ptr(), largest, gelu, at, positions, 0, None)
+    knee = largest if knee is None else knee
+    return Codes(0, 0, channels, offset.data_ptr(), inverse.data_ptr(), largest, knee, gelu, at, positions, 0, None)
 
 
 def run_quantize(prepared: Codes, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
@@ -344,7 +355,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _fake_quantize(x, offset, inverse, source, largest, gelu=False):
+def _fake_quantize(x, offset, inverse, source, *arguments):
     positions = x.shape[-1] if source is None else source.shape[0]
     return x.new_empty((*x.shape[:-1], positions), dtype=torch.uint8)
 

@@ -31,7 +31,7 @@ class _Plan:
 class ChannelPlan(_Plan):
     """How a quantized tensor lies as codes: each group's channels side by side, padded with zeros.
 
-    `source`, `group_ends` and `group_scales` as in `operators.multiply`, `offset`, `inverse` and `gelu` as in
+    `source`, `group_ends` and `group_scales` as in `operators.multiply`, `offset`, `inverse`, `knee` and `gelu` as in
     `operators.quantize`; `group_offsets` is `(groups,)`.
     """
 
@@ -42,6 +42,7 @@ class ChannelPlan(_Plan):
     group_scales: Tensor
     group_offsets: Tensor
     largest: int
+    knee: int | None
     gelu: bool
 
     @property
@@ -57,7 +58,7 @@ class ChannelPlan(_Plan):
     def arguments(self) -> tuple:
         """Of `operators.quantize`, after x."""
         in_order = self.source.numel() == self.channels and len(self.group_ends) == 1
-        return self.offset, self.inverse, None if in_order else self.source, self.largest, self.gelu
+        return self.offset, self.inverse, None if in_order else self.source, self.largest, self.gelu, self.knee
 
     @made_once
     def job(self) -> Codes:
@@ -85,6 +86,7 @@ def plan_channels(
     offset: Tensor,
     index: Tensor | None,
     largest: int,
+    knee: int | None = None,
     gelu: bool = False,
     alignment: int | None = None,
 ) -> ChannelPlan:
@@ -94,6 +96,7 @@ def plan_channels(
         scale, offset: `(groups,)`, scales positive.
         index: `(channels,)`, the group of each; None for one group.
         largest: code.
+        knee: of `ops.fake_quantize_groups`.
         gelu: whether GELU makes the tensor, on the way to codes.
         alignment: of which positions are a multiple; by default that of the device, which on a GPU is that of weights.
     """
@@ -118,6 +121,7 @@ def plan_channels(
         scale.clone(),
         offset.clone(),
         largest,
+        knee,
         gelu,
     )
 

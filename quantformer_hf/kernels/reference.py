@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.levels import nearest_level
 from ..packing import unpack_codes
 
 
@@ -26,11 +27,18 @@ ERROR_POLYNOMIAL = (
 
 
 def quantize(
-    x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, gelu: bool = False
+    x: Tensor,
+    offset: Tensor,
+    inverse: Tensor,
+    source: Tensor | None,
+    largest: int,
+    gelu: bool = False,
+    knee: int | None = None,
 ) -> Tensor:
     """See `operators.quantize`."""
     x = gelu_of(x) if gelu else x
-    codes = ((x - offset) * inverse).nan_to_num(nan=0.0).clamp(0, largest).round().to(torch.uint8)
+    position = ((x - offset) * inverse).nan_to_num(nan=0.0).clamp_min(0)
+    codes = nearest_level(position, largest, knee).to(torch.uint8)
     if source is None:
         return codes
     return F.pad(codes, (0, 1)).index_select(-1, source)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.levels import COARSE_STEP, last_code
 from .laid_out import LAID_OUT_BITS, row_width
 from .plans import STEP
 
@@ -44,12 +45,16 @@ def quantize_kernel(
     rows,
     channels,
     positions,
-    largest,
+    last,
+    knee,
+    TWIN: tl.constexpr,
+    STEP: tl.constexpr,
     IN_ORDER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
-    """Codes of a block of rows and positions. `largest` is a float32; without IN_ORDER `source` gives the channels."""
+    """Codes of a block of rows and positions. `last` is the number of the highest level, with TWIN those above `knee` are
+    STEP apart (both float32); without IN_ORDER `source` gives the channels."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     position = tl.program_id(1) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)
     inside = (row < rows)[:, None] & (position < positions)[None, :]
@@ -61,9 +66,14 @@ def quantize_kernel(
     level = (values.to(tl.float32) - shift[None, :]) * factor[None, :]
     # Only a NaN differs from itself. Padding too is code 0, whatever its offset.
     level = tl.where((level == level) & real[None, :], level, 0.0)
-    level = tl.minimum(tl.maximum(level, 0.0), largest)
+    level = tl.maximum(level, 0.0)
+    if TWIN:
+        level = tl.minimum(level, (level - knee) * (1 / STEP) + knee)
+    level = tl.minimum(level, last)
     # Neighbours of 2^23 are 1 apart: the sum rounds to the nearest integer, ties to even, as torch.round does.
     level = (level + 8388608.0) - 8388608.0
+    if TWIN:
+        level = level + tl.maximum(level - knee, 0.0) * (STEP - 1)
     tl.store(codes + row[:, None] * positions + position[None, :], level.to(tl.int32).to(tl.uint8), mask=inside)
 
 
@@ -168,7 +178,9 @@ def multiply_kernel(
     tl.store(y_places, result, mask=row_inside[:, None] & output_inside[None, :])
 
 
-def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int) -> Tensor:
+def quantize(
+    x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, largest: int, knee: int | None = None
+) -> Tensor:
     """See `operators.quantize`; x may also be float16 or bfloat16, which float32 holds exactly."""
     channels = x.shape[-1]
     positions = channels if source is None else source.numel()
@@ -193,7 +205,10 @@ def quantize(x: Tensor, offset: Tensor, inverse: Tensor, source: Tensor | None, 
             rows,
             channels,
             positions,
-            float(largest),
+            float(last_code(largest, knee)),
+            float(largest if knee is None else knee),
+            TWIN=knee is not None,
+            STEP=COARSE_STEP,
             IN_ORDER=source is None,
             BLOCK_ROWS=block_rows,
             BLOCK_POSITIONS=block_positions,

@@ -59,6 +59,7 @@ class Candidates:
         backbone = model.backbone
         readers = reading_layers(backbone)
         moments = _moments(model, list(batches))
+        twin_levels = model.config.twin_levels is not False
         weights = {}
         for name in space.inputs:
             layer = backbone.get_submodule(name)
@@ -68,7 +69,7 @@ class Candidates:
             }
         inputs = {
             name: {
-                bits: grouped_quantizer(quantizer, bits, model.config.num_groups, readers[quantizer])
+                bits: grouped_quantizer(quantizer, bits, model.config.num_groups, readers[quantizer], twin_levels)
                 for bits in space.activation_bits
             }
             for name, quantizer in ((name, backbone.get_submodule(name)) for name in space.quantizers)
@@ -77,7 +78,11 @@ class Candidates:
 
 
 def grouped_quantizer(
-    quantizer: GroupActivationQuantizer, bits: int, num_groups: int, readers: list[nn.Linear]
+    quantizer: GroupActivationQuantizer,
+    bits: int,
+    num_groups: int,
+    readers: list[nn.Linear],
+    twin_levels: bool = False,
 ) -> GroupActivationQuantizer:
     """A quantizer of `bits` bits with frozen groups, from the ranges that the calibrated `quantizer` has seen."""
     made = GroupActivationQuantizer(quantizer.channels, bits, quantizer.name, True, quantizer.producer)
@@ -86,7 +91,7 @@ def grouped_quantizer(
     made.to(quantizer.scale.device)
     for part, seen in zip(made.with_class_token(), quantizer.with_class_token(), strict=True):
         part.channel_quantiles.copy_(seen.channel_quantiles)
-        part.begin_search(num_groups, channel_importance(readers))
+        part.begin_search(num_groups, channel_importance(readers), twin_levels)
     for part in made.with_class_token():
         part.freeze_groups()
     return made

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiling import compiled
+from .levels import nearest_level
 from .scales import positive, positive_backward
 
 
@@ -23,19 +24,19 @@ PRODUCERS = {
 
 
 @compiled
-def _forward(x: Tensor, scale: Tensor, offset: Tensor, qmax: int) -> Tensor:
-    codes = ((x.to(scale.dtype) - offset) * (1 / scale)).round().clamp(0, qmax)
+def _forward(x: Tensor, scale: Tensor, offset: Tensor, qmax: int, knee: int | None = None) -> Tensor:
+    codes = nearest_level((x.to(scale.dtype) - offset) * (1 / scale), qmax, knee)
     return (codes * scale + offset).to(x.dtype)
 
 
 def _elementwise_gradients(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int, knee: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, and of scale and offset before they are added up."""
     wide_grad = grad.to(scale.dtype)
     position = (x.to(scale.dtype) - offset) * (1 / scale)
     inside = (position >= 0) & (position <= qmax)
-    codes = position.round().clamp(0, qmax)
+    codes = nearest_level(position, qmax, knee)
     return (
         torch.where(inside, grad, 0.0),
         wide_grad * torch.where(inside, codes - position, codes),
@@ -45,37 +46,37 @@ def _elementwise_gradients(
 
 @compiled
 def _channels_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int, knee: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With `(channels,)` scales: sums of each channel."""
-    grad_x, by_scale, by_offset = _elementwise_gradients(grad, x, scale, offset, qmax)
+    grad_x, by_scale, by_offset = _elementwise_gradients(grad, x, scale, offset, qmax, knee)
     return grad_x, by_scale.sum(0), by_offset.sum(0)
 
 
 @compiled
 def _tensor_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmax: int, knee: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With one scale, for flat tensors: the compiler then needs one pass instead of two."""
-    grad_x, by_scale, by_offset = _elementwise_gradients(grad, x, scale, offset, qmax)
+    grad_x, by_scale, by_offset = _elementwise_gradients(grad, x, scale, offset, qmax, knee)
     return grad_x, by_scale.sum(0, keepdim=True), by_offset.sum(0, keepdim=True)
 
 
 class _FakeQuantizeGroups(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, offset, index, qmax, gradient_scale, producer):
+    def forward(ctx, x, scale, offset, index, qmax, knee, gradient_scale, producer):
         ctx.save_for_backward(x, scale, offset, index)
-        ctx.arguments = qmax, gradient_scale, producer
+        ctx.arguments = qmax, knee, gradient_scale, producer
         made = PRODUCERS[producer][0](x)
         made = made.flatten() if index is None else made.reshape(-1, x.shape[-1])
-        return _forward(made, *_of_channels(scale, offset, index), qmax).view(x.shape)
+        return _forward(made, *_of_channels(scale, offset, index), qmax, knee).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        qmax, gradient_scale, producer = ctx.arguments
+        qmax, knee, gradient_scale, producer = ctx.arguments
         produce, produce_backward = PRODUCERS[producer]
         x, scale, offset, index = ctx.saved_tensors
-        made, arguments = produce(x), (*_of_channels(scale, offset, index), qmax)
+        made, arguments = produce(x), (*_of_channels(scale, offset, index), qmax, knee)
         if index is None:
             grad_made, grad_scale, grad_offset = _tensor_backward(grad.flatten(), made.flatten(), *arguments)
         else:
@@ -86,7 +87,7 @@ class _FakeQuantizeGroups(torch.autograd.Function):
             produce_backward(grad_made.view(x.shape), x),
             positive_backward(grad_scale, scale) * gradient_scale,
             grad_offset * gradient_scale,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -103,6 +104,7 @@ def fake_quantize_groups(
     qmax: int,
     gradient_scale: float = 1.0,
     producer: str = "identity",
+    knee: int | None = None,
 ) -> Tensor:
     """`x̂_c = s * clip(round((x_c - β)/s), 0, qmax) + β`, with scale s and offset β of the channel's group.
 
@@ -115,15 +117,16 @@ def fake_quantize_groups(
         qmax: largest integer of the unsigned grid.
         gradient_scale: factor on the gradients of scale and offset.
         producer: one of `PRODUCERS`, applied to `x` first.
+        knee: above it integers are levels only three apart (`levels.py`); None: all integers are.
 
     Returns:
         `(..., channels)`, in the dtype of `x`.
     """
-    return _FakeQuantizeGroups.apply(x, scale, offset, index, qmax, gradient_scale, producer)
+    return _FakeQuantizeGroups.apply(x, scale, offset, index, qmax, knee, gradient_scale, producer)
 
 
 @functools.cache
-def _mixture_kernels(num_groups: int):
+def _mixture_kernels(num_groups: int, knee: int | None):
     """Forward and backward with the loop over `num_groups` unrolled."""
 
     @compiled
@@ -131,7 +134,7 @@ def _mixture_kernels(num_groups: int):
         wide = x.to(scale.dtype)
         mixture = torch.zeros_like(wide)
         for g in range(num_groups):
-            codes = ((wide - offset[g]) * (1 / scale[g])).round().clamp(0, qmax)
+            codes = nearest_level((wide - offset[g]) * (1 / scale[g]), qmax, knee)
             mixture = mixture + probabilities[g] * (codes * scale[g] + offset[g])
         return mixture.to(x.dtype)
 
@@ -143,7 +146,7 @@ def _mixture_kernels(num_groups: int):
         for g in range(num_groups):
             position = (wide - offset[g]) * (1 / scale[g])
             inside = (position >= 0) & (position <= qmax)
-            codes = position.round().clamp(0, qmax)
+            codes = nearest_level(position, qmax, knee)
             passed = passed + torch.where(inside, probabilities[g], 0.0)
             grad_probabilities.append((grad * (codes * scale[g] + offset[g])).sum(0))
             grad_scale.append((grad * torch.where(inside, codes - position, codes)).sum(0))
@@ -160,18 +163,20 @@ def _mixture_kernels(num_groups: int):
 
 class _FakeQuantizeMixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, offset, probabilities, qmax, gradient_scale, producer):
+    def forward(ctx, x, scale, offset, probabilities, qmax, knee, gradient_scale, producer):
         ctx.save_for_backward(x, scale, offset, probabilities)
-        ctx.arguments = qmax, gradient_scale, producer
+        ctx.arguments = qmax, knee, gradient_scale, producer
         made = PRODUCERS[producer][0](x).reshape(-1, x.shape[-1])
-        return _mixture_kernels(scale.numel())[0](made, positive(scale), offset, probabilities, qmax).view(x.shape)
+        kernel, _ = _mixture_kernels(scale.numel(), knee)
+        return kernel(made, positive(scale), offset, probabilities, qmax).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        qmax, gradient_scale, producer = ctx.arguments
+        qmax, knee, gradient_scale, producer = ctx.arguments
         produce, produce_backward = PRODUCERS[producer]
         x, scale, offset, probabilities = ctx.saved_tensors
-        grad_made, by_scale, by_offset, grad_probabilities = _mixture_kernels(scale.numel())[1](
+        _, kernel = _mixture_kernels(scale.numel(), knee)
+        grad_made, by_scale, by_offset, grad_probabilities = kernel(
             grad.reshape(-1, x.shape[-1]),
             produce(x).reshape(-1, x.shape[-1]),
             positive(scale),
@@ -185,7 +190,7 @@ class _FakeQuantizeMixture(torch.autograd.Function):
             positive_backward((by_scale * probabilities).sum(1), scale) * gradient_scale,
             (by_offset * probabilities).sum(1) * gradient_scale,
             grad_probabilities,
-            *[None] * 3,
+            *[None] * 4,
         )
 
 
@@ -197,6 +202,7 @@ def fake_quantize_mixture(
     qmax: int,
     gradient_scale: float = 1.0,
     producer: str = "identity",
+    knee: int | None = None,
 ) -> Tensor:
     """`x̂_c = Σ_g probabilities_gc * Q_g(x_c)`, with `Q_g` as in `fake_quantize_groups` (Quantformer, section 3.2).
 
@@ -207,8 +213,9 @@ def fake_quantize_mixture(
         qmax: largest integer of the unsigned grid.
         gradient_scale: factor on the gradients of scale and offset.
         producer: one of `PRODUCERS`, applied to `x` first.
+        knee: as in `fake_quantize_groups`.
 
     Returns:
         `(..., channels)`, in the dtype of `x`.
     """
-    return _FakeQuantizeMixture.apply(x, scale, offset, probabilities, qmax, gradient_scale, producer)
+    return _FakeQuantizeMixture.apply(x, scale, offset, probabilities, qmax, knee, gradient_scale, producer)

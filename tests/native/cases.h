@@ -131,6 +131,18 @@ inline uint8_t code(float x, float offset, float inverse, int largest) {
   return static_cast<uint8_t>(std::nearbyint(std::fmin(std::fmax(position, 0.0f), static_cast<float>(largest))));
 }
 
+// The level of `levels`, in ascending order, that is nearest, of two the one with the even number; `code` makes zero of no number.
+inline uint8_t nearest(float x, float offset, float inverse, const std::vector<int>& levels) {
+  const float difference = x - offset;
+  const float position = difference * inverse;
+  size_t best = 0;
+  for (size_t i = 1; i < levels.size() && !std::isnan(position); ++i) {
+    const double middle = (levels[i - 1] + levels[i]) / 2.0;
+    if (position > middle || (position == middle && i % 2 == 0)) best = i;
+  }
+  return static_cast<uint8_t>(levels[best]);
+}
+
 // The formulas of pointwise.h, one number at a time.
 inline float exponential(float x) {
   x = x * 1.44269504088896341f;

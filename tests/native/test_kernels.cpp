@@ -45,8 +45,22 @@ void test_quantize(const InstructionSet& set, Random& random) {
       }
       Exact<uint8_t> codes(n), expected(n);
       for (int64_t i = 0; i < n; ++i) expected[i] = code(x[i], offset[i], inverse[i], largest);
-      set.quantize(x, offset, inverse, static_cast<float>(largest), n, codes);
+      set.quantize(x, offset, inverse, levels_up_to(largest, largest), n, codes);
       check(same_bits(codes, expected), set, "quantize", describe({{"n", n}, {"largest", largest}}));
+    }
+    for (const auto& levels : {std::vector{0, 1, 2, 5, 8, 11, 14, 17}, {0, 1, 2, 3, 4, 5, 8, 11, 14, 17, 20, 23}}) {
+      const int knee = levels.size() == 8 ? 2 : 5;
+      auto x = values(random, n), offset = random.reals(n, -2, 0), inverse = random.reals(n, 0.5f, 2);
+      // Halfway between two levels, too.
+      for (int64_t i = 0; i < n; i += 2) {
+        offset[i] = 0;
+        inverse[i] = 1;
+        if (i % 4 == 0) x[i] = static_cast<float>(random.integer(0, 60)) / 2;
+      }
+      Exact<uint8_t> codes(n), expected(n);
+      for (int64_t i = 0; i < n; ++i) expected[i] = nearest(x[i], offset[i], inverse[i], levels);
+      set.quantize(x, offset, inverse, levels_up_to(levels.back(), knee), n, codes);
+      check(same_bits(codes, expected), set, "levels of two step sizes", describe({{"n", n}, {"knee", knee}}));
     }
   }
 }
@@ -310,7 +324,7 @@ void test_codes_too_large(const InstructionSet& set, Random& random) {
 
 // Codes that a product reads, of what another one gave.
 Codes codes_for(const Layer& reader, int64_t rows, const Exact<float>& offset, const Exact<float>& inverse, bool gelu) {
-  return {nullptr, rows, reader.shape.columns, offset, inverse, reader.largest, gelu, reader.source,
+  return {nullptr, rows, reader.shape.columns, offset, inverse, reader.largest, reader.largest, gelu, reader.source,
           reader.layout.positions(), nullptr, nullptr, nullptr, 0, 0, 0};
 }
 
@@ -354,7 +368,7 @@ void test_first_rows(const InstructionSet& set, Random& random, int bits, int fi
   const auto reader_offset = random.reals(outputs, -2, 0), reader_inverse = random.reals(outputs, 0.5f, 2);
   Codes then = codes_for(reader, rows, reader_offset, reader_inverse, true), first_then = then;
   first_then.offset = reader_inverse;
-  first_then.largest = first.largest_x;
+  first_then.largest = first_then.knee = first.largest_x;
   Exact<uint8_t> codes(rows * then.positions), stepped(rows * then.positions), again(rows * then.positions);
   for (int64_t row = 0; row < rows; ++row) {
     Codes one = is_first(row) ? first_then : then;
@@ -390,7 +404,7 @@ void test_codes(const InstructionSet& set, Random& random, int64_t rows, int64_t
       expected[i] = c < channels ? code(x[i / positions * channels + c], offset[c], inverse[c], 15) : 0;
     }
     const int32_t* order = ordered ? source.begin() : nullptr;
-    Codes job = {x, rows, channels, offset, inverse, 15, 0, order, positions, codes, nullptr, nullptr, 0, 0, 0};
+    Codes job = {x, rows, channels, offset, inverse, 15, 15, 0, order, positions, codes, nullptr, nullptr, 0, 0, 0};
     check(quantformer_quantize(&job, 3, in_threads) == 0 && same_bits(codes, expected), set, "codes", of);
     for (int64_t i = 0; i < codes.size; ++i) {
       const int64_t c = ordered ? source[i % positions] : i % positions;
