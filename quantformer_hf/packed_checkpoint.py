@@ -63,8 +63,8 @@ def check_packed_files(name: str | os.PathLike, config: QuantformerConfig, **loc
         found = digest(names, lambda tensor: tensors[tensor].get_tensor(tensor), _grids(config))
         if not torch.equal(found, tensors[DIGEST_NAME].get_tensor(DIGEST_NAME)):
             raise ValueError(
-                f"the packed checkpoint '{name}' is damaged: its tensors, or the weight_quantizer of its config, are not"
-                f" those that were saved; {repair}"
+                f"the packed checkpoint '{name}' is damaged: its tensors, or the weight_quantizer or twin_levels of its"
+                f" config, are not those that were saved; {repair}"
             )
 
 

@@ -169,6 +169,9 @@ class Norm(torch.nn.Module):
 class Borders(torch.nn.Module):
     """Codes of what another constant was added to, of inputs that lie within some last digits of where codes change."""
 
+    LARGEST, KNEE = 255, None
+    BORDERS = torch.arange(0.5, 255)
+
     def __init__(self):
         super().__init__()
         self.register_buffer("added", torch.randn(192))
@@ -176,14 +179,22 @@ class Borders(torch.nn.Module):
         self.register_buffer("inverse", torch.rand(192) + 0.5)
 
     def forward(self, x):
-        return torch.ops.quantformer.quantize(x + self.added, self.offset, self.inverse, None, 255).float()
+        parameters = self.offset, self.inverse, None, self.LARGEST
+        return torch.ops.quantformer.quantize(x + self.added, *parameters, knee=self.KNEE).float()
 
     def inputs(self):
-        borders = torch.arange(0.5, 255).view(-1, 1, 1) / self.inverse + self.offset - self.added
+        borders = self.BORDERS.view(-1, 1, 1) / self.inverse + self.offset - self.added
         return borders * (1 + torch.arange(-3, 4).view(1, -1, 1) * 2.0**-23)
 
 
-@pytest.mark.parametrize("part", [Norm, Borders])
+class TwinBorders(Borders):
+    """Of levels of two step sizes, and where these meet."""
+
+    LARGEST, KNEE = 35, 5
+    BORDERS = torch.cat([torch.arange(0.5, 5), torch.tensor([5.0]), torch.arange(6.5, 35, 3)])
+
+
+@pytest.mark.parametrize("part", [Norm, Borders, TwinBorders])
 def test_an_engine_keeps_each_rounding_of_an_exact_operator(part, tmp_path):
     torch.manual_seed(0)
     module = part().eval()

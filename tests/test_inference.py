@@ -8,6 +8,7 @@ from conftest import instruction_sets, make_batches, make_quantized
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quantformer_hf.grids import GELU_KNEES, gelu_grid
 from quantformer_hf.kernels import (
     fake_quantized,
     in_integers,
@@ -95,7 +96,7 @@ def test_integers_and_floating_point_agree_where_no_activation_is_near_a_border(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_no_code_is_above_the_largest(backbone, bits):
+def test_no_code_is_above_the_largest_and_there_are_two_to_the_bits(backbone, bits):
     model = make_quantized(backbone, "finetune", bit_width=bits, embedding_bits=bits, classifier_bits=bits).pack()
     seen = []
 
@@ -103,13 +104,17 @@ def test_no_code_is_above_the_largest(backbone, bits):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             result = function(*arguments, **(keywords or {}))
             if function is torch.ops.quantformer.quantize.default:
-                seen.append(result.max().item())
+                # Its last argument is there where levels have two step sizes.
+                seen.append((len(arguments) > 6 and arguments[6] is not None, result.unique()))
             return result
 
     with Watch():
         logits(model, make_batches(1)[0])
     assert len(seen) > 8
-    assert max(seen) <= 2**bits - 1
+    assert any(twin for twin, _ in seen) == (bits in GELU_KNEES)
+    for twin, codes in seen:
+        assert codes.max() <= (gelu_grid(bits).qmax if twin else 2**bits - 1)
+        assert codes.numel() <= 2**bits
 
 
 def test_a_packed_model_compiles_and_exports_whole():

@@ -152,6 +152,27 @@ def test_what_cannot_be_merged_stays_apart(ends, group_scales, largest_weight):
     assert merged_groups(ends, torch.tensor(group_scales), 15, largest_weight) is None
 
 
+def test_weights_are_looked_at_where_the_largest_ones_would_be_too_much():
+    """640 positions times 98 or 21, codes of 35: beyond 2^24 at weights of 8, and below at 7."""
+    ends, scales = (8, 640), torch.tensor([5.25, 24.5])
+    seen = []
+
+    def weights_of(row):
+        def weights():
+            seen.append(row)
+            return torch.tensor([[-1] * 640, row], dtype=torch.int16)
+
+        return weights
+
+    assert merged_groups(ends, scales, 35, 8) is None
+    assert merged_groups(ends, scales, 35, 8, weights_of([8] * 8 + [-7] * 632)) == [(3, 1.75), (14, 1.75)]
+    assert merged_groups(ends, scales, 35, 8, weights_of([8] * 640)) is None
+    assert len(seen) == 2
+    assert merged_groups(ends, scales, 15, 8, weights_of([8] * 640)) is not None
+    assert merged_groups((8, 6000), scales, 35, 8, weights_of([0] * 640)) is None
+    assert len(seen) == 2
+
+
 #: Groups of 56 channels: of one unit, of two digits more than a power of two, of two units, and multiples beyond 15.
 MERGED = {
     "one unit": [3.0, 5.0, 4.0],

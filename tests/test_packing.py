@@ -190,7 +190,8 @@ def test_a_damaged_file_is_an_error_or_the_same_model(saved, tmp_path):
     [
         ({"weight_bits": 4}, "does not fit its config"),
         ({"num_groups": 3}, "does not fit its config"),
-        ({"weight_quantizer": "statsq"}, "weight_quantizer of its config, are not"),
+        ({"weight_quantizer": "statsq"}, "weight_quantizer or twin_levels of its config, are not"),
+        ({"twin_levels": False}, "weight_quantizer or twin_levels of its config, are not"),
         ({"packing_layout": 7}, "packing_layout is 7, and this version of quantformer_hf reads 1"),
     ],
 )

@@ -121,15 +121,18 @@ def test_codes_are_those_of_the_reference(dtype):
         x[0, 0] = float("nan")
         x[-1, -1] = float("inf")
         x[rows // 2, columns // 2] = -float("inf")
-        for source in (None, channels.source):
-            arguments = (x, channels.offset, channels.inverse, source, channels.largest)
-            assert torch.equal(triton_kernels.quantize(*arguments), reference.quantize(*arguments))
+        for source, knee in itertools.product((None, channels.source), (None, 2)):
+            largest = channels.largest if knee is None else 17
+            arguments = (x, channels.offset, channels.inverse, source, largest)
+            expected = reference.quantize(*arguments, knee=knee)
+            assert torch.equal(triton_kernels.quantize(*arguments, knee), expected)
 
 
 def test_halves_are_rounded_to_even():
     x = torch.arange(0, 256, 0.5).unsqueeze(0)
-    arguments = (x, torch.zeros(x.numel()), torch.ones(x.numel()), None, 255)
-    assert torch.equal(triton_kernels.quantize(*arguments), reference.quantize(*arguments))
+    arguments = (x, torch.zeros(x.numel()), torch.ones(x.numel()), None)
+    assert torch.equal(triton_kernels.quantize(*arguments, 255), reference.quantize(*arguments, 255))
+    assert torch.equal(triton_kernels.quantize(*arguments, 254, 11), reference.quantize(*arguments, 254, knee=11))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..packing import pack_codes, packed_width, unpack_codes
 from .merging import merged_groups
-from .reference import largest_weight
+from .reference import largest_weight, weight_integers
 
 
 if TYPE_CHECKING:
@@ -43,12 +43,19 @@ def lay_out(weight: "WeightPlan", packed: Tensor, source: Tensor) -> tuple["Weig
     return dataclasses.replace(weight, columns=codes.shape[1], bits=bits), rows
 
 
-def merge_runs(channels: "ChannelPlan", weight: "WeightPlan") -> tuple[tuple[int, ...], Tensor, Tensor | None]:
+def merge_runs(
+    channels: "ChannelPlan", weight: "WeightPlan", rows: Tensor
+) -> tuple[tuple[int, ...], Tensor, Tensor | None]:
     """Ends and scales of runs of groups that add up as one, and the multiple of each position, `(positions,)` uint8;
     those of the groups, and None, where they are to stay apart. See `operators.multiply`."""
     ends, scales = channels.group_ends, channels.group_scales
     largest = largest_weight(weight.largest_code, weight.multiplier, weight.addend)
-    merged = merged_groups(ends, scales, channels.largest, largest)
+
+    def integers() -> Tensor:
+        made = weight_integers(rows, weight.columns, weight.bits, weight.multiplier, weight.addend, None)
+        return made * (channels.source < channels.channels)
+
+    merged = merged_groups(ends, scales, channels.largest, largest, integers)
     if merged is None:
         return ends, scales, None
     run_ends: list[int] = []

@@ -1,8 +1,9 @@
 """Which products may add up groups as one, and still give the same bits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .reference import EXACT_FLOAT32
@@ -13,7 +14,11 @@ LARGEST_BYTE = 127
 
 
 def merged_groups(
-    group_ends: Sequence[int], group_scales: Tensor, largest: int, largest_weight: int
+    group_ends: Sequence[int],
+    group_scales: Tensor,
+    largest: int,
+    largest_weight: int,
+    weights: Callable[[], Tensor] | None = None,
 ) -> list[tuple[int, float]] | None:
     """The scale of each group as a whole multiple and a unit, for `Product`; None where groups are to stay apart.
 
@@ -25,6 +30,8 @@ def merged_groups(
         group_ends, group_scales: as of `operators.multiply`.
         largest: code of the input.
         largest_weight: magnitude of any integer of the weight.
+        weights: makes those integers, `(outputs, positions)`, zero at padding, to be looked at where sums of the
+            largest could become too large.
     """
     sizes = [end - start for start, end in zip((0, *group_ends[:-1]), group_ends, strict=True)]
     # The scale of an empty group is for nothing.
@@ -37,8 +44,17 @@ def merged_groups(
     wholes = [numerator * (denominator // of) for numerator, of in ratios]
     greatest = math.gcd(*wholes)
     power_of_two = greatest & -greatest
-    largest_sum = sum(whole * sizes[group] for whole, group in zip(wholes, used, strict=True)) // power_of_two
-    if largest_sum * largest * largest_weight >= EXACT_FLOAT32:
+    of_groups = [whole // power_of_two for whole in wholes]
+    largest_sum = largest * sum(whole * sizes[group] for whole, group in zip(of_groups, used, strict=True))
+    # Where weights of one would be too much, there is no need to look at them.
+    if weights is not None and largest_sum < EXACT_FLOAT32 <= largest_sum * largest_weight:
+        of_positions = torch.tensor(of_groups).repeat_interleave(torch.tensor([sizes[group] for group in used]))
+        # Float64 holds these exactly.
+        sums = weights().abs().double() @ of_positions.to(group_scales.device).double()
+        too_large = largest * int(sums.max()) >= EXACT_FLOAT32
+    else:
+        too_large = largest_sum * largest_weight >= EXACT_FLOAT32
+    if too_large:
         return None
     runs: list[list[int]] = []
     for whole in wholes:

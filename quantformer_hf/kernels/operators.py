@@ -5,6 +5,7 @@ elsewhere and without these the plain torch of `reference.py`, with the same res
 """
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64, c_uint8
 
@@ -224,7 +225,8 @@ def prepare_multiply(
     check_float32(group_scales, scale, bias)
     check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
     largest_weight = reference.largest_weight(largest_code, multiplier, addend)
-    merged = merged_groups(group_ends, group_scales, largest, largest_weight)
+    weights = functools.partial(reference.weight_integers, weight, columns, bits, multiplier, addend, source)
+    merged = merged_groups(group_ends, group_scales, largest, largest_weight, weights)
     return Product(
         0,
         0,

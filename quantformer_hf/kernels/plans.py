@@ -299,7 +299,7 @@ def plan_part(
         return LinearPlan(weight, packed, channels, folded)
     in_order, rows = laid_out
     folded = _folded_bias(in_order, rows, None, bias, channels)
-    ends, scales, multiples = merge_runs(channels, in_order)
+    ends, scales, multiples = merge_runs(channels, in_order, rows)
     of_runs = None, ends, scales, channels.largest, in_order.scale, folded, multiples
     return LinearPlan(weight, packed, channels, folded, (rows, *_integers(in_order), *of_runs))
 

@@ -123,6 +123,15 @@ def largest_weight(largest_code: int, multiplier: int, addend: int) -> int:
     return max(abs(addend), abs(largest_code * multiplier + addend))
 
 
+def weight_integers(
+    weight: Tensor, columns: int, bits: int, multiplier: int, addend: int, source: Tensor | None
+) -> Tensor:
+    """`code * multiplier + addend` of each position, 0 where there is no column, `(outputs, positions)` int16; arguments as
+    of `operators.multiply`."""
+    integers = unpack_codes(weight, bits, columns).short() * multiplier + addend
+    return integers if source is None else F.pad(integers, (0, 1)).index_select(1, source)
+
+
 def multiply(
     codes: Tensor,
     weight: Tensor,
@@ -140,9 +149,7 @@ def multiply(
     multiples: Tensor | None = None,
 ) -> Tensor:
     """See `operators.multiply`."""
-    integers = unpack_codes(weight, bits, columns).short() * multiplier + addend
-    if source is not None:
-        integers = F.pad(integers, (0, 1)).index_select(1, source)
+    integers = weight_integers(weight, columns, bits, multiplier, addend, source)
     largest_product = largest * largest_weight(largest_code, multiplier, addend)
     if multiples is not None:
         # Whatever is summed up stays below 2^24.

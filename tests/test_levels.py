@@ -1,0 +1,162 @@
+"""Levels of two step sizes, for what GELU puts out."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import BACKBONES, instruction_sets, make_batches, make_quantized
+from packed_models import logits
+
+from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf.grids import GELU_KNEES, Grid, fit_affine, gelu_grid
+from quantformer_hf.kernels import fake_quantized, operators, reference, using
+from quantformer_hf.mixed_precision.candidates import grouped_quantizer
+from quantformer_hf.ops.levels import last_code, nearest_level
+from quantformer_hf.quantize import group_quantizers, reading_layers
+
+
+#: Those of three and of four bits.
+LEVELS = {3: [0, 1, 2, 5, 8, 11, 14, 17], 4: [0, 1, 2, 3, 4, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35]}
+
+
+def nearest(positions, levels):
+    """Of two that are as near, the one with the even number."""
+    levels = torch.tensor(levels, dtype=torch.float64)
+    distance = (positions.double().unsqueeze(-1) - levels).abs()
+    odd = torch.arange(len(levels)) % 2
+    return levels[(distance + 1e-12 * odd).argmin(-1)]
+
+
+@pytest.mark.parametrize("bits", LEVELS)
+def test_the_nearest_level_is_the_nearest_of_two_to_the_bits(bits):
+    grid, levels = gelu_grid(bits), LEVELS[bits]
+    assert (grid.qmin, grid.qmax, grid.levels, grid.knee) == (0, levels[-1], len(levels), GELU_KNEES[bits])
+    assert last_code(grid.qmax, grid.knee) == len(levels) - 1
+    # Halves, among them all that are as near to two levels, and what lies between.
+    positions = torch.cat([torch.arange(-4, 2 * levels[-1] + 10) / 2, 40 * torch.rand(2000) - 2])
+    assert torch.equal(grid.nearest(positions).double(), nearest(positions, levels))
+    # At half a position's last digit the choice is free.
+    borders = torch.tensor([(low + high) / 2 for low, high in pairwise(levels)])
+    for near, side in ((borders * (1 - 2e-6), levels[:-1]), (borders * (1 + 2e-6), levels[1:])):
+        assert nearest_level(near, grid.qmax, grid.knee).tolist() == side
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_other_widths_keep_even_levels(bits):
+    assert gelu_grid(bits) == Grid(bits, signed=False)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(3, 0.6), (4, 0.55)])
+def test_less_is_lost_of_what_gelu_puts_out(bits, share):
+    # Mostly of what is below zero, as in trained models.
+    values = torch.nn.functional.gelu(torch.randn(20000, generator=torch.Generator().manual_seed(0)) - 1)
+    lost = []
+    for grid in (gelu_grid(bits), Grid(bits, signed=False)):
+        scale, offset = fit_affine(values, torch.ones_like(values), grid)
+        lost.append((grid.nearest((values - offset) / scale) * scale + offset - values).square().mean())
+    assert lost[0] < share * lost[1]
+
+
+@pytest.mark.parametrize("bits", LEVELS)
+def test_fitted_scale_and_offset_recover_values_on_the_grid(bits):
+    values = 0.37 * torch.tensor(LEVELS[bits]).repeat(10) - 1.9
+    scale, offset = fit_affine(values, torch.ones_like(values), gelu_grid(bits))
+    torch.testing.assert_close(scale, torch.tensor(0.37), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(offset, torch.tensor(-1.9), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [None, *instruction_sets()])
+@pytest.mark.parametrize("channels", [1, 8, 100, 192])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_kernels_find_the_levels_of_plain_torch(name, channels, gelu):
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.linspace(-4, 40, 90 * channels).view(channels, 90).T.contiguous()
+    x[0, :1], x[1, :1], x[2, :1], x[3, :1] = float("nan"), float("inf"), -float("inf"), -1e30
+    offset, inverse = torch.randn(channels, generator=generator), 0.5 + torch.rand(channels, generator=generator)
+    # Halfway between levels, where nothing but the sizes of the steps decides.
+    offset[::2], inverse[::2], x[4:] = 0, 1, (2 * x[4:]).round() / 2
+    for bits, levels in LEVELS.items():
+        arguments = offset, inverse, None, levels[-1], gelu, GELU_KNEES[bits]
+        with using(name):
+            codes = operators.quantize(x, *arguments)
+        assert torch.equal(codes, reference.quantize(x, *arguments))
+        if not gelu:
+            position = ((x - offset) * inverse).nan_to_num(nan=0.0).clamp(-1, levels[-1] + 1)
+            assert torch.equal(codes.double(), nearest(position, levels))
+
+
+def gelu_quantizers(model):
+    return [quantizer for quantizer in group_quantizers(model) if quantizer.producer == "gelu"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("bits", LEVELS)
+def test_the_search_begins_with_them_and_packing_keeps_them(backbone, bits, tmp_path):
+    model = make_quantized(backbone, "pretrain", bit_width=bits)
+    assert (model.config.twin_levels, {q.grid.knee for q in group_quantizers(model)}) == (None, {None})
+    model.begin_search(4).freeze_groups()
+    assert model.config.twin_levels is True
+    assert gelu_quantizers(model)
+    for quantizer in group_quantizers(model):
+        assert quantizer.grid.knee == (GELU_KNEES[bits] if quantizer.producer == "gelu" else None)
+    images = make_batches(1)[0]
+    expected = logits(model, images)
+    model.save_pretrained(tmp_path / "finetune")
+    again = QuantformerForImageClassification.from_pretrained(tmp_path / "finetune")
+    assert torch.equal(logits(again, images), expected)
+    model.pack().save_pretrained(tmp_path / "packed")
+    again = QuantformerForImageClassification.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(again, images), expected)
+    assert torch.equal(logits(again.unpack(), images), expected)
+
+
+def test_what_integers_compute_is_what_is_fake_quantized():
+    model, images = make_quantized("vit", "finetune", bit_width=4), make_batches(1)[0]
+    expected = logits(model, images)
+    with fake_quantized():
+        faked = logits(model, images)
+    # A last digit may move an activation to another level.
+    assert (faked - expected).abs().median() < 0.02 * expected.std()
+    for quantizer in gelu_quantizers(model):
+        quantizer.set_levels(twin=False)
+    assert (logits(model, images) - expected).abs().median() > 0.02 * expected.std()
+
+
+def test_they_can_be_left_out():
+    model = make_quantized("vit", "finetune", bit_width=4, twin_levels=False)
+    assert model.config.twin_levels is False
+    assert {quantizer.grid.knee for quantizer in group_quantizers(model)} == {None}
+
+
+def test_checkpoints_from_before_keep_even_levels(tmp_path):
+    model = make_quantized("vit", "finetune", bit_width=4, twin_levels=False)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("twin_levels") is False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old, images = QuantformerForImageClassification.from_pretrained(tmp_path), make_batches(1)[0]
+    assert torch.equal(logits(old, images), logits(model, images))
+    # As its digest was written before.
+    old.pack().save_pretrained(tmp_path / "packed")
+    model.pack().save_pretrained(tmp_path / "packed now")
+    (tmp_path / "packed" / "config.json").write_text((tmp_path / "packed now" / "config.json").read_text())
+    assert torch.equal(
+        logits(QuantformerForImageClassification.from_pretrained(tmp_path / "packed"), images), logits(model, images)
+    )
+
+
+def test_a_class_token_has_those_of_its_own_bits():
+    for bits, knee in ((4, 5), (8, None)):
+        model = make_quantized("vit", "finetune", bit_width=3, class_token_bits=bits)
+        assert {quantizer.class_token.grid.knee for quantizer in gelu_quantizers(model) if quantizer.class_token} == {
+            knee
+        }
+        assert torch.equal(*(logits(made, make_batches(1)[0]) for made in (model, model.pack())))
+
+
+def test_the_search_for_bits_measures_them():
+    model = make_quantized("vit", "pretrain")
+    for quantizer, readers in reading_layers(model).items():
+        made = grouped_quantizer(quantizer, 4, 4, readers, twin_levels=True)
+        assert made.grid.knee == (5 if quantizer.producer == "gelu" else None)
