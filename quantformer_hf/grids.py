@@ -52,7 +52,7 @@ class Grid:
 
 
 #: Knees of the grids of what GELU puts out, by bits: with them a layer loses half of what even levels lose at four bits, and
-#: two thirds at three (docs/choices.md). At two bits these levels gain nothing, and more bits lose little as they are.
+#: two thirds at three (docs/choices.md). Products of two bits are looked up by codes up to 3; more bits lose little anyhow.
 GELU_KNEES = {3: 2, 4: 5}
 
 

@@ -363,15 +363,15 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         Raises:
             StageError: the checkpoint is of a stage that this model does not lead to.
         """
-        if saved.stage != self.config.stage:
-            if (self.config.stage, saved.stage) != ("search", "finetune"):
-                raise StageError(
-                    f"the checkpoint is in the stage '{saved.stage}', and the model in '{self.config.stage}': load the"
-                    f" model that the run started from"
-                )
-            for quantizer in quantize.group_quantizers(self):
-                quantizer.set_stage(saved.stage, saved.num_groups)
-        self.config.stage = saved.stage
+        if saved.stage != self.config.stage and (self.config.stage, saved.stage) != ("search", "finetune"):
+            raise StageError(
+                f"the checkpoint is in the stage '{saved.stage}', and the model in '{self.config.stage}': load the model"
+                f" that the run started from"
+            )
+        quantize.follow_groups(self, saved)
+        # An older version may have saved it, whose groups lie otherwise.
+        for name in ("stage", "whole_multiples", "twin_levels"):
+            setattr(self.config, name, getattr(saved, name))
 
     def _require_stage(self, verb: str, stage: str) -> None:
         now = self.config.stage

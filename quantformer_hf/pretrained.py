@@ -113,7 +113,8 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         location = {key: kwargs[key] for key in LOCATION_ARGUMENTS if kwargs.get(key) is not None}
         config = kwargs.get("config")
         if not isinstance(config, QuantformerConfig):
-            config = cls.config_class.from_pretrained(config or name, **location)
+            told = {key: kwargs[key] for key in ("weight_quantizer", "twin_levels") if key in kwargs}
+            config = cls.config_class.from_pretrained(config or name, **location, **told)
         if config.stage == "packed":
             check_packed_files(name, config, **location)
         try:

@@ -46,7 +46,7 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
             config.stage,
             config.num_groups,
             config.whole_multiples,
-            bool(config.twin_levels),
+            has_twin_levels(config),
         )
         if config.class_token_bits is not None:
             ClassTokenQuantizer(quantizer, config.class_token_bits, CLASS_TOKENS[backbone.config.model_type])
@@ -329,6 +329,21 @@ def begin_search(model: nn.Module, num_groups: int, batches: Batches | None = No
     for quantizer, layers in reading_layers(model).items():
         for part in quantizer.with_class_token():
             part.begin_search(num_groups, channel_importance(layers), twin_levels)
+
+
+def has_twin_levels(config: QuantformerConfig) -> bool:
+    """Whether quantizers of GELU's output have levels of two step sizes now."""
+    return bool(config.twin_levels) and config.stage != "pretrain"
+
+
+def follow_groups(model: nn.Module, saved: QuantformerConfig) -> None:
+    """Have groups lie as in the model of `saved`: their stage, their levels, and whether scales are multiples."""
+    for quantizer in group_quantizers(model):
+        if quantizer.stage != saved.stage:
+            quantizer.set_stage(saved.stage, saved.num_groups)
+        quantizer.set_levels(has_twin_levels(saved))
+    for quantizer in searched_quantizers(model):
+        quantizer.whole_multiples = saved.whole_multiples
 
 
 def freeze_groups(model: nn.Module) -> None:

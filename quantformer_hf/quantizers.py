@@ -41,6 +41,8 @@ __all__ = [
 class ActivationQuantizer(nn.Module):
     """One learned scale and offset for a whole tensor: `x̂ = scale * clip(round((x - offset)/scale), 0, 2^b-1) + offset`.
 
+    Where the grid has a knee, the nearest of its levels is taken instead (`ops/levels.py`).
+
     The gradients of both are scaled by `1 / sqrt(n * qmax)`, n the number of elements of one sample that share them
     (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
 

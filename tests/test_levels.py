@@ -11,9 +11,15 @@ from packed_models import logits
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.grids import GELU_KNEES, Grid, fit_affine, gelu_grid
 from quantformer_hf.kernels import fake_quantized, operators, reference, using
-from quantformer_hf.mixed_precision.candidates import grouped_quantizer
+from quantformer_hf.layer_bits import check_same_quantization
+from quantformer_hf.mixed_precision.candidates import Candidates
+from quantformer_hf.mixed_precision.search_space import SearchSpace
+from quantformer_hf.mixed_precision.width_mixture import WidthMixtures
+from quantformer_hf.ops import fake_quantize_widths
 from quantformer_hf.ops.levels import last_code, nearest_level
-from quantformer_hf.quantize import group_quantizers, reading_layers
+from quantformer_hf.packed_checkpoint import DIGEST_NAME, digest_of_state
+from quantformer_hf.packing import digest
+from quantformer_hf.quantize import group_quantizers
 
 
 #: Those of three and of four bits.
@@ -137,13 +143,12 @@ def test_checkpoints_from_before_keep_even_levels(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     old, images = QuantformerForImageClassification.from_pretrained(tmp_path), make_batches(1)[0]
     assert torch.equal(logits(old, images), logits(model, images))
-    # As its digest was written before.
-    old.pack().save_pretrained(tmp_path / "packed")
-    model.pack().save_pretrained(tmp_path / "packed now")
-    (tmp_path / "packed" / "config.json").write_text((tmp_path / "packed now" / "config.json").read_text())
-    assert torch.equal(
-        logits(QuantformerForImageClassification.from_pretrained(tmp_path / "packed"), images), logits(model, images)
-    )
+    # And so do packed ones, whose digest was of these alone.
+    state = old.pack().state_dict()
+    digest_before = digest([name for name in state if name != DIGEST_NAME], state.__getitem__, "lsq_by_width")
+    assert torch.equal(digest_of_state(state, old.config), digest_before)
+    old.config.twin_levels = True
+    assert not torch.equal(digest_of_state(state, old.config), digest_before)
 
 
 def test_a_class_token_has_those_of_its_own_bits():
@@ -155,8 +160,57 @@ def test_a_class_token_has_those_of_its_own_bits():
         assert torch.equal(*(logits(made, make_batches(1)[0]) for made in (model, model.pack())))
 
 
-def test_the_search_for_bits_measures_them():
-    model = make_quantized("vit", "pretrain")
-    for quantizer, readers in reading_layers(model).items():
-        made = grouped_quantizer(quantizer, 4, 4, readers, twin_levels=True)
-        assert made.grid.knee == (5 if quantizer.producer == "gelu" else None)
+@pytest.mark.parametrize("twin", [None, False])
+def test_both_searches_for_bits_have_them(twin):
+    model = make_quantized("vit", "pretrain", twin_levels=twin)
+    space = SearchSpace.of(model.config, (2, 3, 4))
+    of_budgets = Candidates.of(model, space, make_batches(1)).inputs
+    WidthMixtures(model, space)
+    for name, candidates in of_budgets.items():
+        mixture = model.backbone.get_submodule(name)
+        for bits, of_mixture in zip(candidates, mixture.quantizers, strict=True):
+            is_twin = twin is None and mixture.producer == "gelu"
+            assert candidates[bits].grid == of_mixture.grid
+            assert candidates[bits].grid.knee == (GELU_KNEES.get(bits) if is_twin else None)
+
+
+def test_a_mixture_of_widths_has_the_levels_of_each():
+    x = torch.linspace(-1, 40, 300).unsqueeze(1)
+    scale, offset, qmax, knee = (
+        torch.ones(2, 1),
+        torch.zeros(2, 1),
+        torch.tensor([15.0, 35.0]),
+        torch.tensor([15.0, 5.0]),
+    )
+    even, twin = (fake_quantize_widths(x, scale, offset, torch.eye(2)[k], qmax, knee=knee) for k in (0, 1))
+    assert torch.equal(even, x.round().clamp(0, 15))
+    assert torch.equal(twin.double(), nearest(x.clamp(0, 35), LEVELS[4]))
+
+
+def test_a_model_takes_over_how_groups_lay_where_a_run_was_saved():
+    """By an older version, or with the other setting."""
+    saved, model = (make_quantized("vit", "finetune", bit_width=4, twin_levels=twin) for twin in (False, None))
+    saved.config.whole_multiples, saved.config.twin_levels = False, None
+    for quantizer in group_quantizers(saved):
+        quantizer.whole_multiples = False
+    model.follow_stage(saved.config)
+    model.load_state_dict(saved.state_dict())
+    assert (model.config.twin_levels, model.config.whole_multiples) == (None, False)
+    assert torch.equal(logits(model, make_batches(1)[0]), logits(saved, make_batches(1)[0]))
+
+
+def test_a_model_that_is_told_to_have_them_has_them_from_the_search_on():
+    model = make_quantized("vit", "pretrain", bit_width=4, twin_levels=True)
+    assert {quantizer.grid.knee for quantizer in group_quantizers(model)} == {None}
+    model.begin_search(4)
+    assert {quantizer.grid.knee for quantizer in gelu_quantizers(model)} == {5}
+
+
+def test_a_later_command_may_say_it_where_there_are_no_groups_yet():
+    begun, grouped = (make_quantized("vit", stage, bit_width=4) for stage in ("pretrain", "finetune"))
+    check_same_quantization(begun.backbone, begun.config, {"twin_levels": False}, "begun")
+    check_same_quantization(grouped.backbone, grouped.config, {"twin_levels": True}, "grouped")
+    with pytest.raises(ValueError, match="grouped has twin_levels True, and not False: start from the full-precision"):
+        check_same_quantization(grouped.backbone, grouped.config, {"twin_levels": False}, "grouped")
+    grouped.config.twin_levels = None  # an older checkpoint
+    check_same_quantization(grouped.backbone, grouped.config, {"twin_levels": False}, "grouped")

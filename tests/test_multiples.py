@@ -11,6 +11,7 @@ from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.grids import Grid
 from quantformer_hf.groups import channel_errors, cluster_channels, in_whole_steps
 from quantformer_hf.kernels import STEP, operators, plan_channels, plan_linear, plan_weight, using
+from quantformer_hf.kernels.laid_out import lay_out, merge_runs
 from quantformer_hf.kernels.merging import merged_groups
 from quantformer_hf.mixed_precision.width_mixture import ActivationWidthMixture
 from quantformer_hf.multiples import LARGEST_MULTIPLE, learned_multiples, to_multiples
@@ -207,6 +208,32 @@ def test_merged_products_give_the_bits_of_those_by_group(name, group_scales):
             job, _ = plan.ordered_job()
             for made in (operators.run_multiply(job, codes), plan(codes)):
                 assert torch.equal(made, expected), (bits, activation_bits, shift, extreme)
+
+
+@pytest.mark.parametrize(("eights", "merged"), [(476, True), (477, False)])
+def test_real_weights_decide_at_the_very_bound(eights, merged):
+    """All codes at 35, weights of -7 and some of -8: 35 * (21 * 56 + 98 * (629 * 7 + 476)) is the last one below 2^24. What
+    fills up the second group counts for nothing."""
+    inputs = 637
+    channels = plan_channels(
+        inputs, torch.tensor([5.25, 24.5]), torch.zeros(2), (torch.arange(inputs) >= 8).long(), 35, 5
+    )
+    assert channels.group_ends == (8, 640)
+    codes = torch.ones(3, inputs, dtype=torch.long)
+    codes[1, 8 : 8 + eights] = 0
+    weight, packed = plan_weight(inputs, 4, -8, 7, 0, torch.ones(3)), pack_codes(codes, 4)
+    plan = plan_linear(weight, packed, None, channels)
+    rows = torch.full((2, 640), 35, dtype=torch.uint8)
+    rows[:, inputs:] = 0
+    with using(None):
+        expected = plan(rows)
+    assert bool(plan.job.multiples) == merged
+    for name in instruction_sets():
+        with using(name):
+            assert torch.equal(operators.run_multiply(plan.ordered_job()[0], rows), expected)
+            assert torch.equal(operators.multiply(rows, *plan.arguments), expected)
+    laid_out = lay_out(weight, packed, channels.source)
+    assert (merge_runs(channels, *laid_out)[2] is not None) == merged
 
 
 def test_a_mixture_of_one_width_is_that_quantizer():

@@ -3,7 +3,8 @@
 Every quantized layer of the model is replaced by a module of this file. Whatever kernels run a packed model, the graph is
 made of the formulas that define it, with the same roundings:
 
-    activations    x̂ = Clip(Round((x - β) * 1/s), 0, 2^b - 1) * s + β      s and β of each channel's group
+    activations    x̂ = Clip(Round((x - β) * 1/s), 0, 2^b - 1) * s + β      s and β of each channel's group, or, where levels
+                                                                           have two step sizes, what `ops/levels.py` does
     weights        ŵ = (DequantizeLinear(q, 1) + shift) * s                 s of each output channel
 
 Two forms that look simpler make engines compute another model (measured 2026-11-24):

@@ -203,7 +203,7 @@ def multiply(
     # What is laid out for another device is looked at in plain torch.
     if library() is None or source is None or multiples is not None:
         return reference.multiply(codes, *arguments, multiples)
-    return run_multiply(prepare_multiply(*arguments), codes)
+    return run_multiply(prepare_multiply(*arguments, looks_at_weights=False), codes)
 
 
 def prepare_multiply(
@@ -219,13 +219,20 @@ def prepare_multiply(
     largest: int,
     scale: Tensor,
     bias: Tensor,
+    looks_at_weights: bool = True,
 ) -> Product:
-    """All of `multiply` but the codes, for `run_multiply`. It points into these tensors, which the caller keeps."""
+    """All of `multiply` but the codes, for `run_multiply`. It points into these tensors, which the caller keeps.
+
+    Args:
+        looks_at_weights: whether to find out by them if groups may add up as one, where their range leaves that open. What
+            is prepared for one call does without, as looking takes longer than that call.
+    """
     outputs, positions = weight.shape[0], source.numel()
     check_float32(group_scales, scale, bias)
     check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
     largest_weight = reference.largest_weight(largest_code, multiplier, addend)
-    weights = functools.partial(reference.weight_integers, weight, columns, bits, multiplier, addend, source)
+    integers = functools.partial(reference.weight_integers, weight, columns, bits, multiplier, addend, source)
+    weights = integers if looks_at_weights else None
     merged = merged_groups(group_ends, group_scales, largest, largest_weight, weights)
     return Product(
         0,

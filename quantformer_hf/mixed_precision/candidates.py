@@ -82,7 +82,7 @@ def grouped_quantizer(
     bits: int,
     num_groups: int,
     readers: list[nn.Linear],
-    twin_levels: bool = False,
+    twin_levels: bool,
 ) -> GroupActivationQuantizer:
     """A quantizer of `bits` bits with frozen groups, from the ranges that the calibrated `quantizer` has seen."""
     made = GroupActivationQuantizer(quantizer.channels, bits, quantizer.name, True, quantizer.producer)

@@ -76,9 +76,11 @@ class ActivationWidthMixture(nn.Module):
             index = quantizer.group_index.long()
             scales.append(scale_gradient(quantizer.step(), factor)[index])
             offsets.append(scale_gradient(quantizer.offset, factor)[index])
-        qmax = torch.tensor([float(quantizer.grid.qmax) for quantizer in quantizers], device=x.device)
+        grids = [quantizer.grid for quantizer in quantizers]
+        qmax = torch.tensor([float(grid.qmax) for grid in grids], device=x.device)
+        knee = torch.tensor([float(grid.qmax if grid.knee is None else grid.knee) for grid in grids], device=x.device)
         parameters = torch.stack(scales), torch.stack(offsets), self.logits.softmax(0), qmax
-        return fake_quantize_widths(x, *parameters, self.producer)
+        return fake_quantize_widths(x, *parameters, self.producer, knee)
 
 
 class WidthMixtures:
@@ -104,7 +106,9 @@ class WidthMixtures:
         for name in space.quantizers:
             quantizer = backbone.get_submodule(name)
             candidates = [
-                grouped_quantizer(quantizer, bits, config.num_groups, readers[quantizer])
+                grouped_quantizer(
+                    quantizer, bits, config.num_groups, readers[quantizer], config.twin_levels is not False
+                )
                 for bits in space.activation_bits
             ]
             backbone.set_submodule(name, ActivationWidthMixture(candidates).to(quantizer.scale.device))

@@ -12,12 +12,12 @@ from torch import Tensor
 COARSE_STEP = 3
 
 
-def last_code(largest: int, knee: int | None) -> int:
+def last_code(largest: int | Tensor, knee: int | Tensor | None) -> int | Tensor:
     """The number of the level `largest`, counted from zero."""
     return largest if knee is None else knee + (largest - knee) // COARSE_STEP
 
 
-def nearest_level(position: Tensor, largest: int, knee: int | None) -> Tensor:
+def nearest_level(position: Tensor, largest: int | Tensor, knee: int | Tensor | None) -> Tensor:
     """The level that is nearest to each position: an integer from 0 to `largest`, in the dtype of `position`.
 
     One rounding an operation, in the order that all kernels keep to: `reference.quantize` gives the same bits.
@@ -26,10 +26,10 @@ def nearest_level(position: Tensor, largest: int, knee: int | None) -> Tensor:
         position: of any shape, in steps from the lowest level.
         largest: the highest level.
         knee: up to here levels are one step apart, above it `COARSE_STEP`, of which `largest - knee` is a multiple. None:
-            all of them are one step apart.
+            all of them are one step apart, as with a knee that is `largest`.
     """
     if knee is None:
-        return position.round().clamp(0, largest)
+        return position.round().clamp_min(0).clamp_max(largest)
     code = position.minimum((position - knee) * (1 / COARSE_STEP) + knee)
-    code = code.round().clamp(0, last_code(largest, knee))
+    code = code.round().clamp_min(0).clamp_max(last_code(largest, knee))
     return code + (code - knee).clamp_min(0) * (COARSE_STEP - 1)

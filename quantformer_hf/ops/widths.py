@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .activation import PRODUCERS
 from .compiling import compiled
+from .levels import nearest_level
 from .scales import positive, positive_backward
 
 
@@ -19,23 +20,25 @@ def _kernels(num_widths: int):
     """Forward and backward with the loop over `num_widths` unrolled."""
 
     @compiled
-    def forward(x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: Tensor) -> Tensor:
+    def forward(x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: Tensor, knee: Tensor) -> Tensor:
         wide = x.to(scale.dtype)
         mixture = torch.zeros_like(wide)
         for k in range(num_widths):
-            codes = ((wide - offset[k]) * (1 / scale[k])).round().clamp_min(0).minimum(qmax[k])
+            codes = nearest_level((wide - offset[k]) * (1 / scale[k]), qmax[k], knee[k])
             mixture = mixture + probabilities[k] * (codes * scale[k] + offset[k])
         return mixture.to(x.dtype)
 
     @compiled
-    def backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: Tensor):
+    def backward(
+        grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: Tensor, knee: Tensor
+    ):
         wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
         passed = torch.zeros_like(wide)
         by_scale, by_offset, by_probability = [], [], []
         for k in range(num_widths):
             position = (wide - offset[k]) * (1 / scale[k])
             inside = (position >= 0) & (position <= qmax[k])
-            codes = position.round().clamp_min(0).minimum(qmax[k])
+            codes = nearest_level(position, qmax[k], knee[k])
             passed = passed + torch.where(inside, probabilities[k], 0.0)
             by_probability.append((grad * (codes * scale[k] + offset[k])).sum(0))
             by_scale.append((grad * torch.where(inside, codes - position, codes)).sum(0))
@@ -47,19 +50,19 @@ def _kernels(num_widths: int):
 
 class _FakeQuantizeWidths(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, offset, probabilities, qmax, producer):
-        ctx.save_for_backward(x, scale, offset, probabilities, qmax)
+    def forward(ctx, x, scale, offset, probabilities, qmax, knee, producer):
+        ctx.save_for_backward(x, scale, offset, probabilities, qmax, knee)
         ctx.producer = producer
         made = PRODUCERS[producer][0](x).reshape(-1, x.shape[-1])
-        return _kernels(len(scale))[0](made, positive(scale), offset, probabilities, qmax).view(x.shape)
+        return _kernels(len(scale))[0](made, positive(scale), offset, probabilities, qmax, knee).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
         produce, produce_backward = PRODUCERS[ctx.producer]
-        x, scale, offset, probabilities, qmax = ctx.saved_tensors
+        x, scale, offset, probabilities, qmax, knee = ctx.saved_tensors
         rows = -1, x.shape[-1]
         grad_made, by_scale, by_offset, by_probability = _kernels(len(scale))[1](
-            grad.reshape(rows), produce(x).reshape(rows), positive(scale), offset, probabilities, qmax
+            grad.reshape(rows), produce(x).reshape(rows), positive(scale), offset, probabilities, qmax, knee
         )
         # The kernel leaves sums a width and column; the chain rule weighs those of scales and offsets.
         share = probabilities.unsqueeze(1)
@@ -68,13 +71,18 @@ class _FakeQuantizeWidths(torch.autograd.Function):
             positive_backward(by_scale * share, scale),
             by_offset * share,
             by_probability.sum(1),
-            None,
-            None,
+            *[None] * 3,
         )
 
 
 def fake_quantize_widths(
-    x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: Tensor, producer: str = "identity"
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    probabilities: Tensor,
+    qmax: Tensor,
+    producer: str = "identity",
+    knee: Tensor | None = None,
 ) -> Tensor:
     """`x̂_c = Σ_k p_k * (s_kc * clip(round((x_c - β_kc) / s_kc), 0, qmax_k) + β_kc)` (EdMIPS, arXiv 2004.05795, equation 8).
 
@@ -86,8 +94,10 @@ def fake_quantize_widths(
         probabilities: p, `(widths,)`.
         qmax: largest integer of each grid, `(widths,)`, in the dtype of `scale`.
         producer: one of `PRODUCERS`, applied to `x` first.
+        knee: of each grid, as in `fake_quantize_groups`, `(widths,)`, `qmax` where there is none; None: none has one.
 
     Returns:
         `(..., columns)`, in the dtype of `x`.
     """
-    return _FakeQuantizeWidths.apply(x, scale, offset, probabilities, qmax, producer)
+    knee = qmax if knee is None else knee
+    return _FakeQuantizeWidths.apply(x, scale, offset, probabilities, qmax, knee, producer)
