@@ -123,6 +123,7 @@ def test_what_was_written_of_neutral_arguments_does_not_matter(finished, tmp_pat
         ("pretrain", ["--attention_bits", "4"], "has attention_bits 8, and not 4"),
         ("pretrain", ["--weight_quantizer", "statsq"], "has weight_quantizer lsq_by_width, and not statsq"),
         ("search", ["--num_groups", "2"], "has num_groups 4, and not 2"),
+        ("search", ["--twin_levels", "False"], "has twin_levels True, and not False"),
         ("search", ["--image_size", "32"], "has image_size 16, and not 32"),
         ("finetune", ["--reconstruction_samples", "16"], "is quantized already: weights are refitted on the way"),
         ("finetune", ["--rotate_channels", "False"], "are rotated: start from full precision"),
@@ -146,7 +147,11 @@ def test_an_evaluation_says_what_it_does_not_look_at(finished, tmp_path):
 def test_groups_are_made_where_the_search_is_left_out(finished, tmp_path):
     again(tmp_path / "out", "--stages", "pretrain", "finetune", "--model_name_or_path", finished / "full_precision")
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "finetune").config
-    assert (config.stage, config.num_groups) == ("finetune", 4)
+    assert (config.stage, config.num_groups, config.twin_levels) == ("finetune", 4, True)
+    command = "--stages", "finetune", "--model_name_or_path", finished / "pretrain", "--twin_levels", "False"
+    again(tmp_path / "out", *command, output_dir=str(tmp_path / "even"))
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "even" / "finetune").config
+    assert (config.stage, config.num_groups, config.twin_levels) == ("finetune", 4, False)
 
 
 @pytest.mark.slow
