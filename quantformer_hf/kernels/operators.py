@@ -186,20 +186,8 @@ def multiply(
     Returns:
         `(..., outputs)`, float32.
     """
-    arguments = (
-        weight,
-        columns,
-        bits,
-        largest_code,
-        multiplier,
-        addend,
-        source,
-        group_ends,
-        group_scales,
-        largest,
-        scale,
-        bias,
-    )
+    integers = columns, bits, largest_code, multiplier, addend
+    arguments = weight, *integers, source, group_ends, group_scales, largest, scale, bias
     # What is laid out for another device is looked at in plain torch.
     if library() is None or source is None or multiples is not None:
         return reference.multiply(codes, *arguments, multiples)
