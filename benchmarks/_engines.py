@@ -24,8 +24,9 @@ ONNXRUNTIME = (
     "ONNX Runtime our W4A4 file, exact",
 )
 #: On processors with AMX, OpenVINO computes an fp32 file in bfloat16 if it is not told otherwise.
-HELD_TO_F32 = "OpenVINO fp32, held to f32"
-OPENVINO = ("OpenVINO fp32", HELD_TO_F32, "OpenVINO int8", "OpenVINO our W4A4 file")
+#: Exact files are exact in float32 alone.
+HELD_TO_F32 = ("OpenVINO fp32, held to f32", "OpenVINO our W4A4 file, exact")
+OPENVINO = ("OpenVINO fp32", "OpenVINO int8", "OpenVINO our W4A4 file", *HELD_TO_F32)
 
 #: The ONNX file that an engine runs, by the last word of its name.
 FILES = {
@@ -131,7 +132,7 @@ def load(engine: str, folder: Path, images: np.ndarray, threads: int) -> Run:
         import openvino
 
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        if engine == HELD_TO_F32:
+        if engine in HELD_TO_F32:
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         compiled = openvino.Core().compile_model(path, "CPU", settings)
         return lambda images: compiled(images)[0]

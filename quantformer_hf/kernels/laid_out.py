@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..packing import pack_codes, packed_width, unpack_codes
 from .merging import merged_groups
-from .reference import largest_weight, weight_integers
+from .reference import largest_weight, weight_integers_by_rows
 
 
 if TYPE_CHECKING:
@@ -51,11 +51,9 @@ def merge_runs(
     ends, scales = channels.group_ends, channels.group_scales
     largest = largest_weight(weight.largest_code, weight.multiplier, weight.addend)
 
-    def integers() -> Tensor:
-        made = weight_integers(rows, weight.columns, weight.bits, weight.multiplier, weight.addend, None)
-        return made * (channels.source < channels.channels)
-
-    merged = merged_groups(ends, scales, channels.largest, largest, integers)
+    integers = weight_integers_by_rows(rows, weight.columns, weight.bits, weight.multiplier, weight.addend, None)
+    without_padding = (some * (channels.source < channels.channels) for some in integers)
+    merged = merged_groups(ends, scales, channels.largest, largest, without_padding)
     if merged is None:
         return ends, scales, None
     run_ends: list[int] = []

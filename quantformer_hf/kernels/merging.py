@@ -1,7 +1,7 @@
 """Which products may add up groups as one, and still give the same bits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def merged_groups(
     group_scales: Tensor,
     largest: int,
     largest_weight: int,
-    weights: Callable[[], Tensor] | None = None,
+    weights: Iterable[Tensor] | None = None,
 ) -> list[tuple[int, float]] | None:
     """The scale of each group as a whole multiple and a unit, for `Product`; None where groups are to stay apart.
 
@@ -30,7 +30,7 @@ def merged_groups(
         group_ends, group_scales: as of `operators.multiply`.
         largest: code of the input.
         largest_weight: magnitude of any integer of the weight.
-        weights: makes those integers, `(outputs, positions)`, zero at padding, to be looked at where sums of the
+        weights: those integers, `(some outputs, positions)` each, zero at padding; made and looked at where sums of the
             largest could become too large.
     """
     sizes = [end - start for start, end in zip((0, *group_ends[:-1]), group_ends, strict=True)]
@@ -50,8 +50,8 @@ def merged_groups(
     if weights is not None and largest_sum < EXACT_FLOAT32 <= largest_sum * largest_weight:
         of_positions = torch.tensor(of_groups).repeat_interleave(torch.tensor([sizes[group] for group in used]))
         # Float64 holds these exactly.
-        sums = weights().abs().double() @ of_positions.to(group_scales.device).double()
-        too_large = largest * int(sums.max()) >= EXACT_FLOAT32
+        of_positions = of_positions.to(group_scales.device).double()
+        too_large = any(largest * int((rows.abs().double() @ of_positions).max()) >= EXACT_FLOAT32 for rows in weights)
     else:
         too_large = largest_sum * largest_weight >= EXACT_FLOAT32
     if too_large:

@@ -5,7 +5,6 @@ elsewhere and without these the plain torch of `reference.py`, with the same res
 """
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64, c_uint8
 
@@ -219,7 +218,7 @@ def prepare_multiply(
     check_float32(group_scales, scale, bias)
     check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
     largest_weight = reference.largest_weight(largest_code, multiplier, addend)
-    integers = functools.partial(reference.weight_integers, weight, columns, bits, multiplier, addend, source)
+    integers = reference.weight_integers_by_rows(weight, columns, bits, multiplier, addend, source)
     weights = integers if looks_at_weights else None
     merged = merged_groups(group_ends, group_scales, largest, largest_weight, weights)
     return Product(

@@ -5,7 +5,7 @@ any order. What is not an integer is one rounding an operation, in the order tha
 of threads or a batch size changes no bit, and no activation moves to another level for a last digit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,12 @@ def weight_integers(
     of `operators.multiply`."""
     integers = unpack_codes(weight, bits, columns).short() * multiplier + addend
     return integers if source is None else F.pad(integers, (0, 1)).index_select(1, source)
+
+
+def weight_integers_by_rows(weight: Tensor, *arguments, rows: int = 16) -> Iterator[Tensor]:
+    """`weight_integers` of so many outputs at a time: a whole weight would take many times its packed size."""
+    for some in weight.split(rows):
+        yield weight_integers(some, *arguments)
 
 
 def multiply(
