@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .quantize import searched_quantizers
 
 
 class QuantformerCallback(TrainerCallback):
@@ -37,6 +40,21 @@ class EpochCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.end()
+
+
+class AnnealAssignmentCallback(TrainerCallback):
+    """Anneals the softmax of the assignment from temperature 1 to `args.assignment_temperature` at the end of the search.
+
+    It falls by the same factor each step. α itself is divided by that: what a checkpoint computes does not depend on the
+    step that it is of.
+    """
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if model.config.stage == "search":
+            steps = args.search_steps if args.search_steps > 0 else state.max_steps
+            for quantizer in searched_quantizers(model):
+                quantizer.assignment_logits.mul_(args.assignment_temperature ** (-1 / steps))
 
 
 class FreezeGroupsCallback(TrainerCallback):

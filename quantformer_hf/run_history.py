@@ -31,6 +31,7 @@ RECIPE_ARGUMENTS = (
     "scale_learning_rate",
     "learning_rate_per_bit",
     "assignment_learning_rate",
+    "assignment_temperature",
     "search_steps",
     "finetune_learning_rate",
     "task_weight",

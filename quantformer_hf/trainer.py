@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import BaseImageProcessor, PreTrainedModel, get_scheduler
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
-from .callbacks import FreezeGroupsCallback
+from .callbacks import AnnealAssignmentCallback, FreezeGroupsCallback
 from .image_trainer import ImageTrainer
 from .losses import (
     assignment_entropy,
@@ -98,6 +98,13 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 f"search_steps is {args.search_steps}, and FSDP or DeepSpeed hold parameters that the freeze would remove:"
                 f" run the stages search and finetune one after the other"
             )
+        if args.assignment_temperature < 1 and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"assignment_temperature is {args.assignment_temperature}, and DeepSpeed holds the assignment where it"
+                f" cannot be annealed: set it to 1"
+            )
+        if args.assignment_temperature < 1 and isinstance(model, QuantformerPreTrainedModel):
+            self.add_callback(AnnealAssignmentCallback())
         if args.search_steps > 0:
             self.add_callback(FreezeGroupsCallback(self._announce_stage))
         self._term_sums: dict[str, Tensor] = {}

@@ -44,6 +44,13 @@ class QuantformerTrainingArguments(TrainingArguments):
     assignment_learning_rate: float = field(
         default=1e-4, metadata={"help": "Learning rate of the assignment logits, in the search stage."}
     )
+    assignment_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature of the assignment's softmax at the end of the search, to which it falls from 1 by the same"
+            " factor each step. The nearer to 0, the less freezing changes. 1: only the loss sharpens the assignment."
+        },
+    )
     scale_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -120,6 +127,8 @@ class QuantformerTrainingArguments(TrainingArguments):
         for name in ("scale_learning_rate", "assignment_learning_rate", "finetune_learning_rate"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
+        if not 0 < self.assignment_temperature <= 1:
+            raise ValueError(f"assignment_temperature is {self.assignment_temperature}: choose more than 0, at most 1")
         if not 0 < self.learning_rate_per_bit < float("inf"):
             raise ValueError(f"learning_rate_per_bit is {self.learning_rate_per_bit}: choose more than 0; 1 is off")
         if self.search_steps == 0:

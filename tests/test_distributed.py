@@ -24,6 +24,7 @@ STEADY = {
     "bit_width": 8,
     "learning_rate": 1.0e-4,
     "scale_learning_rate": 1.0e-6,
+    "assignment_temperature": 0.5,
     "adam_epsilon": 1.0e-4,
     "feature_weight": 1.0,
     "save_strategy": "no",

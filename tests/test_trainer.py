@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import make_batches, make_full_precision, make_quantized
-from trainers import ALL_LOSSES, ONE_RUN, logged, make_trainer
+from trainers import ALL_LOSSES, ONE_RUN, StopAt, dataset, logged, make_trainer
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from quantformer_hf import QuantformerCallback, QuantformerTrainer, QuantformerTrainingArguments
@@ -281,6 +281,33 @@ def test_one_run_searches_freezes_and_finetunes(backbone, tmp_path):
     assert torch.equal(group_quantizers(model)[0].group_index.long(), logits.argmax(0))
 
 
+@pytest.mark.parametrize("arguments", [{"max_steps": 4}, {"max_steps": 6, "search_steps": 4}])
+def test_the_assignment_is_annealed_step_by_step(arguments, tmp_path):
+    """A sixteenth after four steps is a quarter after two, and the checkpoint of the second one computes with it."""
+    model = make_quantized("vit", "search")
+    before = [quantizer.assignment_logits.clone() for quantizer in group_quantizers(model)]
+    arguments |= {"assignment_temperature": 1 / 16, "assignment_learning_rate": 0.0, "callbacks": [StopAt(2)]}
+    make_trainer(tmp_path, model, save_strategy="steps", save_steps=2, **arguments).train()
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-2")
+    for quantizer, logits in zip(group_quantizers(saved), before, strict=True):
+        torch.testing.assert_close(quantizer.assignment_logits, 4 * logits)
+
+
+def test_freezing_after_annealing_changes_next_to_nothing(tmp_path):
+    """As much as the codes of some values that are next to halves."""
+    images = torch.stack([row["pixel_values"] for row in dataset(1)])
+    distances = []
+    for temperature in (1.0, 1e-3):
+        model = make_quantized("vit", "search")
+        make_trainer(tmp_path, model, max_steps=4, assignment_temperature=temperature).train()
+        model.eval()
+        with torch.no_grad():
+            searched = model(pixel_values=images).logits
+            frozen = model.freeze_groups()(pixel_values=images).logits
+        distances.append((frozen - searched).norm() / searched.norm())
+    assert distances[1] < 0.1 * distances[0]
+
+
 def test_search_steps_needs_a_model_that_searches(tmp_path):
     with pytest.raises(ValueError, match=r"run model\.begin_search\(\) first"):
         make_trainer(tmp_path, make_quantized(), search_steps=2).train()
@@ -295,6 +322,7 @@ def test_search_steps_needs_a_model_that_searches(tmp_path):
         ({"aux_weight": float("nan")}, "aux_weight is nan: choose 0"),
         ({"scale_learning_rate": -0.1}, "scale_learning_rate is -0.1: choose 0 or more"),
         ({"learning_rate_per_bit": 0.0}, "learning_rate_per_bit is 0.0: choose more than 0"),
+        ({"assignment_temperature": 0.0}, "assignment_temperature is 0.0: choose more than 0, at most 1"),
         ({"search_steps": 0}, "search_steps is 0: choose at least 1, or -1"),
         ({"finetune_learning_rate": 1e-3}, "finetune_learning_rate is for after the freeze"),
         (

@@ -62,6 +62,7 @@ ONE_RUN = {
     "search_steps": 5,
     "finetune_learning_rate": 2e-4,
     "assignment_learning_rate": 1e-2,
+    "assignment_temperature": 0.25,
     "lr_scheduler_type": "linear",
     "eval_strategy": "epoch",
     **ALL_LOSSES,
