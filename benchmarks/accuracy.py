@@ -74,6 +74,7 @@ ROWS = {
     "ours_even_levels": ["--preset", "lightning", "--twin_levels", "False"],
     "ours_no_features": ["--preset", "lightning", "--feature_weight", "0"],
     "ours_not_centred": ["--preset", "lightning", "--centre_channels", "False"],
+    "ours_rotated": ["--preset", "lightning", "--rotate_channels", "True"],
     "ours_not_rotated": ["--preset", "lightning", "--rotate_channels", "False"],
     "ours_not_reconstructed": ["--preset", "lightning", "--reconstruction_samples", "0"],
     "ours_not_damped": ["--preset", "lightning", "--block_gradient_scale", "1"],

@@ -74,9 +74,12 @@ class ModelArguments:
     centre_channels: bool = field(
         default=True, metadata={"help": "Shift channels towards each other before they are calibrated (folding.py)."}
     )
-    rotate_channels: bool = field(
-        default=True,
-        metadata={"help": "Spread outlying channels of a ViT or DeiT over all others before that (rotation.py)."},
+    rotate_channels: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Spread outlying channels of a ViT or DeiT over all others before that (rotation.py). Default: where"
+            " activation_bits are more than two."
+        },
     )
     reconstruction_samples: int = field(
         default=0,

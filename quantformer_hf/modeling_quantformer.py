@@ -35,7 +35,7 @@ from .model_refit import reconstruct
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
 from .pretrained import QuantformerPreTrainedModel
-from .rotation import rotate_stream
+from .rotation import UNROTATED_BITS, rotate_stream
 from .run_history import note_change
 
 
@@ -228,7 +228,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         self,
         batches: Batches,
         centre_channels: bool = True,
-        rotate_channels: bool = True,
+        rotate_channels: bool | None = None,
     ) -> Self:
         """Set scales and offsets from data.
 
@@ -238,7 +238,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             centre_channels: shift channels towards each other first, where biases on both sides can hold the shift
                 (`folding.py`). What the model computes in full precision stays the same.
             rotate_channels: before that, in a ViT or DeiT, spread outlying channels of the residual stream over all others
-                (`rotation.py`). Logits in full precision stay the same, and hidden states are rotated.
+                (`rotation.py`). Logits in full precision stay the same, and hidden states are rotated. By default where
+                `activation_bits` are more than `UNROTATED_BITS`.
 
         Raises:
             StageError: not in the stage `pretrain`.
@@ -246,6 +247,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             RuntimeError: a layer that no batch reached, or that saw values that are not finite.
         """
         self._require_stage("calibrate", "pretrain")
+        if rotate_channels is None:
+            rotate_channels = self.config.activation_bits > UNROTATED_BITS
         rotates = rotate_channels and not self.config.channels_rotated
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()} if rotates else {}
         try:

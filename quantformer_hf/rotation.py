@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from .layer_bits import CLASSIFIERS
 
 
+#: Up to so many bits training does better with the channels as they are, whose groups differ more (docs/choices.md).
+UNROTATED_BITS = 2
+
+
 @functools.cache
 def rotation(size: int) -> Tensor:
     """R `(size, size)`, float64, the same on every machine: orthogonal, symmetric, and `1 R = 1`.

@@ -270,7 +270,7 @@ class StageRun:
                 f"reconstruction_samples is {told.reconstruction_samples}, and {self.source} is quantized already: weights"
                 f" are refitted on the way from full precision; leave it out, or start there"
             )
-        if starts_here and config.channels_rotated and not told.rotate_channels:
+        if starts_here and config.channels_rotated and told.rotate_channels is False:
             raise ValueError(
                 f"rotate_channels is False, and those of {self.source} are rotated: start from full precision"
             )

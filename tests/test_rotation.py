@@ -63,6 +63,14 @@ def test_it_happens_once_and_can_be_left_out():
     assert torch.equal(model.calibrate(make_batches()).backbone.vit.layers[0].mlp.fc2.weight, once)
 
 
+@pytest.mark.parametrize(("activation_bits", "rotates"), [(2, False), (3, True), (4, True)])
+def test_two_bits_leave_channels_as_they_are(activation_bits, rotates):
+    model = QuantformerForImageClassification.from_full_precision(
+        make_full_precision("vit"), weight_bits=4, activation_bits=activation_bits
+    )
+    assert model.calibrate(make_batches()).config.channels_rotated == rotates
+
+
 def test_features_are_compared_with_the_rotated_teacher(tmp_path):
     teacher = make_full_precision("vit")
     model = QuantformerForImageClassification.from_full_precision(teacher).calibrate(make_batches()).train()
