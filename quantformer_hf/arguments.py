@@ -77,8 +77,8 @@ class ModelArguments:
     rotate_channels: bool | None = field(
         default=None,
         metadata={
-            "help": "Spread outlying channels of a ViT or DeiT over all others before that (rotation.py). Default: where"
-            " activation_bits are more than two."
+            "help": "Spread outlying channels of a ViT or DeiT over all others before that (rotation.py). Default: unless"
+            " all inputs of block linears have two bits, where training does better without."
         },
     )
     reconstruction_samples: int = field(

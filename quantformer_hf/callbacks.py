@@ -43,15 +43,15 @@ class EpochCallback(TrainerCallback):
 
 
 class AnnealAssignmentCallback(TrainerCallback):
-    """Anneals the softmax of the assignment from temperature 1 to `args.assignment_temperature` at the end of the search.
+    """Sharpens the assignment in the search: α is divided by `args.assignment_temperature` in all, by as much each step.
 
-    It falls by the same factor each step. α itself is divided by that: what a checkpoint computes does not depend on the
-    step that it is of.
+    So the softmax of what α began with falls from temperature 1 to that. As α itself is divided, what a checkpoint computes
+    does not depend on the step that it is of; and a step of the optimizer moves it the less, the colder it is.
     """
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if model.config.stage == "search":
+        if args.assignment_temperature < 1 and getattr(model.config, "stage", None) == "search":
             steps = args.search_steps if args.search_steps > 0 else state.max_steps
             for quantizer in searched_quantizers(model):
                 quantizer.assignment_logits.mul_(args.assignment_temperature ** (-1 / steps))

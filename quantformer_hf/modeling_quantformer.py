@@ -238,8 +238,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             centre_channels: shift channels towards each other first, where biases on both sides can hold the shift
                 (`folding.py`). What the model computes in full precision stays the same.
             rotate_channels: before that, in a ViT or DeiT, spread outlying channels of the residual stream over all others
-                (`rotation.py`). Logits in full precision stay the same, and hidden states are rotated. By default where
-                `activation_bits` are more than `UNROTATED_BITS`.
+                (`rotation.py`). Logits in full precision stay the same, and hidden states are rotated. By default unless
+                all that the blocks' linears read has two bits, where training does better without.
 
         Raises:
             StageError: not in the stage `pretrain`.
@@ -248,7 +248,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """
         self._require_stage("calibrate", "pretrain")
         if rotate_channels is None:
-            rotate_channels = self.config.activation_bits > UNROTATED_BITS
+            rotate_channels = quantize.widest_inputs(self) > UNROTATED_BITS
         rotates = rotate_channels and not self.config.channels_rotated
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()} if rotates else {}
         try:
@@ -372,8 +372,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
                 f" that the run started from"
             )
         quantize.follow_groups(self, saved)
-        # An older version may have saved it, whose groups lie otherwise.
-        for name in ("stage", "whole_multiples", "twin_levels"):
+        # An older version may have saved it, whose groups or channels lie otherwise.
+        for name in ("stage", "whole_multiples", "twin_levels", "channels_rotated"):
             setattr(self.config, name, getattr(saved, name))
 
     def _require_stage(self, verb: str, stage: str) -> None:

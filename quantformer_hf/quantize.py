@@ -175,6 +175,12 @@ def group_quantizers(model: nn.Module) -> list[GroupActivationQuantizer]:
     return [module for module in model.modules() if isinstance(module, GroupActivationQuantizer)]
 
 
+def widest_inputs(model: nn.Module) -> int:
+    """The most bits of what any linear of the blocks reads, a class token with bits of its own aside."""
+    bits = [quantizer.grid.bits for quantizer in searched_quantizers(model)]
+    return max(bits, default=FULL_PRECISION_BITS)
+
+
 def weight_quantized_layers(model: nn.Module) -> list[QuantLinear | QuantConv2d]:
     """The layers whose weight is quantized."""
     return [

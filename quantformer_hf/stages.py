@@ -238,7 +238,11 @@ class StageRun:
             # A later stage that starts here has the verbs of the earlier ones run, without their training.
             teacher = model
             model = QuantformerForImageClassification.from_full_precision(model, **arguments.quantization_arguments())
-            model.calibrate(batches(), arguments.centre_channels, arguments.rotate_channels)
+            rotate_channels = arguments.rotate_channels
+            if rotate_channels is None and self.stage == "allocate":
+                # Of the bits to choose from most are more than two, whatever the model has now.
+                rotate_channels = True
+            model.calibrate(batches(), arguments.centre_channels, rotate_channels)
             if self.stage in ("search", "finetune"):
                 model.begin_search()
         elif model.config.stage == "pretrain":
@@ -270,9 +274,10 @@ class StageRun:
                 f"reconstruction_samples is {told.reconstruction_samples}, and {self.source} is quantized already: weights"
                 f" are refitted on the way from full precision; leave it out, or start there"
             )
-        if starts_here and config.channels_rotated and told.rotate_channels is False:
+        if starts_here and told.rotate_channels not in (None, config.channels_rotated):
+            are = "are rotated" if config.channels_rotated else "are not"
             raise ValueError(
-                f"rotate_channels is False, and those of {self.source} are rotated: start from full precision"
+                f"rotate_channels is {told.rotate_channels}, and those of {self.source} {are}: start from full precision"
             )
 
     def _calibration_batches(self, data: ImageData, processor: BaseImageProcessor) -> partial:

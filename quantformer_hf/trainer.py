@@ -98,13 +98,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
                 f"search_steps is {args.search_steps}, and FSDP or DeepSpeed hold parameters that the freeze would remove:"
                 f" run the stages search and finetune one after the other"
             )
-        if args.assignment_temperature < 1 and self.is_deepspeed_enabled:
-            raise ValueError(
-                f"assignment_temperature is {args.assignment_temperature}, and DeepSpeed holds the assignment where it"
-                f" cannot be annealed: set it to 1"
-            )
-        if args.assignment_temperature < 1 and isinstance(model, QuantformerPreTrainedModel):
-            self.add_callback(AnnealAssignmentCallback())
+        self.add_callback(AnnealAssignmentCallback())
         if args.search_steps > 0:
             self.add_callback(FreezeGroupsCallback(self._announce_stage))
         self._term_sums: dict[str, Tensor] = {}
@@ -130,6 +124,11 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             raise ValueError("integer codes cannot be trained: run model.unpack() first")
         if self.args.search_steps > 0 and (quantized is None or quantized.config.stage == "pretrain"):
             raise ValueError("search_steps needs a model in the stage 'search': run model.begin_search() first")
+        if self.args.assignment_temperature < 1 and self._searches() and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"assignment_temperature is {self.args.assignment_temperature}, and DeepSpeed holds the assignment where it"
+                f" cannot be annealed: set it to 1"
+            )
         with self._damped_gradients(quantized), stochastic_depth(self.model, self.args.drop_path_rate):
             return super().train(*args, **kwargs)
 

@@ -47,8 +47,8 @@ class QuantformerTrainingArguments(TrainingArguments):
     assignment_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "Temperature of the assignment's softmax at the end of the search, to which it falls from 1 by the same"
-            " factor each step. The nearer to 0, the less freezing changes. 1: only the loss sharpens the assignment."
+            "help": "What the assignment logits are divided by in the course of the search, by the same factor each step:"
+            " the nearer to 0, the less freezing changes. 1: only dm_weight sharpens the assignment."
         },
     )
     scale_learning_rate: float | None = field(
@@ -127,8 +127,13 @@ class QuantformerTrainingArguments(TrainingArguments):
         for name in ("scale_learning_rate", "assignment_learning_rate", "finetune_learning_rate"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
-        if not 0 < self.assignment_temperature <= 1:
-            raise ValueError(f"assignment_temperature is {self.assignment_temperature}: choose more than 0, at most 1")
+        if not 1e-6 <= self.assignment_temperature <= 1:
+            raise ValueError(f"assignment_temperature is {self.assignment_temperature}: choose from 1e-6 to 1")
+        if self.assignment_temperature < 1 and self.ema_decay > 0:
+            raise ValueError(
+                f"assignment_temperature is {self.assignment_temperature}, and ema_decay would average assignments of all"
+                f" temperatures: set the former to 1, or the latter to 0 in the search (--search.ema_decay 0)"
+            )
         if not 0 < self.learning_rate_per_bit < float("inf"):
             raise ValueError(f"learning_rate_per_bit is {self.learning_rate_per_bit}: choose more than 0; 1 is off")
         if self.search_steps == 0:

@@ -217,9 +217,9 @@ def test_real_weights_decide_at_the_very_bound(eights, merged):
         inputs, torch.tensor([5.25, 24.5]), torch.zeros(2), (torch.arange(inputs) >= 8).long(), 35, 5
     )
     assert channels.group_ends == (8, 640)
-    codes = torch.ones(3, inputs, dtype=torch.long)
-    codes[1, 8 : 8 + eights] = 0
-    weight, packed = plan_weight(inputs, 4, -8, 7, 0, torch.ones(3)), pack_codes(codes, 4)
+    codes = torch.ones(40, inputs, dtype=torch.long)
+    codes[-1, 8 : 8 + eights] = 0
+    weight, packed = plan_weight(inputs, 4, -8, 7, 0, torch.ones(40)), pack_codes(codes, 4)
     plan = plan_linear(weight, packed, None, channels)
     rows = torch.full((2, 640), 35, dtype=torch.uint8)
     rows[:, inputs:] = 0

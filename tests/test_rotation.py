@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_batches, make_full_precision
 from torch import nn
-from trainers import make_trainer
+from trainers import StopAt, logged, make_trainer
 from transformers import ViTConfig, ViTForImageClassification
 
 from quantformer_hf import QuantformerForImageClassification
@@ -63,12 +63,34 @@ def test_it_happens_once_and_can_be_left_out():
     assert torch.equal(model.calibrate(make_batches()).backbone.vit.layers[0].mlp.fc2.weight, once)
 
 
-@pytest.mark.parametrize(("activation_bits", "rotates"), [(2, False), (3, True), (4, True)])
-def test_two_bits_leave_channels_as_they_are(activation_bits, rotates):
-    model = QuantformerForImageClassification.from_full_precision(
-        make_full_precision("vit"), weight_bits=4, activation_bits=activation_bits
-    )
+@pytest.mark.parametrize(
+    ("bits", "rotates"),
+    [
+        ({"activation_bits": 2}, False),
+        ({"activation_bits": 2, "class_token_bits": 8}, False),
+        ({"activation_bits": 3}, True),
+        ({"activation_bits": 4, "layer_bits": {"vit.layers.*": 2}}, False),
+        ({"activation_bits": 2, "layer_bits": {"vit.layers.0.*": 4}}, True),
+        ({"activation_bits": 32}, True),
+    ],
+)
+def test_two_bits_leave_channels_as_they_are(bits, rotates):
+    model = QuantformerForImageClassification.from_full_precision(make_full_precision("vit"), weight_bits=4, **bits)
     assert model.calibrate(make_batches()).config.channels_rotated == rotates
+
+
+def test_a_run_of_rotated_channels_goes_on_with_them(tmp_path):
+    """As one that was begun when two bits were rotated as well."""
+    teacher, losses = make_full_precision("vit"), []
+    for steps, rotates in ((4, True), (2, True), (4, None)):
+        model = QuantformerForImageClassification.from_full_precision(teacher, bit_width=2)
+        model.calibrate(make_batches(), rotate_channels=rotates)
+        arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "feature_weight": 1.0}
+        trainer = make_trainer(tmp_path / str(steps), model, teacher, callbacks=[StopAt(steps)], **arguments)
+        trainer.train(resume_from_checkpoint=None if rotates else str(tmp_path / "2" / "checkpoint-2"))
+        losses.append(logged(trainer))
+    assert losses[2] == losses[0]
+    assert model.config.channels_rotated
 
 
 def test_features_are_compared_with_the_rotated_teacher(tmp_path):

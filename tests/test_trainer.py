@@ -322,7 +322,8 @@ def test_search_steps_needs_a_model_that_searches(tmp_path):
         ({"aux_weight": float("nan")}, "aux_weight is nan: choose 0"),
         ({"scale_learning_rate": -0.1}, "scale_learning_rate is -0.1: choose 0 or more"),
         ({"learning_rate_per_bit": 0.0}, "learning_rate_per_bit is 0.0: choose more than 0"),
-        ({"assignment_temperature": 0.0}, "assignment_temperature is 0.0: choose more than 0, at most 1"),
+        ({"assignment_temperature": 0.0}, "assignment_temperature is 0.0: choose from 1e-6 to 1"),
+        ({"assignment_temperature": 0.1, "ema_decay": 0.9}, "ema_decay would average assignments of all temperatures"),
         ({"search_steps": 0}, "search_steps is 0: choose at least 1, or -1"),
         ({"finetune_learning_rate": 1e-3}, "finetune_learning_rate is for after the freeze"),
         (
