@@ -240,7 +240,7 @@ class StageRun:
             model = QuantformerForImageClassification.from_full_precision(model, **arguments.quantization_arguments())
             rotate_channels = arguments.rotate_channels
             if rotate_channels is None and self.stage == "allocate":
-                # Of the bits to choose from most are more than two, whatever the model has now.
+                # What comes of it has several widths, whatever the model has now.
                 rotate_channels = True
             model.calibrate(batches(), arguments.centre_channels, rotate_channels)
             if self.stage in ("search", "finetune"):
@@ -275,9 +275,9 @@ class StageRun:
                 f" are refitted on the way from full precision; leave it out, or start there"
             )
         if starts_here and told.rotate_channels not in (None, config.channels_rotated):
-            are = "are rotated" if config.channels_rotated else "are not"
             raise ValueError(
-                f"rotate_channels is {told.rotate_channels}, and those of {self.source} {are}: start from full precision"
+                f"rotate_channels is {told.rotate_channels}, and those of {self.source} are"
+                f"{'' if config.channels_rotated else ' not'} rotated: leave it out, or start from full precision"
             )
 
     def _calibration_batches(self, data: ImageData, processor: BaseImageProcessor) -> partial:

@@ -8,6 +8,10 @@ import pytest
 from runs import run, same_weights, weights, write_recipe
 from transformers import AutoModelForImageClassification
 
+from quantformer_hf.arguments import RunArguments
+from quantformer_hf.data import load_image_data
+from quantformer_hf.stages import StageRun
+
 
 #: Two steps a stage.
 QUICK = {"num_train_epochs": 1, "max_train_samples": 32, "save_strategy": "no", "max_eval_samples": 16}
@@ -126,13 +130,54 @@ def test_what_was_written_of_neutral_arguments_does_not_matter(finished, tmp_pat
         ("search", ["--twin_levels", "False"], "has twin_levels True, and not False"),
         ("search", ["--image_size", "32"], "has image_size 16, and not 32"),
         ("finetune", ["--reconstruction_samples", "16"], "is quantized already: weights are refitted on the way"),
-        ("finetune", ["--rotate_channels", "False"], "are rotated: start from full precision"),
+        ("finetune", ["--rotate_channels", "False"], "are rotated: leave it out, or start from full precision"),
     ],
 )
 def test_what_a_quantized_checkpoint_cannot_become_is_refused(finished, tmp_path, source, flags, said):
     command = ["--stages", "finetune", "--model_name_or_path", str(finished / source)]
     assert said in again(tmp_path / "out", *command, *flags, code=1)
     assert not (tmp_path / "out" / "finetune").exists()
+
+
+@pytest.mark.slow
+def test_channels_that_are_not_rotated_stay_so(finished, tmp_path):
+    command = [
+        "--stages",
+        "pretrain",
+        "--model_name_or_path",
+        finished / "full_precision",
+        "--rotate_channels",
+        "False",
+    ]
+    again(tmp_path / "out", *command)
+    command = [
+        "--stages",
+        "finetune",
+        "--model_name_or_path",
+        tmp_path / "out" / "pretrain",
+        "--rotate_channels",
+        "True",
+    ]
+    assert "are not rotated: leave it out, or start from full precision" in again(tmp_path / "on", *command, code=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "rotates"), [([], True), (["--rotate_channels", "False"], False)])
+def test_an_allocation_is_found_on_rotated_channels_whatever_the_bits_are_now(finished, tmp_path, flags, rotates):
+    command = [
+        str(write_recipe(tmp_path, **QUICK)),
+        "--stages",
+        "allocate",
+        "--budget",
+        "W3A3",
+        "--bit_width",
+        "2",
+        *flags,
+    ]
+    told = RunArguments(command).for_stage("allocate")
+    stage = StageRun(told, str(finished / "full_precision"), tmp_path / "out")
+    model, *_ = stage._build_model(load_image_data(told.data, told.training.seed))
+    assert model.config.channels_rotated == rotates
 
 
 @pytest.mark.slow

@@ -293,6 +293,35 @@ def test_the_assignment_is_annealed_step_by_step(arguments, tmp_path):
         torch.testing.assert_close(quantizer.assignment_logits, 4 * logits)
 
 
+def test_a_model_that_is_made_later_is_annealed_as_well(tmp_path):
+    made = []
+
+    def model_init():
+        made.append(make_quantized("vit", "search"))
+        return made[-1]
+
+    arguments = QuantformerTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        assignment_temperature=1 / 16,
+        assignment_learning_rate=0.0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    QuantformerTrainer(None, arguments, model_init=model_init, train_dataset=dataset()).train()
+    before = group_quantizers(make_quantized("vit", "search"))[0].assignment_logits
+    torch.testing.assert_close(group_quantizers(made[-1])[0].assignment_logits, 16 * before)
+
+
+def test_deepspeed_holds_an_assignment_that_cannot_be_annealed(tmp_path):
+    """DeepSpeed is not installed here: the trainer is told that it is there."""
+    trainer = make_trainer(tmp_path, make_quantized("vit", "search"), max_steps=1, assignment_temperature=0.5)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match=r"DeepSpeed holds the assignment where it cannot be annealed: set it to 1"):
+        trainer.train()
+
+
 def test_freezing_after_annealing_changes_next_to_nothing(tmp_path):
     """As much as the codes of some values that are next to halves."""
     images = torch.stack([row["pixel_values"] for row in dataset(1)])

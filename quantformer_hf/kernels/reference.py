@@ -133,7 +133,8 @@ def weight_integers(
 
 
 def weight_integers_by_rows(weight: Tensor, *arguments, rows: int = 16) -> Iterator[Tensor]:
-    """`weight_integers` of so many outputs at a time: a whole weight would take many times its packed size."""
+    """`weight_integers`, with its other arguments, of so many outputs at a time: `(rows, positions)` int16, the last of them
+    fewer. A whole weight would take many times its packed size."""
     for some in weight.split(rows):
         yield weight_integers(some, *arguments)
 
