@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import psutil
+import torch
 from torch import nn
 
 
@@ -70,3 +72,14 @@ def bytes_of(module: nn.Module) -> int:
 
 def mebibytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free there, of what the machine or the GPU has; None where nobody tells (neither CPU nor CUDA)."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    if device.type == "cuda":
+        # What torch keeps for later tensors is free for these.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return None

@@ -1,19 +1,29 @@
 """A calibrated model refitted without training: layer by layer, and then its classifier."""
 
 import functools
+import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .classifier_refit import refit_classifier
+from .estimate import free_bytes, mebibytes
 from .image_batches import Batches, pixel_values_in
 from .kernels import fake_quantized
 from .quantize import classifiers, full_precision, reading_layers, writing_streams
-from .reconstruction import reconstruct_layers, token_weights
+from .quantizers import GroupActivationQuantizer
+from .reconstruction import Readers, reconstruct_layers, token_weights
 
+
+logger = logging.getLogger(__name__)
 
 #: Images that run together, while all others wait where a quantizer stopped them.
 IMAGES_AT_ONCE = 32
+
+#: What an image holds while it waits, in outputs of the widest linear: 3 in ViT and DeiT; in Swin, whose attention has every
+#: token in windows as well, 5.
+HELD_OUTPUTS = 5
 
 
 def reconstruct(model: nn.Module, batches: Batches) -> None:
@@ -52,6 +62,7 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
     try:
         with off():
             weights, logits = zip(*(token_weights(model, batch, readers) for batch in batches), strict=True)
+        _warn_of_too_little_memory(batches, weights, readers)
         # What the quantizers put out is looked at.
         with torch.no_grad(), fake_quantized():
             try:
@@ -66,3 +77,21 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
                 refit_classifier(heads, features, torch.cat(logits))
     finally:
         model.train(training)
+
+
+def _warn_of_too_little_memory(
+    batches: Sequence[Tensor], weights: Sequence[Mapping[GroupActivationQuantizer, Tensor]], readers: Readers
+) -> None:
+    """On a CPU the system ends a process that takes too much, without a word: this is the last one that there is."""
+    free, held = free_bytes(batches[0].device), 0
+    for of_batch in weights:
+        outputs = (
+            len(rows) * max(layer.out_features for layer in readers[quantizer]) for quantizer, rows in of_batch.items()
+        )
+        held += HELD_OUTPUTS * max(outputs, default=0) * torch.finfo(torch.float32).bits // 8
+    if free is not None and held > free:
+        images = sum(map(len, batches))
+        logger.warning(
+            f"reconstruct() may hold {mebibytes(held)}, hidden states of all {images} images, and {mebibytes(free)} are"
+            f" free: if that fails, give it {max(1, images * free // held)} images or fewer (--reconstruction_samples)"
+        )

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from quantformer_hf.estimate import Estimate
+from quantformer_hf.estimate import Estimate, free_bytes
 
 
 def model(width: int) -> nn.Module:
@@ -26,3 +26,8 @@ def test_max_steps_wins_and_no_teacher_is_not_mentioned():
     estimate = Estimate.of(model(4), None, images_per_epoch=100, global_batch=8, epochs=300, max_steps=7)
     assert estimate.steps == 7
     assert "teacher" not in str(estimate)
+
+
+def test_free_memory_is_told_where_anybody_knows_it():
+    assert free_bytes(torch.device("cpu")) > 0
+    assert free_bytes(torch.device("meta")) is None

@@ -1,6 +1,7 @@
 """Weights refitted without training."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -379,3 +380,19 @@ def test_a_gpu_that_is_too_small_is_told_what_would_fit(monkeypatch):
     monkeypatch.setattr(model_refit, "reconstruct_layers", too_large)
     with pytest.raises(torch.OutOfMemoryError, match=r"(?s)CUDA out of memory.*of all 8 images: give it fewer"):
         make_quantized("vit", "finetune").reconstruct(make_batches(2, batch_size=4))
+
+
+def test_memory_that_will_not_do_is_told_beforehand(monkeypatch, caplog):
+    model, batches = make_quantized("vit", "finetune"), make_batches(16, batch_size=64)
+    config = model.backbone.config
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    held = 1024 * model_refit.HELD_OUTPUTS * tokens * config.intermediate_size * 4
+    monkeypatch.setattr(model_refit, "reconstruct_layers", lambda *_: [])
+    monkeypatch.setattr(model_refit, "refit_classifier", lambda *_: None)
+    for free in (None, held):
+        monkeypatch.setattr(model_refit, "free_bytes", lambda device, free=free: free)
+        model.reconstruct(batches)
+        assert not caplog.records
+    monkeypatch.setattr(model_refit, "free_bytes", lambda device: held // 4)
+    model.reconstruct(batches)
+    assert re.search(rf"may hold {held // 2**20} MiB.*all 1024 images.*give it 256 images or fewer", caplog.text)
