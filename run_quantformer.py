@@ -16,12 +16,13 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 from transformers.utils import logging
 
-from quantformer_hf.arguments import RunArguments, StageArguments
+from quantformer_hf.arguments import HUB_ARGUMENTS, RunArguments, StageArguments
 from quantformer_hf.bad_images import decode
 from quantformer_hf.checkpointing import check_writable, writing
 from quantformer_hf.classifiers import is_quantized, load_classifier
 from quantformer_hf.configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig
 from quantformer_hf.data import first, load_image_data
+from quantformer_hf.destination import Destination
 from quantformer_hf.images import undecoded, with_crop
 from quantformer_hf.layer_bits import check_same_quantization
 from quantformer_hf.mixed_precision.allocation_file import ALLOCATION_FILE
@@ -31,7 +32,8 @@ from quantformer_hf.modeling_quantformer import StageError, build_backbone
 from quantformer_hf.pretrained import QuantformerPreTrainedModel
 from quantformer_hf.report import format_table, megabytes, weights_on_disk
 from quantformer_hf.run_history import history_in
-from quantformer_hf.stages import PACKED_FOLDER, StageRun, check_nothing_needed_is_deleted, make_trainer
+from quantformer_hf.stage_trainer import evaluating_trainer
+from quantformer_hf.stages import PACKED_FOLDER, StageRun, check_nothing_needed_is_deleted
 
 
 #: Held-out images that the end of a run classifies through `pipeline`.
@@ -54,6 +56,9 @@ def run_stages() -> None:
     arguments = run.for_stage(None)
     output_dir = Path(arguments.training.output_dir)
     check_writable(output_dir)
+    # What a later stage cannot be told is known before the first one runs.
+    for stage in arguments.model.stages:
+        run.for_stage(stage)
     if not arguments.model.stages:
         evaluate_only(arguments)
         return
@@ -66,6 +71,11 @@ def run_stages() -> None:
             f"budget is {' '.join(arguments.allocation.budget)}, and the stage 'allocate', which keeps to it, is not among"
             f" the stages ({', '.join(arguments.model.stages)}): add it to --stages, or leave out --budget"
         )
+    destination = Destination.of(arguments.training)
+    if destination is not None and PartialState().is_main_process:
+        destination = destination.created()
+    # The last model is pushed, by this script: Trainer would push those of all stages, one over the other.
+    run.common = {name: value for name, value in run.common.items() if name not in HUB_ARGUMENTS}
     source = arguments.model.model_name_or_path
     # Of the stages that an earlier command ran.
     results = {name: value for record in history_in(source) for name, value in record["results"].items()}
@@ -88,6 +98,9 @@ def run_stages() -> None:
         (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
         print_report(results, output_dir, source)
         show_predictions(source, run.for_stage(stage))
+        if destination is not None:
+            destination.push(source)
+            print(f"It is {destination.name} on the hub")
 
 
 def print_allocation(costs: dict[str, float], folder: Path) -> None:
@@ -132,7 +145,7 @@ def evaluate_checkpoint(name: str, arguments: StageArguments) -> dict[str, float
     model, processor = load_classifier(name, data, replace(arguments.model, ignore_mismatched_sizes=False))
     if isinstance(model, QuantformerPreTrainedModel):
         check_same_quantization(model.backbone, model.config, arguments.typed_quantization(), name)
-    trainer = make_trainer(model, arguments.training, data, with_crop(processor, arguments.data.crop_pct))
+    trainer = evaluating_trainer(model, arguments.training, data, with_crop(processor, arguments.data.crop_pct))
     return {name: value for name, value in trainer.evaluate().items() if name.endswith("accuracy")}
 
 

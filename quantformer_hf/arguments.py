@@ -25,8 +25,14 @@ from .training_args import QuantformerTrainingArguments
 RUN_STAGES = ("full_precision", "allocate", "pretrain", "search", "finetune")
 
 
+#: Where the model of a run is pushed to.
+HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_always_push"}
+
 #: What no single stage can be told.
-WHOLE_RUN = {"preset", "stages", "model_name_or_path", "output_dir", "overwrite_output_dir"}
+WHOLE_RUN = {"preset", "stages", "model_name_or_path", "output_dir", "overwrite_output_dir", *HUB_ARGUMENTS}
+
+#: Arguments of Trainer by which a run would end without its accuracy, and what they are otherwise.
+EVALUATION = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}
 
 #: What `--preset` may name: the files of `presets/`.
 PRESETS = ("ptq", "lightning", "best")
@@ -145,6 +151,9 @@ class StageArguments:
     Attributes:
         given: what was said, by the user or a preset.
         typed: the names of what the user said.
+
+    Raises:
+        ValueError: what is an argument of Trainer, or of another stage, and means nothing here.
     """
 
     stage: str
@@ -154,6 +163,22 @@ class StageArguments:
     allocation: AllocationArguments
     given: dict[str, Any]
     typed: frozenset[str]
+
+    def __post_init__(self):
+        training = self.training
+        if training.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"resume_from_checkpoint is {training.resume_from_checkpoint!r}: the same command goes on by itself, from"
+                f" the newest whole checkpoint of its stage; leave it out"
+            )
+        for name, needed in EVALUATION.items():
+            if getattr(training, name) != needed:
+                raise ValueError(f"{name} is {not needed}, and a run measures accuracy after each stage: leave it out")
+        if self.stage not in (None, "search") and training.search_steps > 0:
+            raise ValueError(
+                f"search_steps is {training.search_steps} in the stage '{self.stage}', which does not search: give"
+                f" --search.search_steps, and --search.finetune_learning_rate where that is given"
+            )
 
     @property
     def trains(self) -> bool:

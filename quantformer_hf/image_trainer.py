@@ -33,6 +33,8 @@ class ImageTrainer(Trainer):
 
     def __init__(self, model: PreTrainedModel, args: QuantformerTrainingArguments, **kwargs):
         super().__init__(model=model, args=args, **kwargs)
+        self._model_takes_labels = "labels" in self.label_names
+        self.label_names = ["labels"]
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 # Trainer says so only when training begins: an evaluation by itself would write to `./runs`.

@@ -34,16 +34,17 @@ class TopKAccuracy(evaluate.Metric):
         return {name: float(hits[:, :k].any(1).mean()) for k, name in names.items()}
 
 
-def rank_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def rank_and_loss(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
     """What `compute_metrics` needs of a batch, so that evaluation does not gather all logits.
 
     Args:
-        logits: `(batch, classes)`.
+        logits: `(batch, classes)`, alone or first: a DeiT with two classifiers puts out those of each after their mean.
         labels: `(batch,)`.
 
     Returns:
         The most probable classes `(batch, 5)`, best first, and each image's cross-entropy `(batch,)`.
     """
+    logits = logits[0] if isinstance(logits, tuple) else logits
     ranked = logits.topk(min(max(TOP_K), logits.shape[-1])).indices
     return ranked, F.cross_entropy(logits.float(), labels, reduction="none")
 

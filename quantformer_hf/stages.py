@@ -3,33 +3,33 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import IterableDataset
-from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
 from .arguments import RUN_STAGES, RunArguments, StageArguments, defaults
-from .augmentation import Collator, train_transform
 from .checkpointing import flush_tree, newest_checkpoint, write_durably, writing
 from .classifiers import build_full_precision, is_quantized, load_classifier
 from .configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig
 from .data import ImageData, load_image_data
 from .estimate import Estimate
-from .images import TransformedImages, calibration_batches, with_crop
+from .images import calibration_batches, with_crop
 from .layer_bits import check_same_quantization
-from .metrics import compute_metrics, rank_and_loss
 from .mixed_precision.allocation_file import BitAllocation
 from .model_card import write_model_card
 from .modeling_quantformer import QuantformerForImageClassification
 from .pretrained import QuantformerPreTrainedModel
 from .run_history import STAGE_FILE, history_in, record_of
-from .streaming import StreamedEvaluationImages, StreamedTrainingImages
+from .stage_trainer import evaluating_trainer, training_trainer
+from .teachers import check_image_size, renormalize
 from .trainer import QuantformerTrainer
 
 
@@ -50,8 +50,7 @@ NEUTRAL_ARGUMENTS = {
     "save_strategy",
     "save_total_limit",
     "dataloader_num_workers",
-    "push_to_hub",
-    "hub_model_id",
+    "run_name",
     "do_eval",
     "on_bad_image",
     # Only their product with the number of processes matters, and is compared.
@@ -68,6 +67,22 @@ READ_PATHS = ("model_name_or_path", "teacher_name_or_path", "layer_bits", "laten
 
 #: Beside the folders of the stages, the model of the last one as integer codes.
 PACKED_FOLDER = "packed"
+
+
+class Built(NamedTuple):
+    """What a stage works with.
+
+    Attributes:
+        model: what it trains.
+        processor: of the images, also of those that the teacher sees.
+        teacher: where the stage starts in full precision, or some loss needs one.
+        full_precision: what a quantized model was just made of.
+    """
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    teacher: PreTrainedModel | None = None
+    full_precision: PreTrainedModel | None = None
 
 
 class StageRun:
@@ -119,7 +134,7 @@ class StageRun:
         told = json.loads(json.dumps(self.told))
         # What has become neutral since may still be written there.
         for key in sorted((earlier["arguments"].keys() | told.keys()) - self._neutral):
-            before, now = (said.get(key, unsaid.get(key)) for said in (earlier["arguments"], told))
+            before, now = (_plainly(key, said.get(key, unsaid.get(key))) for said in (earlier["arguments"], told))
             if before != now and key == "global_batch":
                 raise ValueError(
                     f"{self.folder} holds the stage '{self.stage}' of a run with {before} images a step, and this one has"
@@ -158,24 +173,14 @@ class StageRun:
         if data.train is None:
             raise ValueError(f"the data set has no split {arguments.data.train_split!r}: name one by train_split")
         results = {}
-        model, teacher, processor = self._build_model(data)
+        model, processor, teacher, full_precision = self._build_model(data)
         self._begin()
         history = history_in(self.source) or getattr(model.config, "run_history", None) or []
-        trainer = make_trainer(
-            model,
-            training,
-            data,
-            processor,
-            teacher=teacher,
-            train_dataset=images_to_train_on(data, processor, arguments),
-            data_collator=Collator(
-                model.config.num_labels, arguments.data.mixup, arguments.data.cutmix, training.label_smoothing_factor
-            ),
-        )
+        trainer = training_trainer(model, arguments, data, processor, teacher=teacher)
         if self.stage == "finetune" and arguments.trains:
             results["frozen_accuracy"] = trainer.evaluate()["eval_accuracy"]
-        if teacher is not None and not is_quantized(self.source):
-            metrics = make_trainer(teacher, training, data, processor).evaluate()
+        if full_precision is not None:
+            metrics = evaluating_trainer(full_precision, training, data, processor).evaluate()
             results["full_precision_accuracy"] = metrics["eval_accuracy"]
         if arguments.trains:
             self._announce(trainer, teacher)
@@ -212,12 +217,10 @@ class StageRun:
         if PartialState().is_main_process:
             write_durably(self.folder / "estimate.json", json.dumps(asdict(estimate), indent=1))
 
-    def _build_model(self, data: ImageData) -> tuple[PreTrainedModel, PreTrainedModel | None, BaseImageProcessor]:
-        """The model that the stage trains, its teacher if some loss needs one or it starts there, its processor."""
+    def _build_model(self, data: ImageData) -> Built:
         arguments = self.arguments.model
         if self.source is None and self.stage == "full_precision":
-            model, processor = build_full_precision(arguments.backbone_config, data)
-            return model, None, processor
+            return Built(*build_full_precision(arguments.backbone_config, data))
         if self.source is None:
             raise ValueError(
                 f"the stage '{self.stage}' starts from a checkpoint: give --model_name_or_path, or begin with an earlier"
@@ -231,12 +234,12 @@ class StageRun:
             self._check_follows(model.config)
             check_same_quantization(model.backbone, model.config, self.arguments.typed_quantization(), self.source)
         if self.stage == "full_precision":
-            return model, None, processor
+            return Built(model, processor)
         batches = self._calibration_batches(data, processor)
-        teacher = None
+        full_precision = None
         if not quantized:
             # A later stage that starts here has the verbs of the earlier ones run, without their training.
-            teacher = model
+            full_precision = model
             model = QuantformerForImageClassification.from_full_precision(model, **arguments.quantization_arguments())
             rotate_channels = arguments.rotate_channels
             if rotate_channels is None and self.stage == "allocate":
@@ -256,9 +259,10 @@ class StageRun:
                 model.freeze_groups()
         if not quantized and self.stage != "allocate" and arguments.reconstruction_samples > 0:
             model.reconstruct(batches(samples=arguments.reconstruction_samples))
+        teacher = full_precision
         if self.arguments.training.needs_teacher and (teacher is None or arguments.teacher_name_or_path is not None):
-            teacher = self._load_teacher(model, data)
-        return model, teacher, processor
+            teacher = self._load_teacher(model, data, processor)
+        return Built(model, processor, teacher, full_precision)
 
     def _check_follows(self, config: QuantformerConfig) -> None:
         """Raise ValueError where a model that is quantized already cannot go through this stage, or not as told."""
@@ -293,15 +297,21 @@ class StageRun:
             balance_classes=self.arguments.training.balance_classes,
         )
 
-    def _load_teacher(self, model: QuantformerPreTrainedModel, data: ImageData) -> PreTrainedModel:
+    def _load_teacher(
+        self, model: QuantformerPreTrainedModel, data: ImageData, processor: BaseImageProcessor
+    ) -> PreTrainedModel:
+        """The full-precision model to learn from, which takes images that are normalized by `processor`."""
         arguments = self.arguments.model
         name = arguments.teacher_name_or_path or model.config.full_precision_name_or_path
         if name is None:
             raise ValueError("the model does not remember its full-precision checkpoint: give --teacher_name_or_path")
         try:
-            return load_classifier(name, data, replace(arguments, ignore_mismatched_sizes=False))[0]
+            teacher, own = load_classifier(name, data, replace(arguments, ignore_mismatched_sizes=False))
         except OSError as error:
             raise ValueError(f"the teacher {name!r} cannot be loaded: give --teacher_name_or_path ({error})") from error
+        check_image_size(model, teacher)
+        renormalize(teacher, processor, own)
+        return teacher
 
     def _begin(self) -> None:
         """Take the folder, from which what an earlier run left is deleted where that is asked for."""
@@ -322,6 +332,13 @@ class StageRun:
             written = {"arguments": self.told, "results": results, "source_digest": self._source_digest()}
             write_durably(self.folder / STAGE_FILE, json.dumps(written, indent=1))
         PartialState().wait_for_everyone()
+
+
+def _plainly(name: str, value: Any) -> Any:
+    """A value as any other way to type the same gives it."""
+    if name in READ_PATHS and isinstance(value, str):
+        return json.loads(value) if value.lstrip().startswith("{") else os.path.normpath(value)
+    return value
 
 
 def delete_folder(folder: Path) -> None:
@@ -345,56 +362,3 @@ def check_nothing_needed_is_deleted(run: RunArguments, stages: Sequence[str], ou
                     f"{name} is {value}, which --overwrite_output_dir would delete: choose another --output_dir, or leave it"
                     f" out"
                 )
-
-
-def make_trainer(
-    model: PreTrainedModel,
-    training,
-    data: ImageData,
-    processor: BaseImageProcessor,
-    kind: type[QuantformerTrainer] = QuantformerTrainer,
-    **kwargs,
-) -> QuantformerTrainer:
-    """A trainer of the class `kind` that evaluates on `data.validation`."""
-    kwargs.setdefault("data_collator", Collator(model.config.num_labels))
-    return kind(
-        model=model,
-        args=training,
-        eval_dataset=images_to_evaluate(data, processor, training),
-        processing_class=processor,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=rank_and_loss,
-        **kwargs,
-    )
-
-
-def images_to_train_on(
-    data: ImageData, processor: BaseImageProcessor, arguments: StageArguments
-) -> TransformedImages | StreamedTrainingImages:
-    """The training images of `data`, augmented."""
-    training, augment = arguments.training, train_transform(processor, arguments.data)
-    if not isinstance(data.train, IterableDataset):
-        return TransformedImages(data.train, data, processor, augment, training.seed)
-    return StreamedTrainingImages(
-        data,
-        augment,
-        training.seed,
-        batch_size=training.train_batch_size,
-        num_processes=training.world_size,
-        process_index=training.process_index,
-    )
-
-
-def images_to_evaluate(
-    data: ImageData, processor: BaseImageProcessor, training: TrainingArguments
-) -> TransformedImages | StreamedEvaluationImages:
-    """The validation images of `data`, as at inference."""
-    if not isinstance(data.validation, IterableDataset):
-        return TransformedImages(data.validation, data, processor)
-    return StreamedEvaluationImages(
-        data,
-        processor,
-        batch_size=training.eval_batch_size,
-        num_processes=training.world_size,
-        process_index=training.process_index,
-    )

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention import attention_modules
 from .class_token import CLASS_TOKENS
@@ -54,3 +55,32 @@ def hidden_states_for(student: PreTrainedModel, teacher: PreTrainedModel, states
     turned = [getattr(model.config, "channels_rotated", False) for model in (student, teacher)]
     # R is its own inverse: it turns, and turns back.
     return rotated(states) if turned[0] != turned[1] else states
+
+
+def check_image_size(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise ValueError where the teacher takes images of one size alone, as ViT and DeiT do, and the student has others."""
+    own, others = (getattr(model.config, "backbone_config", model.config) for model in (student, teacher))
+    if others.model_type in CLASS_TOKENS and others.image_size != own.image_size:
+        raise ValueError(
+            f"the teacher {teacher.name_or_path!r} takes images of {others.image_size} px, and the model of"
+            f" {own.image_size}: give --image_size, which holds for both, or another --teacher_name_or_path"
+        )
+
+
+def renormalize(teacher: PreTrainedModel, given: BaseImageProcessor, own: BaseImageProcessor) -> None:
+    """Let `teacher` take `pixel_values` that `given` has normalized, where it was trained on those of `own`."""
+    (mean, deviation), (own_mean, own_deviation) = (_normalization(processor) for processor in (given, own))
+    factor, shift = deviation / own_deviation, (mean - own_mean) / own_deviation
+    if (factor == 1).all() and (shift == 0).all():
+        return
+
+    def as_its_own(module: nn.Module, arguments: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        pixel_values = kwargs["pixel_values"]
+        return arguments, kwargs | {"pixel_values": pixel_values * factor.to(pixel_values) + shift.to(pixel_values)}
+
+    teacher.register_forward_pre_hook(as_its_own, with_kwargs=True)
+
+
+def _normalization(processor: BaseImageProcessor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that `processor` takes off, `(channels, 1, 1)` each."""
+    return tuple(torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))

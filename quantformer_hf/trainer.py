@@ -73,14 +73,12 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         teacher: PreTrainedModel | None = None,
         **kwargs,
     ):
-        if args.n_gpu > 1:
-            # Trainer would make threads of them, which share what is remembered of one device.
+        if args.unused_gpus > 0:
+            gpus = args.unused_gpus + 1
             logger.warning(
-                "there are %d GPUs, and one process uses one of them: start `accelerate launch --num_processes %d` for all",
-                args.n_gpu,
-                args.n_gpu,
+                f"there are {gpus} GPUs, and one process uses one of them: start `accelerate launch --num_processes {gpus}`"
+                f" for all"
             )
-            args._n_gpu = 1
         if args.search_steps > 0:
             # After the freeze the assignment logits get no gradient, which DDP must not wait for.
             args.ddp_find_unused_parameters = True
@@ -205,12 +203,16 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Trainer's loss, or the cross-entropy with the soft labels `(batch, classes)` of a mixed batch, and the outputs.
 
-        The models themselves would take soft labels for those of a multi-label problem.
+        The models themselves would take soft labels for those of a multi-label problem, and a DeiT of transformers with two
+        classifiers takes none at all.
         """
-        if "labels" not in inputs or inputs["labels"].ndim == 1:
+        if "labels" not in inputs or (inputs["labels"].ndim == 1 and self._model_takes_labels):
             return super().compute_loss(model, inputs, return_outputs=True)
+        labels = inputs["labels"]
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return F.cross_entropy(outputs.logits.float(), inputs["labels"]), outputs
+        # Those of a mixed batch are smooth already.
+        smoothing = self.args.label_smoothing_factor if labels.ndim == 1 else 0.0
+        return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing), outputs
 
     def _concentration_degrees(
         self,
@@ -366,7 +368,8 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             )
             phases.append(scheduler.lr_lambdas[0])
         search_factor, finetune_factor = phases
-        ratio = (self.args.finetune_learning_rate or self.args.learning_rate) / self.args.learning_rate
+        after = self.args.finetune_learning_rate
+        ratio = 1.0 if after is None else after / self.args.learning_rate
 
         def factor(step: int) -> float:
             return search_factor(step) if step < search_steps else ratio * finetune_factor(step - search_steps)

@@ -13,7 +13,8 @@ class QuantformerTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: a weight below zero, a `block_gradient_scale` outside (0, 1], a `pnorm` that is neither a number of at
-            least 1 nor `entropy`, a `search_steps` that leaves nothing to finetune, or another value out of its range.
+            least 1 nor `entropy`, a `search_steps` that leaves nothing to finetune, or another value out of its range;
+            a `hub_token`, and what this trainer cannot do.
     """
 
     aux_weight: float = field(
@@ -121,6 +122,21 @@ class QuantformerTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token would be written to training_args.bin, which is pushed: set HF_TOKEN, or `hf auth login`"
+            )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} casts the model itself, with scales and offsets, also for the training after it: leave it out;"
+                    f" --{name.partition('_')[0]} computes in that type and keeps the model"
+                )
+        if self.gradient_share_steps > 0 and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant checkpoints give no gradient of a single loss term: set it to false, or gradient_share_steps"
+                " to 0"
+            )
         for name in ("aux_weight", "dm_weight", "distillation_weight", "feature_weight", "task_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")
@@ -138,6 +154,8 @@ class QuantformerTrainingArguments(TrainingArguments):
             raise ValueError(f"learning_rate_per_bit is {self.learning_rate_per_bit}: choose more than 0; 1 is off")
         if self.search_steps == 0:
             raise ValueError("search_steps is 0: choose at least 1, or -1 to search to the end")
+        if self.search_steps > 0 and self.learning_rate == 0:
+            raise ValueError("learning_rate is 0, of which search_steps has a share after the freeze: choose more")
         if self.search_steps > 0 and self.lr_scheduler_type == "reduce_lr_on_plateau":
             raise ValueError("search_steps has a schedule on each side, and reduce_lr_on_plateau none: choose another")
         if self.finetune_learning_rate is not None and self.search_steps < 0:
@@ -186,6 +204,16 @@ class QuantformerTrainingArguments(TrainingArguments):
                 f"search_steps is {self.search_steps}, and max_steps {self.max_steps}: leave steps to finetune after it,"
                 f" or set search_steps to -1"
             )
+
+    @property
+    def n_gpu(self) -> int:
+        """One at most: Trainer would make threads of more, which share what is remembered of one device."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def unused_gpus(self) -> int:
+        """How many GPUs this process leaves alone."""
+        return max(super().n_gpu - 1, 0)
 
     @property
     def needs_teacher(self) -> bool:

@@ -170,11 +170,21 @@ def test_a_wrong_file_is_explained(tmp_path, text, message):
         (["--reconstruction_samples", "-1"], "reconstruction_samples is -1: choose 0"),
         (["--finetune.preset", "ptq"], "preset holds for the whole run: say it without 'finetune'"),
         (["--search.output_dir", "x"], "output_dir holds for the whole run"),
+        (["--search.push_to_hub", "True"], "push_to_hub holds for the whole run"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is 'x': the same command goes on by itself"),
+        (["--prediction_loss_only", "True"], "prediction_loss_only is True, and a run measures accuracy"),
     ],
 )
 def test_wrong_flags_are_explained(flags, message):
     with pytest.raises(ValueError, match=message):
         RunArguments(["--dataset_name", "digits", *flags]).model_arguments()
+
+
+def test_steps_of_a_search_are_for_the_stage_that_searches():
+    run = RunArguments(["--dataset_name", "digits", "--search_steps", "3"])
+    assert run.for_stage("search").training.search_steps == 3
+    with pytest.raises(ValueError, match=r"search_steps is 3 in the stage 'finetune'.*give --search.search_steps"):
+        run.for_stage("finetune")
 
 
 def test_an_unknown_flag_is_refused(capsys):

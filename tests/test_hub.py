@@ -1,5 +1,6 @@
 """Uploads by the real client to a hub on the loopback address, and what comes back from there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from fake_hub import TOKEN, FakeHub
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from runs import run_as_typed, write_recipe
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from quantformer_hf import QuantformerForImageClassification
@@ -121,6 +123,21 @@ def test_saving_with_push_to_hub_pushes_the_same_files(hub, model, tmp_path):
     assert hub.files("user/saved").keys() == hub.files(NAME).keys()
     assert hub.files("user/saved")["model.safetensors"] == hub.files(NAME)["model.safetensors"]
     assert (tmp_path / "tiny" / "README.md").exists()
+
+
+@pytest.mark.slow
+def test_a_run_pushes_its_packed_model_and_nothing_of_this_machine(hub, tmp_path, monkeypatch):
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "secret").mkdir()
+    quick = {"stages": ["full_precision", "finetune"], "num_train_epochs": 1, "max_train_samples": 32}
+    recipe = write_recipe(tmp_path / "secret", **quick, save_strategy="no", max_eval_samples=16)
+    done = run_as_typed(recipe, "--push_to_hub", "True", "--hub_model_id", NAME)
+    assert f"It is {NAME} on the hub" in done.stdout
+    files = hub.files(NAME)
+    assert files.keys() == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert not [name for name, content in files.items() if b"secret" in content]
+    assert json.loads(files["config.json"])["stage"] == "packed"
 
 
 def test_local_paths_stay_at_home(hub, tmp_path):

@@ -5,8 +5,9 @@ import re
 import shutil
 
 import pytest
+import torch
 from runs import run, same_weights, weights, write_recipe
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from quantformer_hf.arguments import RunArguments
 from quantformer_hf.data import load_image_data
@@ -176,8 +177,38 @@ def test_an_allocation_is_found_on_rotated_channels_whatever_the_bits_are_now(fi
     ]
     told = RunArguments(command).for_stage("allocate")
     stage = StageRun(told, str(finished / "full_precision"), tmp_path / "out")
-    model, *_ = stage._build_model(load_image_data(told.data, told.training.seed))
+    model = stage._build_model(load_image_data(told.data, told.training.seed)).model
     assert model.config.channels_rotated == rotates
+
+
+@pytest.mark.slow
+def test_full_precision_is_what_is_quantized_and_a_teacher_may_be_another(finished, tmp_path):
+    source, teacher = finished / "full_precision", tmp_path / "teacher"
+    AutoModelForImageClassification.from_pretrained(source).save_pretrained(teacher)
+    processor = AutoImageProcessor.from_pretrained(source)
+    processor.image_mean = [mean - 0.5 for mean in processor.image_mean]
+    processor.save_pretrained(teacher)
+    command = [str(write_recipe(tmp_path, **QUICK)), "--stages", "finetune", "--teacher_name_or_path", str(teacher)]
+    told = RunArguments(command).for_stage("finetune")
+    stage = StageRun(told, str(source), tmp_path / "out")
+    built = stage._build_model(load_image_data(told.data, told.training.seed))
+    assert built.full_precision.name_or_path == str(source)
+    assert built.teacher.name_or_path == str(teacher)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        # Without a mean that is 0.5 too low, they are lighter.
+        lighter = images + torch.tensor(0.5) / torch.tensor(processor.image_std).view(-1, 1, 1)
+        expected = built.full_precision(pixel_values=lighter).logits
+        torch.testing.assert_close(built.teacher(pixel_values=images).logits, expected)
+
+
+@pytest.mark.slow
+def test_the_same_typed_otherwise_is_the_same_run(finished, tmp_path):
+    command = "--stages", "finetune", "--model_name_or_path", finished / "search", "--max_steps", "1"
+    again(tmp_path / "out", *command, "--layer_bits", '{"classifier": 8}')
+    other = (*command, "--layer_bits", '{"classifier":8}', "--run_name", "again", "--logging_steps", "2")
+    assert "is complete in" in again(tmp_path / "out", *other)
+    assert "of a run with layer_bits=" in again(tmp_path / "out", *command, "--layer_bits", '{"classifier": 6}', code=1)
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import make_full_precision
 from huggingface_hub import ModelCard
 from runs import RECIPE, ROOT, TWO_PROCESSES, run, run_as_typed, same_weights, weights, write_recipe
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,24 @@ def test_a_finished_model_is_trained_on(finished, tmp_path, stage):
     groups = [name for name in before if name.endswith("group_index")]
     assert groups
     assert all(torch.equal(before[name], after[name]) for name in groups)
+
+
+@pytest.mark.slow
+def test_a_deit_with_two_classifiers_goes_through_a_run(tmp_path):
+    flags = ["--dataset_name", "digits", "--max_train_samples", "32", "--max_eval_samples", "20", "--use_cpu", "True"]
+    flags += ["--report_to", "none", "--num_groups", "4", "--calibration_samples", "16", "--ignore_mismatched_sizes"]
+    make_full_precision("deit-distilled").save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    flags += ["--model_name_or_path", tmp_path / "model", "--max_steps", "2", "--distillation_weight", "1"]
+    run(*flags, "--stages", "full_precision", "finetune", "--output_dir", tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["full_precision_accuracy"] >= 0
+    assert results["reloaded_accuracy"] == results["finetune_accuracy"]
+    full_precision = tmp_path / "out" / "full_precision"
+    again = ["--stages", "--do_eval", "--model_name_or_path", full_precision, "--dataset_name", "digits"]
+    run(*again, "--max_eval_samples", "20", "--output_dir", tmp_path, "--report_to", "none", "--use_cpu", "True")
+    evaluated = json.loads((tmp_path / "eval_results.json").read_text())
+    assert evaluated["eval_accuracy"] == results["full_precision_accuracy"]
 
 
 @pytest.mark.slow

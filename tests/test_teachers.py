@@ -3,11 +3,13 @@
 import copy
 
 import pytest
+import torch
 from conftest import make_batches, make_full_precision, make_quantized
 from trainers import logged, make_trainer
-from transformers import ViTForImageClassification
+from transformers import ViTForImageClassification, ViTImageProcessor
 
 from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf.teachers import check_image_size, renormalize
 
 
 def other_teacher(**changes):
@@ -66,3 +68,33 @@ def test_hidden_states_are_compared_as_the_model_has_them(tmp_path, turned, teac
     (loss,) = logged(trainer, "loss_features")
     # States that were turned once too often would be as far apart as any: two.
     assert loss < 0.02
+
+
+def test_a_teacher_sees_images_as_it_was_trained_on_them():
+    teacher, images = make_full_precision(), torch.rand(4, 3, 16, 16)
+    given = ViTImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.3, 0.2])
+    own = ViTImageProcessor(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+
+    def normalized(processor):
+        mean, deviation = (
+            torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std)
+        )
+        return (images - mean) / deviation
+
+    with torch.no_grad():
+        expected = teacher(pixel_values=normalized(own)).logits
+        renormalize(teacher, given, given)
+        assert torch.equal(teacher(pixel_values=normalized(own)).logits, expected)
+        renormalize(teacher, given, own)
+        torch.testing.assert_close(teacher(pixel_values=normalized(given)).logits, expected)
+
+
+def test_a_teacher_of_another_image_size_is_refused_by_name():
+    student = make_quantized()
+    check_image_size(student, make_full_precision())
+    teacher = other_teacher(image_size=32)
+    teacher.name_or_path = "large/teacher"
+    with pytest.raises(
+        ValueError, match=r"'large/teacher' takes images of 32 px, and the model of 16: give --image_size"
+    ):
+        check_image_size(student, teacher)

@@ -9,6 +9,7 @@ from trainers import ALL_LOSSES, ONE_RUN, StopAt, dataset, logged, make_trainer
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from quantformer_hf import QuantformerCallback, QuantformerTrainer, QuantformerTrainingArguments
+from quantformer_hf.metrics import compute_metrics, rank_and_loss
 from quantformer_hf.quantize import blocks, group_quantizers
 
 
@@ -54,9 +55,46 @@ def test_one_process_trains_on_one_gpu(tmp_path, caplog):
     arguments = QuantformerTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     assert arguments.n_gpu <= 1
     arguments._n_gpu = 2
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, arguments.per_device_train_batch_size)
     trainer = QuantformerTrainer(make_quantized("vit"), arguments)
     assert trainer.args.n_gpu == 1
     assert "accelerate launch --num_processes 2" in caplog.text
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_two_classifiers_are_trained_and_evaluated_in_full_precision(tmp_path, smoothing):
+    model = make_full_precision("deit-distilled")
+    trainer = make_trainer(tmp_path, model, max_steps=2, learning_rate=0.0, label_smoothing_factor=smoothing)
+    trainer.compute_metrics, trainer.preprocess_logits_for_metrics = compute_metrics, rank_and_loss
+    trainer.train()
+    rows = dataset(1)
+    with torch.no_grad():
+        logits = model.eval()(torch.stack([row["pixel_values"] for row in rows])).logits
+    labels = torch.tensor([row["labels"] for row in rows])
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert metrics["eval_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"hub_token": "hf_secret"}, "training_args.bin, which is pushed: set HF_TOKEN"),
+        ({"bf16_full_eval": True}, "casts the model itself.*--bf16 computes"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "set it to false, or gradient_share_steps to 0"),
+        ({"search_steps": 2, "learning_rate": 0.0}, "learning_rate is 0"),
+    ],
+)
+def test_what_would_spoil_a_run_is_refused_before_it(tmp_path, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        QuantformerTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **arguments)
+
+
+def test_nothing_moves_after_a_freeze_with_a_learning_rate_of_zero(tmp_path):
+    model = make_quantized("vit", "search")
+    trainer = make_trainer(tmp_path, model, max_steps=4, search_steps=2, finetune_learning_rate=0.0)
+    trainer.train()
+    assert logged(trainer, "learning_rate")[-2:] == [0.0, 0.0]
 
 
 # Losses and the teacher

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from ..arguments import RunArguments, StageArguments
-from ..augmentation import Collator
 from ..checkpointing import write_durably, writing
 from ..configuration_quantformer import QuantformerConfig
 from ..data import ImageData, load_image_data
 from ..grids import FULL_PRECISION_BITS
 from ..modeling_quantformer import QuantformerForImageClassification
-from ..stages import StageRun, images_to_train_on, make_trainer
+from ..stage_trainer import training_trainer
+from ..stages import StageRun
 from .allocation import SETTINGS, make_allocation, mean_bits, write_allocation
 from .budget import BIT_OPERATIONS, MILLISECONDS, UniformBudget, format_cost
 from .budget_search import BudgetSearch, check_budgets, check_refinement
@@ -86,11 +86,11 @@ class AllocationStage(StageRun):
         data = load_image_data(self.arguments.data, training.seed)
         if data.train is None:
             raise ValueError(f"the data set has no split {self.arguments.data.train_split!r}: name one by train_split")
-        model, teacher, processor = self._build_model(data)
+        model, processor, teacher, full_precision = self._build_model(data)
         self._begin()
         space = SearchSpace.of(model.config, told.candidate_bits)
         if table is None and any(budget.unit == MILLISECONDS for budget in budgets):
-            table = self._measured_latency(teacher, model.config)
+            table = self._measured_latency(full_precision, model.config)
         costs = CostModel(model.config, space, table)
         budgets = [budget_in_numbers(budget, model.config, table) for budget in budgets]
         check_budgets(costs, budgets)
@@ -98,7 +98,7 @@ class AllocationStage(StageRun):
         if told.allocation_method == "edmips":
             losses = self._losses_by_gradient(model, teacher, processor, data, costs)
             # That one's quantizers have become mixtures.
-            model, _, _ = self._build_model(data)
+            model = self._build_model(data).model
         images = self._calibration_batches(data, processor)(samples=told.sensitivity_samples)
         search = BudgetSearch(model, images, costs, losses)
         widths = search.solve(budgets, told.refine, training.seed)
@@ -158,20 +158,13 @@ class AllocationStage(StageRun):
         training.load_best_model_at_end = False
         budgets = told.budgets()
         mixtures = WidthMixtures(model, costs.space)
-        trainer = make_trainer(
+        trainer = training_trainer(
             model,
-            training,
+            self.arguments,
             data,
             processor,
             kind=WidthSearchTrainer,
             teacher=teacher,
-            train_dataset=images_to_train_on(data, processor, self.arguments),
-            data_collator=Collator(
-                model.config.num_labels,
-                self.arguments.data.mixup,
-                self.arguments.data.cutmix,
-                training.label_smoothing_factor,
-            ),
             mixtures=mixtures,
             cost=costs[budgets[0].unit if budgets else BIT_OPERATIONS],
             cost_weight=told.cost_weight,

@@ -6,9 +6,7 @@ from torch import Tensor, nn
 from ..ops import fake_quantize_widths, scale_gradient
 from ..quantize import reading_layers
 from ..quantizers import (
-    ActivationQuantizer,
     GroupActivationQuantizer,
-    LSQWeightQuantizer,
     WeightQuantizer,
     build_weight_quantizer,
 )
@@ -118,12 +116,6 @@ class WidthMixtures:
     def logits(self) -> list[nn.Parameter]:
         """What is searched."""
         return [mixture.logits for mixture in (*self.weights.values(), *self.inputs.values())]
-
-    def scales(self) -> list[nn.Parameter]:
-        """What the candidates learn."""
-        quantizers = [q for m in (*self.weights.values(), *self.inputs.values()) for q in m.quantizers]
-        learned = [q for q in quantizers if isinstance(q, LSQWeightQuantizer | ActivationQuantizer)]
-        return [parameter for quantizer in learned for parameter in quantizer.parameters()]
 
     def expected_cost(self, cost: Cost) -> Tensor:
         """`Σ_l Σ_wa p_w p_a cost_l(w, a)`, over the first layer's at its widest: scalar (EdMIPS, section 3.5)."""

@@ -1,0 +1,49 @@
+"""Where on the hub the model of a run goes, when the run is over."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from huggingface_hub import HfApi
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments
+
+from .pretrained import QuantformerPreTrainedModel
+
+
+@dataclass
+class Destination:
+    """A repository of the hub.
+
+    Attributes:
+        name: `user/name`, or a name among one's own.
+        private: whether it is made for nobody else; None for what the user's settings on the hub say.
+        revision: branch to push to; None for the main one.
+    """
+
+    name: str
+    private: bool | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, training: TrainingArguments) -> Self | None:
+        """What `--push_to_hub` and `--hub_model_id` ask for; by default the name is that of `output_dir`."""
+        if not training.push_to_hub:
+            return None
+        name = training.hub_model_id or Path(training.output_dir).absolute().name
+        return cls(name, training.hub_private_repo, training.hub_revision)
+
+    def created(self) -> Self:
+        """The same with the user's name, once it is there: what is not allowed is known before anything is computed.
+
+        Raises:
+            HfHubHTTPError: nobody is logged in, or may not write there.
+        """
+        return replace(self, name=HfApi().create_repo(self.name, private=self.private, exist_ok=True).repo_id)
+
+    def push(self, folder: str) -> None:
+        """The model of `folder`, its card and its image processor, and no path of this machine."""
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        model.push_to_hub(self.name, revision=self.revision)
+        if not isinstance(model, QuantformerPreTrainedModel):
+            # A quantized one takes it along.
+            AutoImageProcessor.from_pretrained(folder).push_to_hub(self.name, revision=self.revision)
