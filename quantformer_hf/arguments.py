@@ -72,7 +72,11 @@ class ModelArguments:
         metadata={"help": "Model to train in the stage full_precision without model_name_or_path, as in config.json."},
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start with a new classifier where the data set has other classes."}
+        default=False,
+        metadata={
+            "help": "Start with a new classifier where the checkpoint has none, or another number of classes than the data"
+            " set. One with as many is kept, and where its class names are others, gets those of the data set."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what earlier runs left of these stages."}

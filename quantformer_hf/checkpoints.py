@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 #: Arguments that say where and how transformers downloads; a local file has no use for them.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
+#: What is said of an encoder alone.
+NO_CLASSIFIER = "it has no classifier (one has to be trained by labels first, as the stage full_precision does)"
+
 
 @dataclass
 class FullPrecisionCheckpoint:
@@ -235,7 +238,7 @@ def _check_loading_info(info: dict[str, Any], ignore_mismatched_sizes: bool) -> 
         ],
     )
     if new and not ignore_mismatched_sizes:
-        problem = "it has no classifier"
+        problem = NO_CLASSIFIER
         if new[0] in mismatched:
             found, wanted = mismatched[new[0]]
             problem = f"its classifier has {found[0]} classes, and {wanted[0]} are asked for"
@@ -269,7 +272,7 @@ def _convert(
         resize_tables(state_dict, config, **sizes)
     if len(names) != classes or classes == 0:
         if not ignore_mismatched_sizes or not names:
-            found = f"its classifier has {classes} classes" if classes else "it has no classifier"
+            found = f"its classifier has {classes} classes" if classes else NO_CLASSIFIER
             wanted = f"and {len(names)} are asked for: pass" if names else "so pass id2label and"
             raise ValueError(f"{found}, {wanted} ignore_mismatched_sizes=True for a new one")
         logger.warning(f"the classifier of {classes} classes gives way to a new one of {len(names)}, to be trained")

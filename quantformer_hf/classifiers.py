@@ -10,11 +10,13 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     ViTImageProcessor,
 )
 
 from .arguments import ModelArguments
+from .checkpoint_files import shortened
 from .checkpoints import load_full_precision
 from .configuration_quantformer import QuantformerConfig
 from .data import ImageData
@@ -28,26 +30,24 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """An image classifier with the classes of the data set, in full precision (of any form) or quantized, and its processor.
 
+    Where the checkpoint's own names say nothing (`LABEL_0`, ...), it gets those of the data set. Where they are others, they
+    and the classifier stay, for the same classes may have other names (ImageNet's "tench, Tinca tinca" is n01440764 as
+    well): a warning says so. With `ignore_mismatched_sizes`, after which it is trained by labels, it gets the data set's.
+
     Raises:
-        ValueError: other classes, and no leave to make a new classifier; the same ones in another order; or no image
-            processor.
+        ValueError: another number of classes, and no leave to make a new classifier; the same ones in another order; or no
+            image processor.
     """
-    model, processor = _load(name, arguments)
-    own = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if own != data.label_names and sorted(own) == sorted(data.label_names):
-        index = next(i for i, pair in enumerate(zip(own, data.label_names, strict=True)) if len(set(pair)) == 2)
-        raise ValueError(
-            f"{name} and the data set have the same classes in another order (class {index} is {own[index]!r} and"
-            f" {data.label_names[index]!r}): number those of the data set as id2label of the model does"
-        )
+    may_be_new = arguments.ignore_mismatched_sizes
+    asked = {"num_labels": len(data.label_names), "ignore_mismatched_sizes": True} if may_be_new else {}
+    model, processor = _load(name, arguments, **asked)
     if model.config.num_labels != len(data.label_names):
-        if not arguments.ignore_mismatched_sizes:
-            raise ValueError(
-                f"{name} has {model.config.num_labels} classes and the data set {len(data.label_names)}: give"
-                f" --ignore_mismatched_sizes for a new classifier, and a stage that trains it by labels, such as"
-                f" --stages full_precision finetune --full_precision.num_train_epochs 5"
-            )
-        model, processor = _load(name, arguments, **class_names(data), ignore_mismatched_sizes=True)
+        raise ValueError(
+            f"{name} has {model.config.num_labels} classes and the data set {len(data.label_names)}: give"
+            f" --ignore_mismatched_sizes for a new classifier, and a stage that trains it by labels, such as"
+            f" --stages full_precision finetune --full_precision.num_train_epochs 5"
+        )
+    _agree_on_names(name, model, data, may_be_new)
     if processor is None:
         raise ValueError(f"{name} has no image processor: save one beside it, such as ViTImageProcessor(size=...)")
     return model, processor
@@ -64,6 +64,32 @@ def is_quantized(name: str) -> bool:
     except (OSError, ValueError):
         # No config of transformers' own: load_full_precision knows the other forms, and says what is wrong.
         return False
+
+
+def _agree_on_names(name: str, model: PreTrainedModel, data: ImageData, takes_names: bool) -> None:
+    own, wanted = [model.config.id2label[index] for index in range(model.config.num_labels)], data.label_names
+    differing = [f"class {i} is {a!r} and {b!r}" for i, (a, b) in enumerate(zip(own, wanted, strict=True)) if a != b]
+    if differing and sorted(own) == sorted(wanted):
+        raise ValueError(
+            f"{name} and the data set have the same classes in another order ({differing[0]}): number those of the data set"
+            f" as id2label of the model does"
+        )
+    nameless = own == [f"LABEL_{index}" for index in range(len(own))]
+    if differing and not nameless:
+        outcome = (
+            "its classifier is kept, to be trained under the names of the data set"
+            if takes_names
+            else "they are taken for the same classes under the checkpoint's names; where they are not, give"
+            " --ignore_mismatched_sizes, and a stage that trains the classifier by labels, such as full_precision"
+        )
+        logger.warning(f"{name} and the data set have other class names ({shortened(differing)}): {outcome}")
+    if nameless or takes_names:
+        for config in (model.config, _stock_config(model)):
+            config.id2label, config.label2id = class_names(data).values()
+
+
+def _stock_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return getattr(model.config, "backbone_config", model.config)
 
 
 def _load(name: str, arguments: ModelArguments, **classes: Any) -> tuple[PreTrainedModel, BaseImageProcessor | None]:

@@ -1,0 +1,90 @@
+"""The classifier that a stage starts from, and the classes of the data set."""
+
+import logging
+
+import pytest
+import torch
+from conftest import IMAGE_SIZE, make_full_precision, make_quantized
+from timm_checkpoints import VIT, make_timm_model, save_torch
+from transformers import ViTImageProcessor, ViTModel
+
+from quantformer_hf.arguments import ModelArguments
+from quantformer_hf.classifiers import load_classifier
+from quantformer_hf.data import ImageData
+
+
+NAMES = ["ant", "bee", "cat", "dog", "elk"]
+
+
+def data_of(*names: str) -> ImageData:
+    return ImageData(None, None, "image", "label", list(names), None, 10)
+
+
+def save(folder, model, names=None, **processor):
+    """A checkpoint with its image processor; its classes have no names of their own unless they are given."""
+    if names is not None:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: index for index, name in enumerate(names)}
+    model.save_pretrained(folder)
+    ViTImageProcessor(**({"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}} | processor)).save_pretrained(folder)
+    return str(folder)
+
+
+def load(name, *names, new=False):
+    return load_classifier(name, data_of(*names), ModelArguments(ignore_mismatched_sizes=new))[0]
+
+
+def names_of(model):
+    config = model.config
+    assert config.label2id == {name: index for index, name in config.id2label.items()}
+    assert getattr(config, "backbone_config", config).id2label == config.id2label
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES])
+@pytest.mark.parametrize("form", ["transformers", "timm"])
+def test_an_encoder_alone_gets_a_classifier_on_request(form, names, tmp_path):
+    if form == "transformers":
+        source = save(tmp_path, ViTModel(make_full_precision().config))
+    else:
+        model = make_timm_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+        source = str(save_torch(tmp_path / "vit_tiny_patch16_224.pth", model.state_dict()))
+    assert names_of(load(source, *names, new=True)) == names
+    with pytest.raises(ValueError, match=r"it has no classifier .*by labels first, as the stage full_precision does"):
+        load(source, *names)
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("make", [make_full_precision, make_quantized])
+def test_a_classifier_without_names_gets_those_of_the_data_set(make, new, tmp_path, caplog):
+    model = make()
+    source = save(tmp_path, model)
+    with caplog.at_level(logging.WARNING, "quantformer_hf"):
+        loaded = load(source, *NAMES, new=new)
+    assert names_of(loaded) == NAMES
+    assert not caplog.records
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("make", [make_full_precision, make_quantized])
+def test_other_names_are_told_and_the_flag_says_whose_count(make, new, tmp_path, caplog):
+    model = make()
+    others = ["plane", "car", "bird", "cat", "deer"]
+    source = save(tmp_path, model, others)
+    with caplog.at_level(logging.WARNING, "quantformer_hf"):
+        loaded = load(source, *NAMES, new=new)
+    assert "other class names (class 0 is 'plane' and 'ant', class 1 is 'car' and 'bee'" in caplog.text
+    assert names_of(loaded) == (NAMES if new else others)
+    # The same classes may have two names each: what the classifier knows is not thrown away.
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_another_number_of_classes_is_new_on_request_and_has_the_names_of_the_data_set(tmp_path):
+    source = save(tmp_path, make_full_precision(), NAMES)
+    assert names_of(load(source, "yes", "no", new=True)) == ["yes", "no"]
+    with pytest.raises(ValueError, match="has 5 classes and the data set 2: give --ignore_mismatched_sizes"):
+        load(source, "yes", "no")
+    for new in (False, True):
+        with pytest.raises(ValueError, match=r"in another order \(class 0 is 'ant' and 'elk'\)"):
+            load(source, *reversed(NAMES), new=new)
