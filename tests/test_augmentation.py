@@ -48,6 +48,39 @@ def test_every_part_of_deits_recipe_changes_the_image():
         assert not torch.equal(augmented_digits(**plain, **part)[0]["pixel_values"], without), part
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": 0.25},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+    ],
+)
+def test_training_and_evaluation_see_the_same_range(options):
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, **options)
+    image = PILImage.new("RGB", (16, 16), (250, 100, 3))
+    trained_on = train_transform(processor, DataArguments("digits"))(image, (0,))
+    evaluated = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(trained_on, evaluated)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({"image_mean": None}, {}, "ViTImageProcessor normalizes by image_mean None"),
+        ({"do_flip_channel_order": True}, {}, "has do_flip_channel_order"),
+        ({"do_rescale": False, "do_normalize": False}, {}, "leaves pixels as bytes"),
+        ({"do_normalize": False}, {"random_erasing": 0.25}, "random_erasing is 0.25, .* does not normalize"),
+    ],
+)
+def test_a_range_that_training_images_cannot_have_is_refused(options, arguments, message):
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, **options)
+    with pytest.raises(ValueError, match=message):
+        train_transform(processor, DataArguments("digits", **arguments))
+
+
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 @pytest.mark.parametrize("count", [1, 4, 5])
 def test_mixed_targets_are_distributions_that_follow_from_the_draw(mixup, cutmix, count):
