@@ -20,6 +20,7 @@ from .checkpoint_files import shortened
 from .checkpoints import load_full_precision
 from .configuration_quantformer import QuantformerConfig
 from .data import ImageData
+from .images import processor_size
 
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ def load_classifier(
     well): a warning says so. With `ignore_mismatched_sizes`, after which it is trained by labels, it gets the data set's.
 
     Raises:
-        ValueError: another number of classes, and no leave to make a new classifier; the same ones in another order; or no
-            image processor.
+        ValueError: another number of classes, and no leave to make a new classifier; the same ones in another order; no
+            image processor, or one that makes images of another size than the model takes.
     """
     may_be_new = arguments.ignore_mismatched_sizes
     asked = {"num_labels": len(data.label_names), "ignore_mismatched_sizes": True} if may_be_new else {}
@@ -50,6 +51,12 @@ def load_classifier(
     _agree_on_names(name, model, data, may_be_new)
     if processor is None:
         raise ValueError(f"{name} has no image processor: save one beside it, such as ViTImageProcessor(size=...)")
+    made, taken = processor_size(processor), _stock_config(model).image_size
+    if made != (tuple(taken) if isinstance(taken, list | tuple) else (taken, taken)):
+        raise ValueError(
+            f"{name} takes images of the size {taken}, and its {type(processor).__name__} makes {made[0]} x {made[1]}:"
+            f" correct its preprocessor_config.json, or give --image_size {made[0]} for a model of that size"
+        )
     return model, processor
 
 

@@ -23,8 +23,20 @@ REPLACEMENTS = 100
 
 
 def processor_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of the images that `processor` makes."""
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    """Height and width of the images that `processor` makes.
+
+    Raises:
+        ValueError: they have no size of their own, but one that follows from the image's.
+    """
+    crops = getattr(processor, "do_center_crop", False)
+    size = dict((processor.crop_size if crops else processor.size) or {})
+    if not {"height", "width"} <= size.keys() or not (crops or getattr(processor, "do_resize", True)):
+        raise ValueError(
+            f"the {type(processor).__name__} makes images of many sizes (do_resize {processor.do_resize}, size"
+            f" {dict(processor.size or {})}, do_center_crop {crops}), which no batch can hold: write into its"
+            f" preprocessor_config.json do_center_crop true and crop_size with height and width, or do_resize true and size"
+            f" with these"
+        )
     return size["height"], size["width"]
 
 

@@ -88,3 +88,13 @@ def test_another_number_of_classes_is_new_on_request_and_has_the_names_of_the_da
     for new in (False, True):
         with pytest.raises(ValueError, match=r"in another order \(class 0 is 'ant' and 'elk'\)"):
             load(source, *reversed(NAMES), new=new)
+
+
+@pytest.mark.parametrize("make", [make_full_precision, make_quantized])
+def test_a_processor_that_does_not_fit_the_model_is_told_before_any_image(make, tmp_path):
+    source = save(tmp_path, make(), NAMES, size={"height": 20, "width": 20})
+    with pytest.raises(ValueError, match="takes images of the size 16, and its ViTImageProcessor makes 20 x 20"):
+        load(source, *NAMES)
+    source = save(tmp_path, make(), NAMES, size={"shortest_edge": 16})
+    with pytest.raises(ValueError, match="makes images of many sizes"):
+        load(source, *NAMES)

@@ -8,7 +8,7 @@ import torch
 from transformers import ViTImageProcessor
 
 from quantformer_hf.data import DataArguments, load_image_data
-from quantformer_hf.images import TransformedImages, calibration_batches
+from quantformer_hf.images import TransformedImages, calibration_batches, processor_size
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
@@ -51,3 +51,13 @@ def test_a_stream_cannot_balance_classes():
     data = load_image_data(DataArguments(dataset_name="digits", streaming=True), seed=0)
     with pytest.raises(ValueError, match="balance_classes draws images at will, which a stream cannot"):
         next(calibration_batches(data, PROCESSOR, 16, 16, seed=0, balance_classes=True))
+
+
+def test_the_size_of_a_batch_is_the_crops_or_that_of_the_resized_image():
+    assert processor_size(PROCESSOR) == (16, 16)
+    crop = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 12}}
+    assert processor_size(ViTImageProcessor(**crop)) == (16, 12)
+    assert processor_size(ViTImageProcessor(**crop, do_resize=False)) == (16, 12)
+    for options in ({"size": {"shortest_edge": 20}}, {"do_resize": False}, {"do_center_crop": True}):
+        with pytest.raises(ValueError, match="the ViTImageProcessor makes images of many sizes"):
+            processor_size(ViTImageProcessor(**options))
