@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from accelerate.utils import gather_object
 from datasets import Image
 from PIL import Image as PILImage
@@ -33,25 +34,43 @@ DECODING_ERRORS = (
     PILImage.DecompressionBombError,
 )
 
-_RGB = Image(mode="RGB")
+_IMAGE = Image()
 
 
 class BadImageError(ValueError):
     """An image that cannot be decoded, or too many of them."""
 
 
-def decode(value: dict[str, Any]) -> PILImage.Image | None:
-    """The RGB image of an undecoded cell (`{"bytes", "path"}`) of `datasets`, or None if it is bad."""
+def decode(value: dict[str, Any] | None) -> PILImage.Image | None:
+    """The RGB image of an undecoded cell (`{"bytes", "path"}`, or null) of `datasets`, or None if it is bad."""
+    if value is None:
+        return None
     try:
-        return _RGB.decode_example(value)
+        return _eight_bits(_IMAGE.decode_example(value)).convert("RGB")
     except DECODING_ERRORS as error:
         logger.debug(f"{value.get('path')}: {error}")
         return None
 
 
-def origin(value: dict[str, Any], position: str) -> str:
+def _eight_bits(image: PILImage.Image) -> PILImage.Image:
+    """Gray of 16 bits, as PNG and scanners have it, as 8: Pillow would make it white.
+
+    Raises:
+        ValueError: numbers beyond 16 bits, or in floating point, of which nobody says what is white.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    gray = np.asarray(image)
+    if image.mode == "F" or gray.min() < 0 or gray.max() >= 1 << 16:
+        raise ValueError(
+            f"its gray goes from {gray.min()} to {gray.max()} (mode {image.mode}), and nobody says what is white"
+        )
+    return PILImage.fromarray((gray / 257).round().astype(np.uint8))
+
+
+def origin(value: dict[str, Any] | None, position: str) -> str:
     """What a message calls an image: its path where it has one, and its position."""
-    return f"{value['path']} ({position})" if value.get("path") else position
+    return f"{value['path']} ({position})" if value and value.get("path") else position
 
 
 class BadImageTally:

@@ -1,5 +1,6 @@
 """Images that cannot be decoded."""
 
+import io
 import logging
 from dataclasses import replace
 
@@ -63,6 +64,33 @@ def test_what_is_cut_off_missing_or_no_image_is_bad(tmp_path):
     assert [decode(cell) is None for cell in cells] == [False, True, True, False]
     assert decode({"path": str(tmp_path / "nowhere.jpg"), "bytes": None}) is None
     assert decode({"path": None, "bytes": b""}) is None
+
+
+def cell(pixels, form):
+    content = io.BytesIO()
+    PILImage.fromarray(pixels).save(content, form)
+    return {"path": None, "bytes": content.getvalue()}
+
+
+@pytest.mark.parametrize(("kind", "form"), [("<u2", "png"), ("<u2", "tiff"), (">u2", "tiff"), ("<i4", "tiff")])
+def test_gray_of_16_bits_keeps_its_shades(kind, form):
+    shades = np.arange(256).reshape(16, 16)
+    image = decode(cell((257 * shades).astype(kind), form))
+    assert image.mode == "RGB"
+    assert (np.asarray(image) == shades[..., None]).all()
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("<i4", 1000), ("<i4", -1), ("<f4", 1)])
+def test_gray_without_a_known_white_is_bad(kind, scale):
+    assert decode(cell((scale * np.arange(256).reshape(16, 16)).astype(kind), "tiff")) is None
+
+
+def test_a_row_without_an_image_is_bad(tmp_path):
+    rows = write_images(tmp_path, 3, set()).train
+    rows = Dataset.from_dict({"image": [*rows["image"][:2], None], "label": rows["label"][:]}, features=rows.features)
+    data = ImageData(rows, rows, "image", "label", list(map(str, range(NUM_LABELS))), 3, 10)
+    assert training_images(data)[2]["bad_images"] == ["image 2"]
+    assert TransformedImages(rows, data, PROCESSOR)[2]["bad_images"] == ["image 2"]
 
 
 def test_another_image_takes_the_place_of_a_bad_one_in_training(tmp_path):
