@@ -70,7 +70,7 @@ def _eight_bits(image: PILImage.Image) -> PILImage.Image:
 
 def origin(value: dict[str, Any] | None, position: str) -> str:
     """What a message calls an image: its path where it has one, and its position."""
-    return f"{value['path']} ({position})" if value and value.get("path") else position
+    return f"{value['path']} ({position})" if isinstance(value, dict) and value.get("path") else position
 
 
 class BadImageTally:

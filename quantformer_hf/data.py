@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 
+from .columns import check_all_labelled, find_column, with_classes, with_images
 from .configuration_quantformer import nearest
 
 
@@ -65,8 +66,16 @@ class DataArguments:
     eval_fraction: float = field(
         default=0.2, metadata={"help": "Share of the training images held out, see eval_split."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Default: the one column of images."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: the one column of class labels."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of images, or of the bytes of their files. Default: the one of images."}
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of class labels, or of strings or integers, of which each is a class. Default: the one of class"
+            " labels."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
     calibration_samples: int = field(default=256, metadata={"help": "Training images that calibrate the quantizers."})
@@ -163,7 +172,8 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
     """Load the data set of `arguments`, with its splits, columns and class names.
 
     Raises:
-        ValueError: a split or column that is not there, with those that are; splits whose classes differ.
+        ValueError: a split or column that is not there, with those that are; splits whose classes differ; no labels to
+            evaluate by.
         FileNotFoundError: no such folder.
     """
     splits = _load_splits(arguments)
@@ -180,9 +190,17 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
         )
 
     features = (splits[eval_split] if train is None else train).features
-    image_column = _find_column(features, "image", arguments.image_column, Image)
-    label_column = _find_column(features, "label", arguments.label_column, ClassLabel)
-    label_names = features[label_column].names
+    image_column = find_column(features, "image", arguments.image_column, Image)
+    label_column = find_column(features, "label", arguments.label_column, ClassLabel)
+    held_out = ("train_split", arguments.train_split) if eval_split is None else ("eval_split", eval_split)
+    if not arguments.streaming and label_column in splits[held_out[1]].features:
+        # Training looks at each label as it comes: without it, as in calibration alone, none is needed.
+        check_all_labelled(splits[held_out[1]], label_column, *reversed(held_out))
+    used = [name for name in (arguments.train_split, eval_split) if name in splits]
+    splits = with_classes(splits, label_column, used)
+    splits = {name: with_images(rows, image_column) for name, rows in splits.items()}
+    train = splits.get(arguments.train_split)
+    label_names = splits[used[0]].features[label_column].names
     if eval_split is None:
         if arguments.streaming:
             raise ValueError("a stream cannot be split: name another split to evaluate on by eval_split")
@@ -257,22 +275,3 @@ def shuffled(rows: Dataset | IterableDataset, seed: int, buffer_size: int) -> Da
     if isinstance(rows, IterableDataset):
         return rows.shuffle(seed=seed, buffer_size=buffer_size)
     return rows.shuffle(seed=seed)
-
-
-def _find_column(features: Features, role: str, name: str | None, kind: type) -> str:
-    if name is not None:
-        if name not in features:
-            raise ValueError(f"the data set has no {role} column {name!r}{nearest(name, features)}")
-        if not isinstance(features[name], kind):
-            raise ValueError(
-                f"the {role} column {name!r} holds {type(features[name]).__name__}, not {kind.__name__}: cast it with"
-                f" dataset.cast_column, or name another"
-            )
-        return name
-    found = [column for column, feature in features.items() if isinstance(feature, kind)]
-    if len(found) != 1:
-        raise ValueError(
-            f"the data set has {len(found)} columns of the type {kind.__name__} among {', '.join(features)}: name one by"
-            f" {role}_column"
-        )
-    return found[0]

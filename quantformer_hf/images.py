@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 
 from .bad_images import BadImageError, BadImageTally, decode, origin
 from .data import ImageData, first, shuffled
-from .labels import IGNORED_LABEL
+from .labels import IGNORED_LABEL, check_labelled
 from .sampling import Draw, by_turns
 
 
@@ -135,6 +135,7 @@ class TransformedImages(torch.utils.data.Dataset):
 
         Raises:
             BadImageError: `REPLACEMENTS` for a bad training image were bad as well.
+            ValueError: an image without a class.
         """
         draws = [draw if isinstance(draw, Draw) else Draw(draw) for draw in draws]
         rows = self.rows[[draw.index for draw in draws]]
@@ -142,6 +143,8 @@ class TransformedImages(torch.utils.data.Dataset):
         images = [decode(cell) for cell in cells]
         if self.augment is None:
             origins = [origin(cell, f"image {draw.index}") for cell, draw in zip(cells, draws, strict=True)]
+            for label, name in zip(labels, origins, strict=True):
+                check_labelled(label, name, self.label_column, "eval_split")
             return evaluation_rows(images, labels, origins, self.processor)
         return [
             self._training_row(draw, cell, image, label)
@@ -150,18 +153,20 @@ class TransformedImages(torch.utils.data.Dataset):
 
     def _training_row(self, draw: Draw, cell: dict, image: PILImage.Image | None, label: int) -> dict[str, Any]:
         key = (self.seed, draw.epoch, draw.index, draw.copy)
-        bad_images = []
+        name, bad_images = origin(cell, f"image {draw.index}"), []
         if image is None:
-            bad_images.append(origin(cell, f"image {draw.index}"))
+            bad_images.append(name)
             generator = np.random.default_rng(key)
             for index in map(int, generator.integers(len(self.rows), size=REPLACEMENTS)):
                 row = self.rows[index]
                 image, label = decode(row[self.image_column]), row[self.label_column]
+                name = origin(row[self.image_column], f"image {index}")
                 if image is not None:
                     break
-                bad_images.append(origin(row[self.image_column], f"image {index}"))
+                bad_images.append(name)
             else:
                 raise BadImageError(f"nearly all images are bad, such as {', '.join(sorted(set(bad_images))[:5])}")
+        check_labelled(label, name, self.label_column, "train_split")
         row = {"pixel_values": self.augment(image, key), "labels": label, "draw": key}
         return row | {"bad_images": bad_images} if bad_images else row
 

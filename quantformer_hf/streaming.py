@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, TrainingArguments
 from .bad_images import BadImageError, decode, origin
 from .data import ImageData, shuffled
 from .images import evaluation_rows, processor_size, undecoded
-from .labels import IGNORED_LABEL
+from .labels import IGNORED_LABEL, check_labelled
 
 
 #: Shards for each reader from which on they are dealt out whole, though one may have one more than another: single images
@@ -122,13 +122,15 @@ class StreamedTrainingImages(StreamedImages):
         for position in range(rows_to_make):
             key = (self.seed, epoch, position, reader)
             for number, row in rows:
-                image = decode(row[self.image_column])
+                cell, label = row[self.image_column], row[self.label_column]
+                image, name = decode(cell), origin(cell, f"image {number} of reader {reader}")
                 if image is not None:
                     break
-                bad_images.append(origin(row[self.image_column], f"image {number} of reader {reader}"))
+                bad_images.append(name)
                 if len(bad_images) == MAX_BAD_RUN:
                     raise BadImageError(f"{MAX_BAD_RUN} bad images in a row, such as {', '.join(bad_images[:5])}")
-            made = {"pixel_values": self.augment(image, key), "labels": row[self.label_column], "draw": key}
+            check_labelled(label, name, self.label_column, "train_split")
+            made = {"pixel_values": self.augment(image, key), "labels": label, "draw": key}
             if bad_images:
                 made["bad_images"], bad_images = bad_images, []
             yield made
@@ -186,6 +188,8 @@ class StreamedEvaluationImages(StreamedImages):
                 start = (step * self.num_processes + self.process_index) * self.batch_size
                 cells = found[self.image_column]
                 origins = [origin(cell, f"image {start + i}") for i, cell in enumerate(cells)]
+                for label, name in zip(found[self.label_column], origins, strict=True):
+                    check_labelled(label, name, self.label_column, "eval_split")
                 images = [decode(cell) for cell in cells]
                 rows = evaluation_rows(images, found[self.label_column], origins, self.processor)
             yield from rows

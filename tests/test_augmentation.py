@@ -118,6 +118,9 @@ def test_a_label_outside_the_classes_is_named_before_it_reaches_the_device():
     with pytest.raises(ValueError, match=r"label 11 is outside 0\.\.9"):
         Collator(10)(made)
     assert Collator(12)(made)["labels"].tolist() == [0, 11]
+    made[1]["labels"] = -1
+    with pytest.raises(ValueError, match=r"label -1 is outside 0\.\.9: the image has no class, and has to be left out"):
+        Collator(10)(made)
 
 
 def test_a_key_may_end_in_zeros():

@@ -1,11 +1,14 @@
 """Data sets, their splits, columns and classes."""
 
+import io
 import json
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
@@ -91,7 +94,12 @@ def test_samples_are_limited(tmp_path):
     [
         (["image", "label"], {"image_column": "imgae"}, "no image column 'imgae': did you mean 'image'"),
         (["image", "label"], {"label_column": "class"}, "no label column 'class'"),
-        (["image", "label", "caption"], {"label_column": "caption"}, "holds Value, not ClassLabel"),
+        (["image", "label"], {"label_column": "image"}, r"label column 'image' holds Image\(.* strings or integers"),
+        (
+            ["image", "label", "caption"],
+            {"image_column": "caption"},
+            r"'caption' holds Value\(.* bytes of image files",
+        ),
         (["image", "thumbnail", "label"], {}, "2 columns of the type Image .* name one by image_column"),
         (["image", "caption"], {}, "0 columns of the type ClassLabel .* name one by label_column"),
         (["image", "label"], {"eval_split": "validaton"}, "no split 'validaton'"),
@@ -136,6 +144,85 @@ def test_splits_with_other_classes_are_refused(tmp_path, monkeypatch):
         "quantformer_hf.data.load_dataset", lambda *args, **kwargs: DatasetDict(train=one, validation=other)
     )
     with pytest.raises(ValueError, match=r"do not have the same classes in .label. .* in another order"):
+        load_image_data(DataArguments(dataset_name="owner/name"), seed=0)
+
+
+def write_plain_parquet(folder, **labels):
+    """Images as structs of bytes, of which the files do not say that they are images; a file for each split."""
+    for split, values in labels.items():
+        cells = []
+        for i in range(len(values)):
+            content = io.BytesIO()
+            PILImage.new("RGB", (4, 4), (i, 0, 0)).save(content, "png")
+            cells.append({"bytes": content.getvalue(), "path": None})
+        pq.write_table(pa.table({"img": cells, "kind": values}), folder / f"{split}-0.parquet")
+    return {"dataset_dir": str(folder), "image_column": "img", "label_column": "kind"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "validation", "test", "names", "numbers"),
+    [
+        (["b", "c", "b", "e"], ["a", "e"], [None, "d"], ["a", "b", "c", "d", "e"], [1, 2, 1, 4]),
+        ([10, 2, 10, 3], [2, 7], [-1, 4], ["2", "3", "4", "7", "10"], [4, 0, 4, 1]),
+        ([True, True], [True], [False], ["False", "True"], [1, 1]),
+    ],
+)
+def test_strings_and_integers_that_are_named_are_classes_of_all_splits_together(
+    labels, validation, test, names, numbers, tmp_path
+):
+    # The classes of a split that is not used count as well, for another command may use it; that rows there have none is no
+    # matter.
+    arguments = write_plain_parquet(tmp_path, train=labels, validation=validation, test=test)
+    data = load_image_data(DataArguments(**arguments), seed=0)
+    assert data.label_names == names
+    assert data.train["kind"][:] == numbers
+    assert [names[label] for label in data.validation["kind"]] == [str(label) for label in validation]
+    assert data.train[0]["img"].size == (4, 4)
+    assert TransformedImages(data.train, data, PROCESSOR)[1]["labels"] == numbers[1]
+
+
+def test_what_a_stream_cannot_know_is_told(tmp_path):
+    arguments = write_plain_parquet(tmp_path, train=["a", "b"], test=["a", "b"])
+    with pytest.raises(ValueError, match=r"'kind' holds Value.* a stream does not say which classes .* --streaming"):
+        load_image_data(DataArguments(**arguments, streaming=True), seed=0)
+
+
+def test_files_of_a_stream_that_are_named_are_images(tmp_path):
+    arguments = write_plain_parquet(tmp_path, train=[0, 1])
+    features = Features(
+        {"img": {"bytes": Value("binary"), "path": Value("string")}, "kind": ClassLabel(names=["a", "b"])}
+    )
+    rows = Dataset.from_parquet(str(tmp_path / "train-0.parquet"), features=features)
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / f"{split}-0.parquet")
+    data = load_image_data(DataArguments(**arguments, streaming=True), seed=0)
+    assert next(iter(data.train))["img"].size == (4, 4)
+
+
+def unlabelled(rows, labels):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    return Dataset.from_dict({"image": [PILImage.new("RGB", (4, 4))] * rows, "label": labels}, features=features)
+
+
+@pytest.mark.parametrize("label", [None, -1])
+def test_a_split_without_labels_is_named_where_they_are_needed(label, monkeypatch):
+    some, none = unlabelled(4, [0, 1, label, 1]), unlabelled(2, [label] * 2)
+    splits = DatasetDict(train=some, validation=unlabelled(2, [0, 1]), test=none)
+    monkeypatch.setattr("quantformer_hf.data.load_dataset", lambda *args, **kwargs: splits)
+    with pytest.raises(
+        ValueError, match=rf"row 0 of the split 'test', and 2 of 2 .*\({label} in .*'label'\).*--eval_split"
+    ):
+        load_image_data(DataArguments(dataset_name="owner/name", eval_split="test"), seed=0)
+    # Calibration has no use for labels; training names the row.
+    data = load_image_data(DataArguments(dataset_name="owner/name"), seed=0)
+    images = TransformedImages(data.train, data, PROCESSOR, augment=lambda image, key: None)
+    assert images[1]["labels"] == 1
+    with pytest.raises(ValueError, match=rf"image 2 has no class \({label} in the column 'label'\).*--train_split"):
+        images[2]
+    splits = DatasetDict(train=some)
+    with pytest.raises(
+        ValueError, match=r"row 2 of the split 'train', and 1 of 4 rows in all, has no class.*--train_split"
+    ):
         load_image_data(DataArguments(dataset_name="owner/name"), seed=0)
 
 

@@ -146,6 +146,18 @@ def test_evaluation_counts_every_image_once_and_fills_up(count, processes, worke
     assert [label for label in in_order if label != IGNORED_LABEL] == list(range(count))
 
 
+@pytest.mark.parametrize("label", [None, -1])
+def test_an_image_of_a_stream_without_a_class_is_named(label):
+    data = numbered(8)
+    nothing = data.train.map(lambda row: row | {"label": label}, features=data.train.features)
+    data = ImageData(nothing, nothing, "image", "label", data.label_names, 8, 8)
+    place = {"batch_size": 4, "num_processes": 1, "process_index": 0}
+    with pytest.raises(ValueError, match=rf"image \d of reader 0 has no class \({label} in .*--train_split"):
+        next(iter(training(data)))
+    with pytest.raises(ValueError, match=rf"image 0 has no class \({label} in the column 'label'\).*--eval_split"):
+        next(iter(StreamedEvaluationImages(data, PROCESSOR, **place)))
+
+
 def digits(streaming):
     data = load_image_data(DataArguments(dataset_name="digits", streaming=streaming, max_eval_samples=30), seed=0)
     if not streaming:
