@@ -1,6 +1,7 @@
 """Where images and labels come from: data sets of `datasets`, their splits, columns and classes."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class DataArguments:
         metadata={"help": "Split to evaluate on. Default: validation or val, else test, else eval_fraction."},
     )
     eval_fraction: float = field(
-        default=0.2, metadata={"help": "Share of the training images held out, see eval_split."}
+        default=0.2, metadata={"help": "Share of the training images held out, of each class alike, see eval_split."}
     )
     image_column: str | None = field(
         default=None, metadata={"help": "Column of images, or of the bytes of their files. Default: the one of images."}
@@ -120,6 +121,10 @@ class DataArguments:
         for name in ("crop_scale", "crop_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose more than 0 and at most 1")
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(
+                f"eval_fraction is {self.eval_fraction}: choose more than 0 and less than 1, or name a split by eval_split"
+            )
         counts = "train_samples_per_epoch", "shuffle_buffer_size", "max_train_samples", "max_eval_samples"
         for name in (*counts, "calibration_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -173,7 +178,7 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
 
     Raises:
         ValueError: a split or column that is not there, with those that are; splits whose classes differ; no labels to
-            evaluate by.
+            evaluate by; nothing to evaluate on that could be held out.
         FileNotFoundError: no such folder.
     """
     splits = _load_splits(arguments)
@@ -202,10 +207,7 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
     train = splits.get(arguments.train_split)
     label_names = splits[used[0]].features[label_column].names
     if eval_split is None:
-        if arguments.streaming:
-            raise ValueError("a stream cannot be split: name another split to evaluate on by eval_split")
-        parts = train.train_test_split(arguments.eval_fraction, seed=seed, stratify_by_column=label_column)
-        train, validation = parts["train"], parts["test"]
+        train, validation = _hold_out(train, label_column, arguments, seed)
     else:
         validation = splits[eval_split]
         _check_same_classes(validation.features, label_column, label_names, eval_split, arguments.train_split)
@@ -249,6 +251,25 @@ def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
     if streaming and any(rows.features is None for rows in splits.values()):
         splits = IterableDatasetDict({name: rows._resolve_features() for name, rows in splits.items()})
     return splits
+
+
+def _hold_out(
+    train: Dataset | IterableDataset, label_column: str, arguments: DataArguments, seed: int
+) -> tuple[Dataset, Dataset]:
+    """What is left to train on, and what is held out to evaluate on: some of each class."""
+    if arguments.streaming:
+        raise ValueError("a stream cannot be split: name another split to evaluate on by eval_split")
+    try:
+        parts = train.train_test_split(arguments.eval_fraction, seed=seed, stratify_by_column=label_column)
+    except ValueError as error:
+        names, counts = train.features[label_column].names, Counter(train[label_column][:])
+        rarest, images = min(counts.items(), key=lambda item: item[1], default=(0, 0))
+        raise ValueError(
+            f"eval_fraction {arguments.eval_fraction} of {len(train)} images cannot be held out with some of each of"
+            f" {len(counts)} classes ({names[rarest]!r} has {images}): choose another --eval_fraction, or name a split by"
+            f" --eval_split"
+        ) from error
+    return parts["train"], parts["test"]
 
 
 def _check_same_classes(

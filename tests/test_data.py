@@ -226,6 +226,16 @@ def test_a_split_without_labels_is_named_where_they_are_needed(label, monkeypatc
         load_image_data(DataArguments(dataset_name="owner/name"), seed=0)
 
 
+@pytest.mark.parametrize(("labels", "fraction"), [([0, 0, 0, 1], 0.5), ([0, 0, 0, 1, 1], 0.01), ([0, 0, 1, 1], 0.99)])
+def test_what_cannot_be_held_out_is_told_by_the_argument_and_the_rarest_class(labels, fraction, monkeypatch):
+    splits = DatasetDict(train=unlabelled(len(labels), labels))
+    monkeypatch.setattr("quantformer_hf.data.load_dataset", lambda *args, **kwargs: splits)
+    with pytest.raises(
+        ValueError, match=rf"eval_fraction {fraction} of {len(labels)} images .*has [12]\).*--eval_split"
+    ):
+        load_image_data(DataArguments(dataset_name="owner/name", eval_fraction=fraction), seed=0)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_are_read_from_urls(streaming, tmp_path):
     for split in ("train", "validation"):
@@ -273,6 +283,8 @@ def test_an_epoch_of_a_stream_has_the_length_that_the_data_set_declares(tmp_path
     ("arguments", "message"),
     [
         ({"mixup": -1}, "mixup is -1"),
+        ({"eval_fraction": 0}, "eval_fraction is 0: choose more than 0 and less than 1, or name a split by eval_split"),
+        ({"eval_fraction": 1.5}, "eval_fraction is 1.5"),
         ({"random_erasing": 1.5}, "random_erasing is 1.5: choose a probability"),
         ({"crop_scale": 0}, "crop_scale is 0"),
         ({"auto_augment": "rnd-m9"}, "auto_augment is 'rnd-m9', which timm does not know"),
