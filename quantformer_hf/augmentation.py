@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from .data import DataArguments
-from .images import processor_size
+from .images import pixel_scaling, processor_size
 from .labels import IGNORED_LABEL, check_labels
 
 
@@ -59,7 +59,7 @@ def train_transform(
     Raises:
         ValueError: a processor that makes images of no fixed size, or of pixel values that timm's parts cannot make.
     """
-    mean, std = _scaling(processor)
+    mean, std = pixel_scaling(processor)
     if arguments.random_erasing and not processor.do_normalize:
         raise ValueError(
             f"random_erasing is {arguments.random_erasing}, whose noise has the mean 0 and the deviation 1, and the"
@@ -82,30 +82,6 @@ def train_transform(
             re_mode="pixel",
         )
     )
-
-
-def _scaling(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that make of pixels from 0 to 1, as timm normalizes, the values that `processor` makes."""
-    name = type(processor).__name__
-    for option in ("do_flip_channel_order", "rescale_offset"):
-        if getattr(processor, option, False):
-            raise ValueError(
-                f"the checkpoint's {name} has {option}, which training images cannot have: choose another processor"
-            )
-    if not (processor.do_rescale or processor.do_normalize):
-        raise ValueError(
-            f"the checkpoint's {name} leaves pixels as bytes, which no model takes: write do_rescale or do_normalize true"
-            f" into its preprocessor_config.json"
-        )
-    # What the processor makes of a white pixel before it normalizes.
-    white = 255 * (processor.rescale_factor if processor.do_rescale else 1)
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-    if mean is None or std is None:
-        raise ValueError(
-            f"the checkpoint's {name} normalizes by image_mean {mean} and image_std {std}: write both into its"
-            f" preprocessor_config.json, or do_normalize false"
-        )
-    return tuple(np.broadcast_to(mean, 3) / white), tuple(np.broadcast_to(std, 3) / white)
 
 
 class SeededTransform:

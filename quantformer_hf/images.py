@@ -40,6 +40,34 @@ def processor_size(processor: BaseImageProcessor) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
+def pixel_scaling(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that make of pixels from 0 to 1, as timm normalizes, the values that `processor` makes.
+
+    Raises:
+        ValueError: values that no such two make.
+    """
+    name = type(processor).__name__
+    for option in ("do_flip_channel_order", "rescale_offset"):
+        if getattr(processor, option, False):
+            raise ValueError(
+                f"the checkpoint's {name} has {option}, which training images cannot have: choose another processor"
+            )
+    if not (processor.do_rescale or processor.do_normalize):
+        raise ValueError(
+            f"the checkpoint's {name} leaves pixels as bytes, which no model takes: write do_rescale or do_normalize true"
+            f" into its preprocessor_config.json"
+        )
+    # What the processor makes of a white pixel before it normalizes.
+    white = 255 * (processor.rescale_factor if processor.do_rescale else 1)
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    if mean is None or std is None:
+        raise ValueError(
+            f"the checkpoint's {name} normalizes by image_mean {mean} and image_std {std}: write both into its"
+            f" preprocessor_config.json, or do_normalize false"
+        )
+    return tuple(np.broadcast_to(mean, 3) / white), tuple(np.broadcast_to(std, 3) / white)
+
+
 def with_crop(processor: BaseImageProcessor, crop_pct: float | None) -> BaseImageProcessor:
     """A copy of `processor` whose centre crop keeps `crop_pct` of the shorter edge, as timm counts; None changes nothing.
 

@@ -9,6 +9,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention import attention_modules
 from .class_token import CLASS_TOKENS
+from .images import pixel_scaling
 from .rotation import rotated
 from .training_args import QuantformerTrainingArguments
 
@@ -69,7 +70,10 @@ def check_image_size(student: PreTrainedModel, teacher: PreTrainedModel) -> None
 
 def renormalize(teacher: PreTrainedModel, given: BaseImageProcessor, own: BaseImageProcessor) -> None:
     """Let `teacher` take `pixel_values` that `given` has normalized, where it was trained on those of `own`."""
-    (mean, deviation), (own_mean, own_deviation) = (_normalization(processor) for processor in (given, own))
+    (mean, deviation), (own_mean, own_deviation) = (
+        [torch.tensor(values).float().view(-1, 1, 1) for values in pixel_scaling(processor)]
+        for processor in (given, own)
+    )
     factor, shift = deviation / own_deviation, (mean - own_mean) / own_deviation
     if (factor == 1).all() and (shift == 0).all():
         return
@@ -79,8 +83,3 @@ def renormalize(teacher: PreTrainedModel, given: BaseImageProcessor, own: BaseIm
         return arguments, kwargs | {"pixel_values": pixel_values * factor.to(pixel_values) + shift.to(pixel_values)}
 
     teacher.register_forward_pre_hook(as_its_own, with_kwargs=True)
-
-
-def _normalization(processor: BaseImageProcessor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation that `processor` takes off, `(channels, 1, 1)` each."""
-    return tuple(torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
