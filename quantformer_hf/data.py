@@ -46,7 +46,7 @@ class DataArguments:
     data_files: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Parquet files by split, local or remote, as JSON: {'train': 'https://.../train-*.parquet', ...}."
+            "help": 'Parquet files by split, local or remote, as JSON: {"train": "https://.../train-*.parquet", ...}.'
         },
     )
     streaming: bool = field(

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="write the arithmetic of the packed model itself: ONNX Runtime gives its logits bit for bit, and is slower",
+        help="write the arithmetic of the packed model itself: ONNX Runtime, and OpenVINO in float32, give its logits bit"
+        " for bit, more slowly",
     )
 
 
