@@ -87,6 +87,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         config.backbone_config.id2label, config.backbone_config.label2id = config.id2label, config.label2id
         self.backbone = build_backbone(config.backbone_config)
         quantize.quantize_model(self.backbone, config)
+        self.backbone.register_load_state_dict_post_hook(pack.prepare_anew)
         # p of each attention block's consistency loss, where it adapts (`losses.py`): part of the training state.
         self.register_buffer("concentration_degree", torch.ones(len(attention_modules(self.backbone))))
         # What the file was quantized to, so that a config of other bits is found out.

@@ -5,10 +5,11 @@ from torch import nn
 
 from .attention import AttentionOperands
 from .configuration_quantformer import QuantformerConfig
-from .kernels import describe_device, describe_layer
+from .kernels import Remembered, describe_device, describe_layer
 from .layer_bits import resolve_layer_bits
 from .layers import QuantConv2d, QuantLinear
 from .packed_layers import PackedLayer, packed_form, unpacked_form
+from .packed_model import ModelJob
 from .quantize import connect_readers, group_quantizers, make_weight_quantizer, weight_quantized_layers
 
 
@@ -39,8 +40,22 @@ def prepare_inference(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PackedLayer) and module.can_infer():
             module.plan(module.channel_plan())
-        elif isinstance(module, AttentionOperands):
+        elif isinstance(module, AttentionOperands) and module.query.packed:
             module.operands()
+
+
+def prepare_anew(backbone: nn.Module, *_) -> None:
+    """Forget what the modules of a packed model remember, and make it from the tensors as they are now.
+
+    A hook of `load_state_dict`: graphs are traced with what is remembered, and of some changes tensors say nothing.
+    """
+    remembered = [held for module in backbone.modules() for held in vars(module).values()]
+    for held in remembered:
+        if isinstance(held, Remembered | ModelJob):
+            held.forget()
+    # A skeleton is filled later.
+    if not any(tensor.is_meta for tensor in backbone.parameters()):
+        prepare_inference(backbone)
 
 
 def unpack(backbone: nn.Module, config: QuantformerConfig) -> None:

@@ -84,6 +84,10 @@ class ModelJob:
         # Addresses mean nothing to a copy, or in another process.
         return type(self), ()
 
+    def forget(self) -> None:
+        """Make them anew at the next call, whatever the tensors say."""
+        self._of_size = {}
+
     def run(self, backbone: PreTrainedModel, pixel_values: Tensor, kwargs: dict) -> Tensor | None:
         """Logits `(batch, classes)`; None where the modules are to be called.
 

@@ -133,6 +133,51 @@ def test_a_packed_model_compiles_and_exports_whole():
         assert torch.equal(exported.module()(pixel_values=batch).logits, expected)
 
 
+def graph_of(model, batch, how):
+    if how == "compiled":
+        return torch.compile(model, backend="eager")
+    return torch.export.export(model, (), {"pixel_values": batch}, strict=how == "strict").module()
+
+
+@pytest.mark.parametrize("how", ["compiled", "exported", "strict"])
+def test_a_graph_has_the_tensors_that_were_loaded_last(how):
+    model, other = (make_quantized("vit", "finetune").pack() for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in other.backbone.named_parameters():
+            if name.endswith(("fc1.bias", "query.scale", "projection.weight_quantizer.scale")):
+                parameter.mul_(1.5)
+    batch = make_batches()[0]
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(graph_of(model, batch, how)(pixel_values=batch).logits, logits(other, batch))
+
+
+def test_what_was_compiled_before_follows_what_is_loaded():
+    model = make_quantized("vit", "finetune").pack()
+    batch, state = make_batches()[0], {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compiled, expected = torch.compile(model, backend="eager"), logits(model, batch)
+    assert torch.equal(logits(compiled, batch), expected)
+    state["backbone.classifier.bias"] += 1
+    model.backbone.load_state_dict({name.removeprefix("backbone."): state[name] for name in state}, strict=False)
+    torch.testing.assert_close(logits(compiled, batch), expected + 1)
+
+
+@pytest.mark.parametrize("how", ["data", "inference_mode"])
+def test_loading_its_own_tensors_shows_a_model_what_pytorch_did_not_count(how):
+    with torch.inference_mode(how == "inference_mode"):
+        model = make_quantized("vit", "finetune").pack()
+        batch = make_batches()[0]
+        expected = logits(model, batch)
+        for parameter in (model.backbone.classifier.bias, model.backbone.vit.layers[0].mlp.fc2.bias):
+            parameter.data.add_(1)
+        model.load_state_dict(model.state_dict())
+        changed = logits(model, batch)
+        assert not torch.equal(changed, expected)
+        model.backbone.vit.layers[0].mlp.fc2.bias.data.sub_(1)
+        model.load_state_dict(model.state_dict())
+        torch.testing.assert_close(logits(model, batch), expected + 1)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_packed_model_takes_any_number_of_images(strict):
     model = make_quantized("vit", "finetune").pack()
