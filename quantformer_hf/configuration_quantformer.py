@@ -127,9 +127,15 @@ class QuantformerConfig(PreTrainedConfig):
         backbone = self.backbone_config
         if self.id2label is None and "num_labels" not in kwargs:
             self.id2label, self.label2id = backbone.id2label, backbone.label2id
+        if self.problem_type is None:
+            self.problem_type = backbone.problem_type
         super().__post_init__(**kwargs)
-        # The wrapper and the model inside it must agree on the classes.
-        backbone.id2label, backbone.label2id = self.id2label, self.label2id
+        self.tell_backbone()
+
+    def tell_backbone(self) -> None:
+        """Have the model inside agree with the wrapper on classes, and on what is asked of them."""
+        for name in ("id2label", "label2id", "problem_type"):
+            setattr(self.backbone_config, name, getattr(self, name))
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with `layer_bits` as a list of pairs: their order counts, and files sort the keys of

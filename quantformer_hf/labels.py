@@ -1,10 +1,16 @@
 """Labels of images, and those that are none."""
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 
 #: Label of a row that no loss and no metric is to count: what PyTorch's cross-entropy ignores.
 IGNORED_LABEL = -100
+
+
+def one_class_an_image(config: PreTrainedConfig) -> bool:
+    """Whether softmax is for its logits: each image is of one class, and not of several, and no number is asked for."""
+    return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
 
 
 def check_labels(labels: Tensor, num_labels: int) -> None:

@@ -11,6 +11,7 @@ from .classifier_refit import refit_classifier
 from .estimate import free_bytes, mebibytes
 from .image_batches import Batches, pixel_values_in
 from .kernels import fake_quantized
+from .labels import one_class_an_image
 from .quantize import classifiers, full_precision, reading_layers, writing_streams
 from .quantizers import GroupActivationQuantizer
 from .reconstruction import Readers, reconstruct_layers, token_weights
@@ -72,8 +73,7 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
                     f"{error}\nreconstruct() holds hidden states of all {sum(map(len, batches))} images: give it fewer"
                     f" (--reconstruction_samples)"
                 ) from error
-            # Softmax has nothing to say of several labels an image.
-            if model.backbone.config.problem_type in (None, "single_label_classification"):
+            if one_class_an_image(model.config):
                 refit_classifier(heads, features, torch.cat(logits))
     finally:
         model.train(training)

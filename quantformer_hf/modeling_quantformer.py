@@ -30,7 +30,7 @@ from .configuration_quantformer import (
     check_quantization_arguments,
 )
 from .image_batches import Batches
-from .labels import check_labels
+from .labels import check_labels, one_class_an_image
 from .model_refit import reconstruct
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
@@ -83,8 +83,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
     def __init__(self, config: QuantformerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        # Classes that were given to from_pretrained() reach the config after it was made.
-        config.backbone_config.id2label, config.backbone_config.label2id = config.id2label, config.label2id
+        # What was given to from_pretrained() reaches the config after it was made.
+        config.tell_backbone()
         self.backbone = build_backbone(config.backbone_config)
         quantize.quantize_model(self.backbone, config)
         self.backbone.register_load_state_dict_post_hook(pack.prepare_anew)
@@ -174,9 +174,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The cross-entropy; for several labels an image, or a number, what transformers takes for them."""
-        config = self.backbone.config
-        if config.problem_type not in (None, "single_label_classification") or config.num_labels == 1:
-            return self.backbone.loss_function(labels, logits, config)
+        if not one_class_an_image(self.config):
+            return self.backbone.loss_function(labels, logits, self.config)
         # On an accelerator this look would stop the pipeline each step: there the data collator looks.
         if labels.device.type == "cpu":
             check_labels(labels, self.num_labels)
@@ -184,12 +183,13 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
     @classmethod
     def from_full_precision(cls, model: PreTrainedModel | str, **kwargs) -> Self:
-        """A quantized copy, not yet calibrated, of a full-precision image classifier.
+        """A quantized copy, not yet calibrated, of a full-precision image classifier, in the same mode (`train()` or not).
 
         Args:
             model: a ViT, DeiT or Swin image classifier of transformers, or what `load_full_precision` takes: a hub id or
                 folder of transformers, a name, folder or file of timm, an official DeiT or Swin file. The log says which
-                it was, and `image_processor` holds its preprocessing, which is saved beside the model.
+                it was, and `image_processor` holds its preprocessing, which is saved beside the model. One that is loaded
+                is in `eval()`.
             kwargs: quantization arguments (the fields of `QuantformerConfig`: `bit_width`, `attention_bits`,
                 `layer_bits`, ...). With a name or path, anything else goes to `load_full_precision` (`image_size`,
                 `id2label`, `ignore_mismatched_sizes`, `revision`, ...).
@@ -223,7 +223,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         if left_over:
             raise TypeError(f"{type(model).__name__} has parameters that its config does not explain: {left_over}")
         quantized.image_processor = processor
-        return quantized.to(device=model.device)
+        return quantized.to(device=model.device).train(model.training)
 
     def calibrate(
         self,

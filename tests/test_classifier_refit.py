@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batches, make_full_precision, make_quantized
+from conftest import make_batches, make_quantized
 
-from quantformer_hf import QuantformerForImageClassification, classifier_refit
+from quantformer_hf import classifier_refit
 from quantformer_hf.classifier_refit import fit_step, refit_classifier
 from quantformer_hf.grids import fit_row_scales
 from quantformer_hf.kernels import fake_quantized
@@ -86,9 +86,8 @@ def test_the_model_puts_out_more_likely_classes(backbone):
     ("problem", "stays"), [(None, False), ("single_label_classification", False), ("multi_label_classification", True)]
 )
 def test_a_classifier_of_several_labels_an_image_stays(problem, stays):
-    full = make_full_precision()
-    full.config.problem_type = problem
-    model = QuantformerForImageClassification.from_full_precision(full).calibrate(make_batches())
+    model = make_quantized()
+    model.config.problem_type = problem
     weight = model.backbone.classifier.weight.clone()
     model.reconstruct(make_batches())
     assert torch.equal(model.backbone.classifier.weight, weight) == stays
