@@ -23,18 +23,24 @@ DIGEST_NAME = "packed_digest"
 LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
+#: What the backbone's config alone says of how tensors are read: their names and shapes would be the same.
+UNSEEN_FIELDS = ("num_attention_heads", "num_heads", "hidden_act", "layer_norm_eps", "patch_size", "num_channels")
+
+
 def digest_of_state(state: dict[str, Tensor], config: QuantformerConfig) -> Tensor:
     """The digest of a packed model's tensors, without the one that holds it, and of what alone says how to read them.
 
     Args:
-        config: of the model: it decides between grids, of which the tensors say nothing.
+        config: of the model: it decides between grids, scales and attention heads, of which the tensors say nothing.
     """
-    return digest([name for name in state if name != DIGEST_NAME], state.__getitem__, _grids(config))
+    return digest([name for name in state if name != DIGEST_NAME], state.__getitem__, _readings(config)[0])
 
 
-def _grids(config: QuantformerConfig) -> str:
-    # As it was before there were two kinds of levels, where they are of the first.
-    return f"{config.weight_quantizer}{', twin_levels' if config.twin_levels else ''}"
+def _readings(config: QuantformerConfig) -> tuple[str, str]:
+    """What alone says how to read the tensors, and as much of it as files from before 2026-12 took into their digests."""
+    grids = f"{config.weight_quantizer}{', twin_levels' if config.twin_levels else ''}"
+    backbone = {name: getattr(config.backbone_config, name, None) for name in UNSEEN_FIELDS}
+    return json.dumps([grids, config.whole_multiples, backbone]), grids
 
 
 def check_packed_files(name: str | os.PathLike, config: QuantformerConfig, **location: Any) -> None:
@@ -60,11 +66,13 @@ def check_packed_files(name: str | os.PathLike, config: QuantformerConfig, **loc
         if DIGEST_NAME not in tensors:
             raise ValueError(f"the packed checkpoint '{name}' has no tensor '{DIGEST_NAME}': {repair}")
         names = [tensor for tensor in tensors if tensor != DIGEST_NAME]
-        found = digest(names, lambda tensor: tensors[tensor].get_tensor(tensor), _grids(config))
-        if not torch.equal(found, tensors[DIGEST_NAME].get_tensor(DIGEST_NAME)):
+        told = tensors[DIGEST_NAME].get_tensor(DIGEST_NAME)
+        found = (digest(names, lambda tensor: tensors[tensor].get_tensor(tensor), how) for how in _readings(config))
+        if not any(torch.equal(one, told) for one in found):
+            fields = ", ".join(("weight_quantizer", "twin_levels", "whole_multiples", *UNSEEN_FIELDS))
             raise ValueError(
-                f"the packed checkpoint '{name}' is damaged: its tensors, or the weight_quantizer or twin_levels of its"
-                f" config, are not those that were saved; {repair}"
+                f"the packed checkpoint '{name}' is damaged: its tensors, or one of {fields} in its config.json, are not"
+                f" those that were saved; {repair}"
             )
 
 

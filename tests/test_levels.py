@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import BACKBONES, instruction_sets, make_batches, make_quantized
 from packed_models import logits
+from safetensors.torch import load_file, save_file
 
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.grids import GELU_KNEES, Grid, fit_affine, gelu_grid
@@ -17,7 +18,7 @@ from quantformer_hf.mixed_precision.search_space import SearchSpace
 from quantformer_hf.mixed_precision.width_mixture import WidthMixtures
 from quantformer_hf.ops import fake_quantize_widths
 from quantformer_hf.ops.levels import last_code, nearest_level
-from quantformer_hf.packed_checkpoint import DIGEST_NAME, digest_of_state
+from quantformer_hf.packed_checkpoint import DIGEST_NAME
 from quantformer_hf.packing import digest
 from quantformer_hf.quantize import group_quantizers
 
@@ -144,11 +145,16 @@ def test_checkpoints_from_before_keep_even_levels(tmp_path):
     old, images = QuantformerForImageClassification.from_pretrained(tmp_path), make_batches(1)[0]
     assert torch.equal(logits(old, images), logits(model, images))
     # And so do packed ones, whose digest was of these alone.
-    state = old.pack().state_dict()
-    digest_before = digest([name for name in state if name != DIGEST_NAME], state.__getitem__, "lsq_by_width")
-    assert torch.equal(digest_of_state(state, old.config), digest_before)
-    old.config.twin_levels = True
-    assert not torch.equal(digest_of_state(state, old.config), digest_before)
+    old.pack().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state[DIGEST_NAME] = digest([name for name in state if name != DIGEST_NAME], state.__getitem__, "lsq_by_width")
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    packed = QuantformerForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(packed, images), logits(model, images))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"twin_levels": True}))
+    with pytest.raises(ValueError, match="is damaged"):
+        QuantformerForImageClassification.from_pretrained(tmp_path)
 
 
 def test_a_class_token_has_those_of_its_own_bits():

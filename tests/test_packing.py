@@ -190,14 +190,20 @@ def test_a_damaged_file_is_an_error_or_the_same_model(saved, tmp_path):
     [
         ({"weight_bits": 4}, "does not fit its config"),
         ({"num_groups": 3}, "does not fit its config"),
-        ({"weight_quantizer": "statsq"}, "weight_quantizer or twin_levels of its config, are not"),
-        ({"twin_levels": False}, "weight_quantizer or twin_levels of its config, are not"),
+        ({"weight_quantizer": "statsq"}, "or one of weight_quantizer, twin_levels, whole_multiples,.* are not those"),
+        ({"twin_levels": False}, "is damaged"),
+        ({"whole_multiples": False}, "is damaged"),
+        ({"backbone_config": {"num_attention_heads": 4}}, "is damaged"),
+        ({"backbone_config": {"hidden_act": "relu"}}, "is damaged"),
+        ({"backbone_config": {"layer_norm_eps": 1e-5}}, "is damaged"),
         ({"packing_layout": 7}, "packing_layout is 7, and this version of quantformer_hf reads 1"),
     ],
 )
 def test_a_config_that_claims_something_else_is_refused(copy, change, message):
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | change))
+    for name, value in change.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         load(copy)
 
