@@ -139,7 +139,7 @@ def quantformer_attention(
     operands: AttentionOperands | None = getattr(module, "operands", None)
     captured: list[Tensor] | None = getattr(module, "captured_attention", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    wanted = captured is not None or kwargs.get("output_attentions")
+    wanted = captured is not None or attention_is_told(module, kwargs)
     if operands is not None:
         output, probabilities = operands(query, key, value, attention_mask, scaling, dropout)
     elif wanted:
@@ -152,6 +152,11 @@ def quantformer_attention(
     if captured is not None:
         captured.append(probabilities)
     return output.transpose(1, 2).contiguous(), probabilities if wanted else None
+
+
+def attention_is_told(module: nn.Module, kwargs: dict) -> bool:
+    """Whether the probabilities are told, as the caller says, and otherwise the config: as transformers has it."""
+    return bool(kwargs.get("output_attentions", module.config.output_attentions))
 
 
 def quantformer_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:

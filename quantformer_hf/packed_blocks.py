@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .attention import ATTENTION_IMPLEMENTATION, AttentionOperands
+from .attention import ATTENTION_IMPLEMENTATION, AttentionOperands, attention_is_told
 from .hooks import has_listener
 from .kernels import ChannelPlan, Remembered, in_integers, operators
 from .kernels.library import AttentionBlock, AttentionMix, AttentionProbabilities, Mlp, check, library
@@ -136,7 +136,7 @@ class PackedAttention(OneJob):
         """Whether somebody wants the probabilities. A hook on this module may be what records them for `transformers`."""
         return bool(
             has_listener(self)
-            or kwargs.get("output_attentions")
+            or attention_is_told(self, kwargs)
             or self.__dict__.get("captured_attention") is not None
             or self.config._attn_implementation != ATTENTION_IMPLEMENTATION
         )

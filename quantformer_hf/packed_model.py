@@ -106,7 +106,7 @@ class ModelJob:
         if backbone.config.output_hidden_states:
             return None
         whole = self._prepared(backbone, tuple(pixel_values.shape))
-        if whole is None or any(module.maps_are_wanted({}) for module in whole.attention):
+        if whole is None or any(module.maps_are_wanted(kwargs) for module in whole.attention):
             return None
         job = Model.from_buffer_copy(whole.job)
         logits = pixel_values.new_empty((pixel_values.shape[0], whole.classes))

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import instruction_sets, make_batches
+from conftest import instruction_sets, make_batches, make_full_precision
 from packed_models import logits, make_packed, needs_kernels, one_by_one, ran_whole
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
+from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.kernels import using
 from quantformer_hf.layers import InferenceLayerNorm
 from quantformer_hf.packed_layers import PackedLinear
@@ -286,6 +287,21 @@ def test_whoever_wants_more_than_logits_gets_it():
             more = packed(images, **{f"output_{asked}": True})
             assert len(more[asked]) > 0
             assert torch.equal(more.logits, found.logits)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_what_the_config_of_a_backbone_asks_for_is_given(name, asked):
+    stock, images = make_full_precision(name), make_batches()[0]
+    config = type(stock.config)(**stock.config.to_dict() | {asked: True})
+    stock = stock._from_config(config, attn_implementation="eager").eval()
+    model = QuantformerForImageClassification.from_full_precision(stock).calibrate(images).begin_search(2)
+    of = asked.removeprefix("output_")
+    with torch.no_grad():
+        expected = stock(images)[of]
+        for now in (model.freeze_groups(), model.pack()):
+            assert [found.shape for found in now(images)[of]] == [tensor.shape for tensor in expected]
+            assert now(images, **{asked: False}).get(of) is None
 
 
 @needs_kernels
