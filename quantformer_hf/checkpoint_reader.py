@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .checkpoint_files import first_sentence, shortened
 
@@ -93,9 +94,7 @@ class CheckpointReader:
                 f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}: name a folder that"
                 f" save_pretrained has written"
             )
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map of names to files: copy or download it again")
+        weight_map = _read_weight_map(index)
         files, tensors = [], {}
         for name in sorted(set(weight_map.values())):
             path = folder / name
@@ -109,6 +108,24 @@ class CheckpointReader:
             tensors |= held
         return cls(tensors, files)
 
+    @classmethod
+    def find(cls, name: str | os.PathLike, **location: Any) -> Self | None:
+        """As `open`, of a folder or a repository of the hub, of which files are fetched; None where it has no such files.
+
+        Args:
+            name: folder or repository.
+            location: what `cached_file` takes beside it (`revision`, `subfolder`, ...).
+        """
+        # What is missing, `open` says.
+        location["_raise_exceptions_for_missing_entries"] = False
+        found = cached_file(name, SAFE_WEIGHTS_NAME, **location)
+        if found is None:
+            found = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **location)
+            shards = set() if found is None else set(_read_weight_map(Path(found)).values())
+            for shard in sorted(shards):
+                cached_file(name, shard, **location)
+        return None if found is None else cls.open(Path(found).parent)
+
     @property
     def file_bytes(self) -> int:
         """Bytes of the weight files, headers included."""
@@ -120,6 +137,13 @@ class CheckpointReader:
         with safe_open(self.tensors[name].file, framework="pt") as file:
             tensor = file.get_tensor(name)
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of names to files: copy or download it again")
+    return weight_map
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .attention import ATTENTION_IMPLEMENTATION
 from .class_token import CLASS_TOKENS
 from .grids import FULL_PRECISION_BITS
 from .mixed_precision.allocation_file import read_layer_bits
@@ -62,8 +63,8 @@ class QuantformerConfig(PreTrainedConfig):
         run_history: records of the stages that `run_quantformer.py` ran (`run_history.py`), for the model card.
 
     Raises:
-        ValueError: a bit width, stage, layout, quantizer, number of groups or backbone that does not exist, or a bit
-            allocation for another architecture.
+        ValueError: a bit width, stage, layout, quantizer, number of groups, attention implementation or backbone that does
+            not exist, or a bit allocation for another architecture.
         FileNotFoundError: no bit allocation of that name.
     """
 
@@ -91,6 +92,7 @@ class QuantformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # `bit_width` is a short form and no field of its own, so that a saved file says each width once.
         bit_width = kwargs.pop("bit_width", 4)
+        check_attention_implementation(kwargs.pop("attn_implementation", None))
         self.weight_bits = bit_width if self.weight_bits is None else self.weight_bits
         self.activation_bits = bit_width if self.activation_bits is None else self.activation_bits
         if self.backbone_config is None:
@@ -162,6 +164,25 @@ class QuantformerConfig(PreTrainedConfig):
                 f"class_token_bits is {bits}, and activation_bits {FULL_PRECISION_BITS} leaves the inputs in floating"
                 f" point: choose activation_bits 2 to 8, or leave class_token_bits out"
             )
+
+
+def check_attention_implementation(told: Any) -> None:
+    """Raise ValueError for another one than there is: it would leave the operands of the attention products unquantized."""
+    if told not in (None, ATTENTION_IMPLEMENTATION):
+        raise ValueError(
+            f"attn_implementation is {told!r}, and a quantized model has its own, {ATTENTION_IMPLEMENTATION!r}, which"
+            f" quantizes the attention products: leave it out"
+        )
+
+
+def check_model_type(source: Any, config: dict[str, Any]) -> None:
+    """Raise ValueError unless `config`, the content of a file in `source`, is of a quantized model."""
+    found = config.get("model_type")
+    if found != QuantformerConfig.model_type:
+        raise ValueError(
+            f"{source} is no quantformer checkpoint: its model_type is {found!r}, and not"
+            f" '{QuantformerConfig.model_type}'. QuantformerForImageClassification.from_full_precision makes one of it"
+        )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

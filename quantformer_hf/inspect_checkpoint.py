@@ -12,7 +12,7 @@ import numpy as np
 from .backbone_layers import Backbone, describe_backbone
 from .checkpoint_files import shortened
 from .checkpoint_reader import CheckpointReader, read_json
-from .configuration_quantformer import QuantformerConfig
+from .configuration_quantformer import QuantformerConfig, check_model_type
 from .expected_tensors import (
     OPERANDS,
     PREFIX,
@@ -91,11 +91,7 @@ def read_config(folder: Path) -> QuantformerConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: name the folder that save_pretrained has written")
     content = read_json(path)
-    if content.get("model_type") != QuantformerConfig.model_type:
-        raise ValueError(
-            f"{folder} is no quantformer checkpoint: its model_type is {content.get('model_type')!r}, and not"
-            f" '{QuantformerConfig.model_type}'. QuantformerForImageClassification.from_full_precision makes one of it"
-        )
+    check_model_type(folder, content)
     try:
         return QuantformerConfig.from_dict(content)
     except (ValueError, TypeError) as error:

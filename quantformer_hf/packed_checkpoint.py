@@ -2,16 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from .checkpoint_reader import CheckpointReader
 from .configuration_quantformer import QuantformerConfig
 from .packing import digest
 
@@ -52,38 +51,25 @@ def check_packed_files(name: str | os.PathLike, config: QuantformerConfig, **loc
         location: of `LOCATION_ARGUMENTS`.
 
     Raises:
-        ValueError: a file is missing, cut short or damaged.
+        FileNotFoundError: a shard is missing.
+        ValueError: there is no file, or one is cut short or damaged.
     """
     repair = "get the files again from where they were written"
+    checkpoint = CheckpointReader.find(name, **location)
+    if checkpoint is None:
+        raise ValueError(f"the packed checkpoint '{name}' has no {SAFE_WEIGHTS_NAME}: {repair}")
+    if DIGEST_NAME not in checkpoint.tensors:
+        raise ValueError(f"the packed checkpoint '{name}' has no tensor '{DIGEST_NAME}': {repair}")
     with ExitStack() as opened:
-        tensors = {}
-        for path in _weight_files(name, location):
-            try:
-                file = opened.enter_context(safe_open(path, framework="pt"))
-                tensors |= dict.fromkeys(file.keys(), file)
-            except SafetensorError as error:
-                raise ValueError(f"{path} is cut short or damaged ({error}): {repair}") from error
-        if DIGEST_NAME not in tensors:
-            raise ValueError(f"the packed checkpoint '{name}' has no tensor '{DIGEST_NAME}': {repair}")
-        names = [tensor for tensor in tensors if tensor != DIGEST_NAME]
-        told = tensors[DIGEST_NAME].get_tensor(DIGEST_NAME)
-        found = (digest(names, lambda tensor: tensors[tensor].get_tensor(tensor), how) for how in _readings(config))
-        if not any(torch.equal(one, told) for one in found):
+        files = {path: opened.enter_context(safe_open(path, framework="pt")) for path in checkpoint.files}
+
+        def tensor_of(tensor: str) -> Tensor:
+            return files[checkpoint.tensors[tensor].file].get_tensor(tensor)
+
+        names, told = checkpoint.tensors.keys() - {DIGEST_NAME}, tensor_of(DIGEST_NAME)
+        if not any(torch.equal(digest(names, tensor_of, reading), told) for reading in _readings(config)):
             fields = ", ".join(("weight_quantizer", "twin_levels", "whole_multiples", *UNSEEN_FIELDS))
             raise ValueError(
                 f"the packed checkpoint '{name}' is damaged: its tensors, or one of {fields} in its config.json, are not"
                 f" those that were saved; {repair}"
             )
-
-
-def _weight_files(name: str | os.PathLike, location: dict[str, Any]) -> Iterator[Path]:
-    quiet = {"_raise_exceptions_for_missing_entries": False}
-    whole = cached_file(name, SAFE_WEIGHTS_NAME, **location, **quiet)
-    if whole is not None:
-        yield Path(whole)
-        return
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **location, **quiet)
-    if index is None:
-        raise ValueError(f"the packed checkpoint '{name}' has no {SAFE_WEIGHTS_NAME}: get the files again")
-    for shard in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
-        yield Path(cached_file(name, shard, **location))

@@ -1,5 +1,6 @@
 """Loading and saving, which all quantized models share."""
 
+import os
 import re
 from pathlib import Path
 from typing import Self
@@ -10,9 +11,10 @@ from transformers import initialization as init
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from . import pack, quantize
-from .attention import ATTENTION_IMPLEMENTATION
+from .checkpoint_files import shortened
+from .checkpoint_reader import CheckpointReader
 from .checkpointing import replaced_together
-from .configuration_quantformer import QuantformerConfig
+from .configuration_quantformer import QuantformerConfig, check_attention_implementation, check_model_type
 from .model_card import ModelCardMixin, write_model_card
 from .packed_checkpoint import DIGEST_NAME, LOCATION_ARGUMENTS, check_packed_files, digest_of_state
 from .packed_layers import PackedWeight
@@ -41,11 +43,7 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         Raises:
             ValueError: another one.
         """
-        if attn_implementation != ATTENTION_IMPLEMENTATION:
-            raise ValueError(
-                f"attn_implementation is {attn_implementation!r}, and a quantized model has its own,"
-                f" {ATTENTION_IMPLEMENTATION!r}, which quantizes the attention products: leave it as it is"
-            )
+        check_attention_implementation(attn_implementation)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -106,42 +104,38 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         """As in transformers, but what is missing, left over, or of other bit widths than the config's is an error.
 
         Raises:
-            ValueError: the file does not hold the model that its config describes.
+            TypeError: a `bit_width`, which is that of the checkpoint.
+            FileNotFoundError: a shard is missing.
+            ValueError: the files are damaged, or do not hold the model that the config describes.
         """
         name = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
+        new_classifier = kwargs.pop("ignore_mismatched_sizes", False)
+        check_attention_implementation(kwargs.pop("attn_implementation", None))
+        if "bit_width" in kwargs:
+            raise TypeError(
+                f"bit_width is {kwargs['bit_width']}, and bits are fixed in a checkpoint: leave it out, or quantize the"
+                f" full-precision model anew, by from_full_precision(..., bit_width={kwargs['bit_width']})"
+            )
         location = {key: kwargs[key] for key in LOCATION_ARGUMENTS if kwargs.get(key) is not None}
         config = kwargs.get("config")
         if not isinstance(config, QuantformerConfig):
             told = {key: kwargs[key] for key in ("weight_quantizer", "twin_levels") if key in kwargs}
+            check_model_type(config or name, cls.config_class.get_config_dict(config or name, **location)[0])
             config = cls.config_class.from_pretrained(config or name, **location, **told)
         if config.stage == "packed":
             check_packed_files(name, config, **location)
-        try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the checkpoint '{name}' does not fit its config ({error}): restore the"
-                f" config.json that was saved with it, or give ignore_mismatched_sizes=True for a new classifier"
-            ) from error
-        problems = [
-            f"{kind}: {', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-            for kind, names in (("missing", info["missing_keys"]), ("not expected", info["unexpected_keys"]))
-            if names
-        ]
-        if problems:
-            raise ValueError(
-                f"the checkpoint '{name}' does not fit its config ({'; '.join(problems)}):"
-                f" restore the config.json that was saved with it"
-            )
-        if info["mismatched_keys"] and config.stage == "packed":
-            raise ValueError(
-                f"the checkpoint '{name}' is packed, and a new classifier has to be trained: load it with its own classes,"
-                f" unpack() and save it, and start from there"
-            )
-        for tensor in info["mismatched_keys"]:
+        elif name is not None and os.path.isdir(name):
+            # What is wrong with a file, transformers does not say.
+            CheckpointReader.find(name, **location)
+        # A classifier of another size is looked at below, as what else does not fit.
+        model, info = super().from_pretrained(
+            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        _check_fits(str(name), info, config.stage == "packed", new_classifier)
+        for tensor in _of_other_shapes(info):
             # A new classifier: its scales follow from its weight.
-            layer = model.get_submodule(str(tensor[0]).rpartition(".")[0])
+            layer = model.get_submodule(tensor.rpartition(".")[0])
             if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer):
                 layer.weight_quantizer.calibrate(layer.weight)
         model.check_bit_widths(str(name))
@@ -150,6 +144,34 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             pack.prepare_inference(model)
         model.image_processor = find_image_processor(name, location)
         return (model, info) if wants_info else model
+
+
+def _of_other_shapes(info: dict) -> list[str]:
+    return [str(entry[0]) for entry in info["mismatched_keys"]]
+
+
+def _check_fits(name: str, info: dict, packed: bool, new_classifier: bool) -> None:
+    """Raise ValueError unless tensors of the checkpoint `name` are those of its model, but for a new classifier.
+
+    Args:
+        info: what transformers says of loading it.
+    """
+    kinds = {"missing": info["missing_keys"], "not expected": info["unexpected_keys"]}
+    if not new_classifier:
+        kinds["of another shape"] = _of_other_shapes(info)
+    problems = {kind: sorted(names) for kind, names in kinds.items() if names}
+    if problems:
+        said = "; ".join(f"{kind}: {shortened(names)}" for kind, names in problems.items())
+        may_be_new = not packed and problems.keys() == {"of another shape"}
+        raise ValueError(
+            f"the checkpoint '{name}' does not fit its config ({said}): restore the config.json that was saved with it"
+            f"{', or give ignore_mismatched_sizes=True for a new classifier' if may_be_new else ''}"
+        )
+    if packed and _of_other_shapes(info):
+        raise ValueError(
+            f"the checkpoint '{name}' is packed, and a new classifier has to be trained: load it with its own classes,"
+            f" unpack() and save it, and start from there"
+        )
 
 
 def find_image_processor(name: str, location: dict) -> BaseImageProcessor | None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
+    PreTrainedModel,
 )
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
@@ -129,3 +130,83 @@ def test_a_packed_model_has_no_variants(tmp_path):
     with pytest.raises(ValueError, match=r"variant is 'w4', and variants share one config\.json"):
         make_quantized(stage="finetune").pack().save_pretrained(tmp_path / "model", variant="w4")
     assert not (tmp_path / "model").exists()
+
+
+# What cannot be loaded
+
+
+def load(folder, **arguments):
+    return QuantformerForImageClassification.from_pretrained(folder, **arguments)
+
+
+@pytest.fixture(params=["finetune", "packed"])
+def folder(request, tmp_path):
+    model = make_quantized("vit", "finetune")
+    (model.pack() if request.param == "packed" else model).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_what_has_nothing_to_do_with_the_files_is_not_put_down_to_them(folder, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", fail)
+    with pytest.raises(RuntimeError, match="no NVIDIA driver"):
+        load(folder, device_map="cuda")
+
+
+def test_other_classes_are_named_with_a_way_out_that_works(folder):
+    packed = QuantformerConfig.from_pretrained(folder).stage == "packed"
+    with pytest.raises(ValueError, match=r"of another shape: backbone\.classifier\.bias") as found:
+        load(folder, num_labels=7)
+    assert ("ignore_mismatched_sizes" in str(found.value)) != packed
+
+
+def test_a_stock_model_is_pointed_to_where_it_is_quantized(tmp_path):
+    make_full_precision().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type is 'vit'.*from_full_precision makes one of it"):
+        load(tmp_path)
+
+
+def test_bits_are_those_of_the_checkpoint(folder):
+    with pytest.raises(TypeError, match=r"bit_width is 2, and bits are fixed in a checkpoint.*from_full_precision"):
+        load(folder, bit_width=2)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2"])
+def test_another_attention_is_refused_wherever_it_is_asked_for(folder, name):
+    config = QuantformerConfig.from_pretrained(folder)
+    message = f"attn_implementation is '{name}', and a quantized model has its own"
+    for ask in (
+        lambda: load(folder, attn_implementation=name),
+        lambda: load(folder, attn_implementation=name, config=config),
+        lambda: AutoModelForImageClassification.from_pretrained(folder, attn_implementation=name),
+        lambda: QuantformerConfig(attn_implementation=name),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    load(folder, attn_implementation="quantformer")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "index.json is not JSON"),
+        ("[]", "holds a list, and not a dictionary"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map"),
+        ('{"weight_map": {"a": "x.safetensors"}}', r"names the file 'x\.safetensors', which is not in"),
+    ],
+)
+def test_a_damaged_index_is_named(folder, index, message):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(folder)
+
+
+def test_a_file_cut_short_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        load(folder)
