@@ -1,8 +1,10 @@
 """What is in a checkpoint, layer by layer, from its files alone: `python -m quantformer_hf inspect PATH`."""
 
 import argparse
+import contextlib
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +94,19 @@ def read_config(folder: Path) -> QuantformerConfig:
         raise FileNotFoundError(f"{folder} has no config.json: name the folder that save_pretrained has written")
     content = read_json(path)
     check_model_type(folder, content)
-    try:
+    with _describing(folder):
         return QuantformerConfig.from_dict(content)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} describes no model ({error}): restore the one that was saved") from error
+
+
+@contextlib.contextmanager
+def _describing(folder: Path) -> Iterator[None]:
+    # Of a value of another type transformers raises nearly anything, or lets it pass.
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{folder / 'config.json'} describes no model ({' '.join(str(error).split())}): restore the one that was saved"
+        ) from error
 
 
 def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
@@ -108,8 +119,9 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     folder = Path(folder)
     config = read_config(folder)
     files = CheckpointReader.open(folder)
-    backbone = describe_backbone(config.backbone_config)
-    expected = expected_tensors(backbone, config)
+    with _describing(folder):
+        backbone = describe_backbone(config.backbone_config)
+        expected = expected_tensors(backbone, config)
     _check_tensors(folder, files, expected)
     _check_bit_widths(folder, files, quantizer_bits(backbone, config))
     if config.stage == "packed":
@@ -218,9 +230,14 @@ def _channels(folder: Path, files: CheckpointReader, quantizer: str, inputs: int
         assignment = files.read(logits).argmax(0)
     else:
         return (inputs,)
-    if assignment.max() >= groups:
+    if assignment.dtype.kind not in "iu":
         raise ValueError(
-            f"{folder}: '{index}' names the group {assignment.max()}, and there are {groups}, counted from 0: the file is"
+            f"{folder}: '{index}' holds {assignment.dtype}, and no groups: copy or download the file again"
+        )
+    wrong = assignment[(assignment < 0) | (assignment >= groups)]
+    if wrong.size:
+        raise ValueError(
+            f"{folder}: '{index}' names the group {wrong[0]}, and there are {groups}, counted from 0: the file is"
             f" damaged, copy or download it again"
         )
     return tuple(np.bincount(assignment, minlength=groups).tolist())

@@ -189,6 +189,40 @@ def test_a_config_that_contradicts_the_file_is_named(checkpoint, changes, messag
         inspect_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("changes", "of_backbone"),
+    [
+        ({"weight_bits": "four"}, {}),
+        ({"id2label": ["cat", "dog"]}, {}),
+        ({"layer_bits": 4}, {}),
+        ({"backbone_config": "vit"}, {}),
+        ({}, {"patch_size": 0}),
+        ({}, {"patch_size": None}),
+        ({}, {"hidden_size": "wide"}),
+        ({}, {"image_size": [16, 16, 16]}),
+    ],
+)
+def test_a_config_that_describes_no_model_is_named(checkpoint, changes, of_backbone):
+    config = json.loads((checkpoint / "config.json").read_text())
+    edit_config(checkpoint, **({"backbone_config": config["backbone_config"] | of_backbone} | changes))
+    with pytest.raises(ValueError, match=r"config\.json describes no model \(.+\): restore the one that was saved"):
+        inspect_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.zeros(32), r"layernorm_before\.output_quantizer\.group_index' holds float32, and no groups"),
+        (torch.full((32,), -1, dtype=torch.int8), r"group_index' names the group -1, and there are 4"),
+    ],
+)
+def test_what_is_no_group_is_named(checkpoint, index, message):
+    name = "backbone.vit.layers.0.layernorm_before.output_quantizer.group_index"
+    edit_tensors(checkpoint, lambda tensors: tensors.update({name: index}))
+    with pytest.raises(ValueError, match=message):
+        inspect_checkpoint(checkpoint)
+
+
 def test_packed_codes_of_other_bits_than_the_config_says_are_named(tmp_path):
     build("vit", "finetune", weight_bits=3).pack().save_pretrained(tmp_path)
     edit_config(tmp_path, weight_bits=4)
