@@ -186,6 +186,17 @@ def test_operands_that_a_kernel_cannot_take_are_refused():
     x, channels, _, linear, _, _ = make_layer((2, 8, 4, 2), 4, 4, 0)
     with pytest.raises(TypeError, match=r"torch\.float64"):
         operators.quantize(x.double(), channels.offset, channels.inverse, None, 15)
+    order = channels.source
+    for source, error, message in (
+        (torch.full_like(order, 50_000_000), ValueError, "numbers from 50000000 to 50000000: they are 0 to 8"),
+        (torch.full_like(order, -1), ValueError, "numbers from -1 to -1"),
+        (order.long(), TypeError, r"torch\.int64: convert it to torch\.int32"),
+        (order.repeat_interleave(2)[::2], ValueError, "is not in one piece"),
+    ):
+        with pytest.raises(error, match=message):
+            torch.ops.quantformer.quantize(x, channels.offset, channels.inverse, source, 15)
+        with pytest.raises(error, match=message):
+            operators.prepare_multiply(*linear.arguments[:6], source, *linear.arguments[7:])
     codes = channels.quantize(x)
     with pytest.raises(ValueError, match=f"the codes have 3 positions, and the layer {codes.shape[1]}"):
         linear(codes[:, :3])

@@ -55,6 +55,15 @@ def test_parameters_that_are_lent_for_a_call_are_used():
 
 
 @needs_kernels
+def test_images_may_be_mapped_over():
+    packed = make_packed()
+    images = make_batches()[0]
+    expected = logits(packed, images)
+    mapped = torch.vmap(lambda image: logits(packed, image.unsqueeze(0)).squeeze(0))(images)
+    assert torch.equal(mapped, expected)
+
+
+@needs_kernels
 def test_the_device_of_new_tensors_is_the_caller_s_own():
     packed = make_packed()
     images = make_batches()[0]

@@ -20,6 +20,19 @@ def check_product(weight, columns, bits, positions, group_ends, group_scales, sc
         raise ValueError(f"there are {scale.numel()} scales and {bias.numel()} biases for {outputs} outputs")
 
 
+def check_source(source: Tensor | None, channels: int) -> None:
+    """Raise TypeError or ValueError unless `source` has a channel for each position, or `channels` where there is none."""
+    if source is None:
+        return
+    if source.dtype != torch.int32:
+        raise TypeError(f"the order of the channels is {source.dtype}: convert it to torch.int32 first")
+    if not source.is_contiguous():
+        raise ValueError("the order of the channels is not in one piece: call .contiguous() on it first")
+    least, most = (end.item() for end in source.aminmax())
+    if least < 0 or most > channels:
+        raise ValueError(f"the order of the channels has numbers from {least} to {most}: they are 0 to {channels}")
+
+
 def check_float32(*tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.dtype != torch.float32:

@@ -11,10 +11,11 @@ from ctypes import c_float, c_int64, c_uint8
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from . import cuda, reference
-from .checks import check_float32, check_product
+from .checks import check_float32, check_product, check_source
 from .library import AttentionMix, AttentionProbabilities, Codes, LayerNorm, Norm, Product, check, library
 from .merging import merged_groups
 
@@ -53,6 +54,7 @@ def nobody_listens(x: Tensor) -> bool:
         type(x) is Tensor
         and x.is_cpu
         and not is_compiling()
+        and peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
         and not _len_torch_dispatch_stack()
     )
@@ -93,6 +95,7 @@ def prepare_quantize(
     channels = offset.numel()
     if inverse.numel() != channels:
         raise ValueError(f"there are {channels} offsets and {inverse.numel()} scales")
+    check_source(source, channels)
     at, positions = (0, channels) if source is None else (source.data_ptr(), source.numel())
     knee = largest if knee is None else knee
     return Codes(0, 0, channels, offset.data_ptr(), inverse.data_ptr(), largest, knee, gelu, at, positions, 0, None)
@@ -217,6 +220,7 @@ def prepare_multiply(
     outputs, positions = weight.shape[0], source.numel()
     check_float32(group_scales, scale, bias)
     check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
+    check_source(source, columns)
     largest_weight = reference.largest_weight(largest_code, multiplier, addend)
     integers = reference.weight_integers_by_rows(weight, columns, bits, multiplier, addend, source)
     weights = integers if looks_at_weights else None
