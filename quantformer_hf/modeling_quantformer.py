@@ -188,8 +188,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         Args:
             model: a ViT, DeiT or Swin image classifier of transformers, or what `load_full_precision` takes: a hub id or
                 folder of transformers, a name, folder or file of timm, an official DeiT or Swin file. The log says which
-                it was, and `image_processor` holds its preprocessing, which is saved beside the model. One that is loaded
-                is in `eval()`.
+                it was, and `image_processor` holds its preprocessing, saved beside the model. Loaded so, it is in `eval()`.
             kwargs: quantization arguments (the fields of `QuantformerConfig`: `bit_width`, `attention_bits`,
                 `layer_bits`, ...). With a name or path, anything else goes to `load_full_precision` (`image_size`,
                 `id2label`, `ignore_mismatched_sizes`, `revision`, ...).
@@ -209,9 +208,11 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             model, processor = checkpoint.model, checkpoint.processor
         if isinstance(model, QuantformerPreTrainedModel):
             raise TypeError("the model is quantized already: load it with from_pretrained")
-        if model.config.model_type not in BACKBONES or not hasattr(model, "num_labels"):
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in BACKBONES or not hasattr(model, "num_labels"):
             raise TypeError(
-                f"{type(model).__name__} is not supported: give an image classifier of one of {', '.join(BACKBONES)}"
+                f"{type(model).__name__} is not supported: give an image classifier of transformers, of one of"
+                f" {', '.join(BACKBONES)}, or the name of a model of timm in its place"
             )
         backbone_config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         config = QuantformerConfig(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
@@ -66,7 +67,9 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
                 if module.config.stage == "packed":
                     init.zeros_(getattr(module, DIGEST_NAME))
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **kwargs
+    ) -> None:
         """As in transformers, with the parameters under the names that the modules have, and in one step.
 
         The default there is the layout of older releases, which `Trainer` cannot resume from. Everything is written
@@ -81,20 +84,19 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
                 f" save each packed model in a folder, or push it as a revision, of its own"
             )
         kwargs.setdefault("save_original_format", False)
-        if not kwargs.get("is_main_process", True):
-            super().save_pretrained(save_directory, **kwargs)
+        if not is_main_process:
+            super().save_pretrained(save_directory, False, state_dict, **kwargs)
             return
         if self.config.stage == "packed":
-            state = kwargs.get("state_dict") or self.state_dict()
-            digest = digest_of_state(state, self.config)
+            digest = digest_of_state(state_dict or self.state_dict(), self.config)
             getattr(self, DIGEST_NAME).copy_(digest)
-            if "state_dict" in kwargs:
-                kwargs["state_dict"] = state | {DIGEST_NAME: digest.to(self.device)}
+            if state_dict is not None:
+                state_dict = state_dict | {DIGEST_NAME: digest.to(self.device)}
         kwargs.setdefault("repo_id", Path(save_directory).name)
         variant = f"\\.{re.escape(kwargs['variant'])}" if kwargs.get("variant") else ""
         stale = rf"model(-\d{{5}}-of-\d{{5}})?{variant}\.safetensors(\.index{variant}\.json)?"
         with replaced_together(Path(save_directory), stale=stale) as draft:
-            super().save_pretrained(draft, **kwargs)
+            super().save_pretrained(draft, True, state_dict, **kwargs)
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(draft)
             write_model_card(draft, self.config, replaces=Path(save_directory) / "README.md")

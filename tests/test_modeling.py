@@ -292,6 +292,9 @@ def test_other_architectures_are_refused():
     resnet = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2))
     with pytest.raises(TypeError, match=r"ResNetForImageClassification is not supported.*vit, deit, swin"):
         QuantformerForImageClassification.from_full_precision(resnet)
+    # As models of timm are, which have no config.
+    with pytest.raises(TypeError, match=r"Linear is not supported.*or the name of a model of timm"):
+        QuantformerForImageClassification.from_full_precision(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="quantized already"):
         QuantformerForImageClassification.from_full_precision(make_quantized())
 

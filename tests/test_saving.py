@@ -126,6 +126,17 @@ def test_a_packed_file_of_other_tensors_can_be_loaded(tmp_path):
     assert torch.equal(loaded.state_dict()[name], state[name])
 
 
+def test_arguments_may_be_given_as_to_any_model_of_transformers(tmp_path):
+    model = make_quantized("vit", "finetune").pack()
+    model.save_pretrained(tmp_path / "other", False)
+    assert not list((tmp_path / "other").glob("*.safetensors"))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["backbone.classifier.bias"] += 1
+    model.save_pretrained(tmp_path / "main", True, state)
+    loaded = QuantformerForImageClassification.from_pretrained(tmp_path / "main")
+    assert torch.equal(loaded.backbone.classifier.bias, state["backbone.classifier.bias"])
+
+
 def test_a_packed_model_has_no_variants(tmp_path):
     with pytest.raises(ValueError, match=r"variant is 'w4', and variants share one config\.json"):
         make_quantized(stage="finetune").pack().save_pretrained(tmp_path / "model", variant="w4")
