@@ -7,13 +7,14 @@ Subject `imagenet`: the ViT-Tiny of `models/`, calibrated and trained on `data/i
 1,000 steps on), evaluated on `data/imagenet-val650`. Subject `cifar10`: a small ViT or Swin that is trained here first, on
 `--train_samples` images, or (`--backbone pretrained`) the same ViT-Tiny, finetuned on them at 96 px. Each row starts from
 the same checkpoint, with the same images in the same order, the same augmentation and number of steps. Finished runs are
-kept in `--output_dir` and not repeated, so that a longer list of rows can be typed later; the table holds all of this
-subject and number of steps that are there. Beside top-1 stand the share of full precision's classes that are kept and the
-mean KL divergence from its predictions: both are paired, and tell rows apart that top-1 cannot. Levels are those of all
-tokens but a class token with a quantizer of its own.
+kept in `--output_dir` and not repeated, so that a longer list of rows can be typed later, nor taken for those of other
+flags; the table holds all of this subject and number of steps that are there. Beside top-1 stand the share of full
+precision's classes that are kept and the mean KL divergence from its predictions: both are paired, and tell rows apart that
+top-1 cannot. Levels are those of all tokens but a class token with a quantizer of its own.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -21,6 +22,8 @@ import sys
 from pathlib import Path
 
 import torch
+from _arguments import SHARED, positive, shared_folder
+from _kept import by_name, keep_told, refuse_other
 from _machine import describe_machine
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
@@ -36,8 +39,14 @@ from quantformer_hf.report import bit_operations, distinct_levels, format_table
 
 ROOT = Path(__file__).parents[1]
 
+#: What is measured of a finished run, in its folder.
+RESULT = "measured.json"
+
 #: Share of the steps that the search has.
 SEARCH_SHARE = 0.3
+
+#: From so many steps on, the training images are imagenette's too.
+IMAGENETTE_STEPS = 1000
 
 #: Smallest share of an image in a random crop, for every row. With so few steps, crops like the evaluation's teach most.
 CROP_SCALE = "0.7"
@@ -109,44 +118,47 @@ CIFAR_BACKBONES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject", choices=["imagenet", "cifar10"])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--shared", type=shared_folder, default=SHARED)
+    parser.add_argument("--steps", type=positive, default=100)
+    parser.add_argument("--batch_size", type=positive, default=16)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--backbone", choices=[*CIFAR_BACKBONES, "pretrained"], default="vit", help="of subject cifar10"
     )
-    parser.add_argument("--train_samples", type=int, default=10_000, help="of subject cifar10")
-    parser.add_argument("--full_precision_epochs", type=int, default=20, help="of subject cifar10")
+    parser.add_argument("--train_samples", type=positive, default=10_000, help="of subject cifar10")
+    parser.add_argument("--full_precision_epochs", type=positive, default=20, help="of subject cifar10")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "accuracy")
     arguments = parser.parse_args()
+    searched = [row for row in arguments.rows if "search" in ROWS[row]]
+    if searched and search_steps(arguments) < 1:
+        parser.error(f"--steps {arguments.steps} leaves row {searched[0]} none to search: give more, or leave it out")
 
     if arguments.subject == "imagenet":
         name, common = f"imagenet_{arguments.steps}", imagenet_flags(arguments)
     else:
         name, common = f"cifar10_{arguments.backbone}_{arguments.steps}", cifar_flags(arguments)
     folder = arguments.output_dir / name
-    for bits in arguments.bits:
-        for row in arguments.rows:
-            for seed in arguments.seeds:
-                path = folder / f"{row}_w{bits}a{bits}_seed{seed}"
-                if not (path / "measured.json").exists():
-                    flags = [*ROWS[row], *budget_flags(row, arguments), *common]
-                    flags += ["--bit_width", str(bits), "--seed", str(seed), "--output_dir", str(path)]
-                    print(f"{row} W{bits}A{bits} seed {seed}", flush=True)
-                    # Evaluated once, below, and not after each stage.
-                    run([*flags, "--max_eval_samples", "16"])
-                    (path / "measured.json").write_text(json.dumps(measure(path, flags)))
+    runs = {}
+    for bits, row, seed in itertools.product(arguments.bits, arguments.rows, arguments.seeds):
+        flags = [*ROWS[row], *budget_flags(row, arguments), *common, "--bit_width", str(bits), "--seed", str(seed)]
+        path = folder / f"{row}_w{bits}a{bits}_seed{seed}"
+        refuse_other(path / RESULT, by_name(flags))
+        runs[path] = [*flags, "--output_dir", str(path)]
+    for path, flags in runs.items():
+        if not (path / RESULT).exists():
+            print(path.name, flush=True)
+            # Evaluated once, below, and not after each stage.
+            run([*flags, "--max_eval_samples", "16"])
+            keep_told(path / RESULT, by_name(flags))
+            (path / RESULT).write_text(json.dumps(measure(path, flags)))
     print(f"\n{describe_machine()}\n{name}, batches of {arguments.batch_size}\n")
     print(table(folder))
 
 
 def run(flags: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_quantformer.py"), *flags], capture_output=True, text=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, str(ROOT / "run_quantformer.py"), *flags], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"run_quantformer.py {' '.join(flags)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
@@ -156,7 +168,7 @@ def imagenet_flags(arguments: argparse.Namespace) -> list[str]:
     data = arguments.shared / "data"
     parts = {"test-val650.parquet": data / "imagenet-val650" / "test-00000-of-00001.parquet"}
     parts["train-sample.parquet"] = data / "imagenet-sample" / "train-00000-of-00001.parquet"
-    if arguments.steps >= 1000:
+    if arguments.steps >= IMAGENETTE_STEPS:
         parts["train-imagenette.parquet"] = data / "imagenette" / "train-00000-of-00001.parquet"
     # The images are crops already: a crop of 1.0 sees them whole.
     flags = ["--model_name_or_path", str(model_of(arguments)), "--crop_pct", "1.0"]
@@ -178,29 +190,26 @@ def cifar_flags(arguments: argparse.Namespace) -> list[str]:
     flags = ["--dataset_dir", str(link(arguments.output_dir / "data_cifar10", parts)), "--crop_scale", CROP_SCALE]
     flags += ["--max_train_samples", str(arguments.train_samples)]
     folder = arguments.output_dir / f"cifar10_{arguments.backbone}_full_precision"
-    if not (folder / "all_results.json").exists():
+    training = [
+        *flags,
+        "--num_train_epochs",
+        str(arguments.full_precision_epochs),
+        "--per_device_train_batch_size",
+        "64",
+    ]
+    training += ["--weight_decay", "0.05", "--warmup_steps", "100", "--lr_scheduler_type", "cosine"]
+    training += ["--stages", "full_precision", "--output_dir", str(folder), "--save_strategy", "no"]
+    if arguments.backbone == "pretrained":
+        training += ["--model_name_or_path", str(model_of(arguments)), "--ignore_mismatched_sizes"]
+        training += ["--learning_rate", "1e-4", "--image_size", "96", "--crop_pct", "1.0"]
+    else:
+        training += ["--backbone_config", json.dumps(CIFAR_BACKBONES[arguments.backbone]), "--learning_rate", "1e-3"]
+    trained = folder / "all_results.json"
+    refuse_other(trained, by_name(training))
+    if not trained.exists():
         print("full precision", flush=True)
-        epochs = str(arguments.full_precision_epochs)
-        training = ["--num_train_epochs", epochs, "--per_device_train_batch_size", "64"]
-        training += ["--weight_decay", "0.05", "--warmup_steps", "100", "--lr_scheduler_type", "cosine"]
-        training += ["--stages", "full_precision", "--output_dir", str(folder), "--save_strategy", "no"]
-        if arguments.backbone == "pretrained":
-            training += [
-                "--model_name_or_path",
-                str(model_of(arguments)),
-                "--ignore_mismatched_sizes",
-                "--learning_rate",
-                "1e-4",
-            ]
-            training += ["--image_size", "96", "--crop_pct", "1.0"]
-        else:
-            training += [
-                "--backbone_config",
-                json.dumps(CIFAR_BACKBONES[arguments.backbone]),
-                "--learning_rate",
-                "1e-3",
-            ]
-        run([*flags, *training])
+        keep_told(trained, by_name(training))
+        run(training)
     return [*flags, "--model_name_or_path", str(folder / "full_precision")]
 
 
@@ -210,13 +219,20 @@ def model_of(arguments: argparse.Namespace) -> Path:
 
 
 def link(folder: Path, parts: dict[str, Path]) -> Path:
+    """`folder`, in which each name leads to its file, wherever it led before."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, target in parts.items():
         if not target.exists():
             raise FileNotFoundError(f"{target} is not there: give the folder that holds data/ by --shared")
-        if not (folder / name).exists():
+        if (folder / name).resolve() != target.resolve():
+            (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(target.resolve())
     return folder
+
+
+def search_steps(arguments: argparse.Namespace) -> int:
+    """Those of a searched row before its finetuning."""
+    return round(SEARCH_SHARE * arguments.steps)
 
 
 def budget_flags(row: str, arguments: argparse.Namespace) -> list[str]:
@@ -228,7 +244,7 @@ def budget_flags(row: str, arguments: argparse.Namespace) -> list[str]:
         return flags
     if "search" not in ROWS[row]:
         return [*flags, "--max_steps", str(arguments.steps)]
-    search = round(SEARCH_SHARE * arguments.steps)
+    search = search_steps(arguments)
     return [*flags, "--search.max_steps", str(search), "--finetune.max_steps", str(arguments.steps - search)]
 
 
@@ -288,11 +304,13 @@ def percent(hits: torch.Tensor) -> float:
 
 
 def table(folder: Path) -> str:
-    """All rows of `folder`, mean ± standard deviation over the seeds that are there."""
+    """All rows of `folder`, mean ± standard deviation over the seeds that are there; those of other names come last."""
+    order = {name: number for number, name in enumerate(ROWS)}
     found: dict[tuple[int, int, str], list[dict]] = {}
-    for path in folder.glob("*/measured.json"):
+    for path in folder.glob(f"*_w*a*_seed*/{RESULT}"):
         name, width, _ = path.parent.name.rsplit("_", 2)
-        found.setdefault((-int(width[1]), list(ROWS).index(name), name), []).append(json.loads(path.read_text()))
+        bits = int(width[1:].partition("a")[0])
+        found.setdefault((-bits, order.get(name, len(order)), name), []).append(json.loads(path.read_text()))
     lines = []
     for (bits, _, name), runs in sorted(found.items()):
         first = runs[0]
