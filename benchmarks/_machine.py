@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 
-def describe_machine() -> str:
-    """One line: processor, threads, torch, date."""
+def describe_machine(*threads: int) -> str:
+    """One line: processor, `threads` that are measured (torch's unless they are given), torch, date."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -21,8 +21,9 @@ def describe_machine() -> str:
         processor = names[0] if names else processor
     if torch.cuda.is_available():
         processor = f"{torch.cuda.get_device_name()}; {processor}"
+    counts = "/".join(map(str, threads or [torch.get_num_threads()]))
     return (
-        f"{processor}, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()}),"
+        f"{processor}, {counts} threads ({torch.backends.cpu.get_cpu_capability()}),"
         f" torch {torch.__version__}, {datetime.date.today()}"
     )
 

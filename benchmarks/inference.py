@@ -8,7 +8,7 @@ every one times a few passes while the others wait. The table holds the median o
 float32, eager, and the most memory that the process took beyond its imports. Weights are random: speed does not depend
 on them. ONNX Runtime and OpenVINO need `pip install onnx onnxruntime onnxscript openvino`; int8 in OpenVINO is the QDQ file
 of ONNX Runtime.
-`--products` times the matrix products alone, as a share of the most that the multiplying instructions allow.
+`--products` times the matrix products alone, on one thread, as a share of the most that the multiplying instructions allow.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _arguments import positive
 from _machine import describe_machine
 
 from quantformer_hf.report import format_table
@@ -32,24 +33,31 @@ BASELINE = "torch fp32 eager"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--passes", type=int, default=3, help="of each engine in a round")
-    parser.add_argument("--engines", nargs="+", help="by default all that are installed")
-    parser.add_argument("--folder", type=Path, help="to keep the models in for the next time")
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--products", action="store_true", help="the matrix products alone")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    engines = parser.add_argument_group("without --products")
+    engines.add_argument("--models", nargs="+", default=list(MODELS), help="timm's names")
+    engines.add_argument("--batch_sizes", type=positive, nargs="+", default=[1, 8])
+    engines.add_argument("--threads", type=positive, nargs="+", default=[1, 2])
+    engines.add_argument("--passes", type=positive, default=3, help="of each engine in a round")
+    engines.add_argument("--engines", nargs="+", help="by default all that are installed")
+    engines.add_argument("--folder", type=Path, help="to keep the models in for the next time")
     arguments = parser.parse_args()
     if arguments.worker:
         work(*arguments.worker)
     elif arguments.products:
         from _products import print_products
 
-        print(describe_machine())
+        print(describe_machine(1))
         print_products(arguments.rounds)
     else:
+        # Not at the top: the workers, whose memory is measured, run this file too.
+        from quantformer_hf.checkpoint_timm import did_you_mean, registered_name
+
+        for name in arguments.models:
+            if registered_name(name) is None:
+                parser.error(f"--models: {name!r} is not known to timm{did_you_mean(name)}")
         compare(arguments)
 
 
@@ -64,22 +72,26 @@ def compare(arguments: argparse.Namespace) -> None:
         sys.exit(f"there is no engine {missing[0]!r} here: choose from {', '.join(map(repr, available))}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        print(describe_machine())
+        print(describe_machine(*arguments.threads))
         for name in arguments.models:
             for batch in arguments.batch_sizes:
                 (folder / name).mkdir(parents=True, exist_ok=True)
-                prepare(full_precision(name, folder / name), folder / name, batch, engines)
+                model = full_precision(name, folder / name)
+                prepare(model, folder / name, batch, engines)
+                shape = (batch, 3, model.config.image_size, model.config.image_size)
                 for threads in arguments.threads:
-                    rows = race(engines, folder / name, batch, threads, arguments.rounds, arguments.passes)
+                    rows = race(engines, folder / name, shape, threads, arguments.rounds, arguments.passes)
                     print(f"\n{name}, batch {batch}, threads {threads}\n")
                     print(format_table(["", "speed", "median", "memory"], rows), flush=True)
 
 
-def race(engines: list[str], folder: Path, batch: int, threads: int, rounds: int, passes: int) -> list[list[str]]:
+def race(
+    engines: list[str], folder: Path, shape: tuple[int, ...], threads: int, rounds: int, passes: int
+) -> list[list[str]]:
     """Rows of the table: engine, speed as a ratio to the baseline's, milliseconds, memory."""
     workers = {
         engine: subprocess.Popen(
-            [sys.executable, __file__, "--worker", engine, str(folder), str(batch), str(threads)],
+            [sys.executable, __file__, "--worker", engine, str(folder), str(threads), *map(str, shape)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -121,15 +133,15 @@ def ask(worker: subprocess.Popen, engine: str, passes: int) -> dict:
     raise RuntimeError(f"{engine} ended without an answer, exit code {worker.wait()}")
 
 
-def work(engine: str, folder: str, batch: str, threads: str) -> None:
-    """A process of one engine: for each line, that many passes, and their seconds."""
+def work(engine: str, folder: str, threads: str, *shape: str) -> None:
+    """A process of one engine: for each line, that many passes of images of `shape`, and their seconds."""
     from _engines import import_engine, load
 
     import_engine(engine)
     # Loading and running are measured, not the imports: their highest mark is taken back.
     Path("/proc/self/clear_refs").write_text("5")
     imported = memory_of("VmRSS")
-    images = np.random.default_rng(0).standard_normal((int(batch), 3, 224, 224), dtype=np.float32)
+    images = np.random.default_rng(0).standard_normal([*map(int, shape)], dtype=np.float32)
     run = load(engine, Path(folder), images, int(threads))
     for line in sys.stdin:
         seconds = []
