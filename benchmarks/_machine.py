@@ -46,14 +46,14 @@ def _resident_bytes() -> int:
     return int(fields["VmRSS"].split()[0]) * 1024
 
 
-def peak_extra_bytes(candidate: Callable[[], None], interval: float = 0.002) -> int:
-    """The most memory that `candidate` held above what was resident before it: CUDA's own count, or sampled on Linux."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def peak_extra_bytes(candidate: Callable[[], None], device: str, interval: float = 0.002) -> int:
+    """The most memory of `device` that `candidate` held above what was held before it: CUDA's count, or sampled on Linux."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         candidate()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     # The allocator keeps what earlier candidates gave back: return it to the system, or it would hide what this one takes.
     ctypes.CDLL(None).malloc_trim(0)
     before, peak, done = _resident_bytes(), 0, threading.Event()

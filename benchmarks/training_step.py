@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+from _arguments import positive
 from _machine import describe_machine, interleaved_medians, peak_extra_bytes
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
@@ -24,9 +25,9 @@ DEIT_TINY = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=positive, default=8)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
@@ -84,7 +85,7 @@ def main() -> None:
         "search, G=8, 8 bits, with teacher and attention loss": step_with_teacher(quantized(8, 8)),
     }
     seconds = interleaved_medians(candidates, arguments.rounds)
-    memory = {name: peak_extra_bytes(candidate) for name, candidate in candidates.items()}
+    memory = {name: peak_extra_bytes(candidate, arguments.device) for name, candidate in candidates.items()}
     base_seconds, base_memory = seconds["full precision"], memory["full precision"]
     rows = [
         [

@@ -3,9 +3,11 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -13,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import accuracy
 from _arguments import positive, shared_folder
 from _kept import by_name, keep_told, refuse_other
+from _machine import peak_extra_bytes
 
 
 def test_the_last_of_a_flag_counts_and_places_do_not():
@@ -70,3 +73,15 @@ def test_bad_values_are_refused_before_anything_is_computed(tmp_path):
         positive("0")
     with pytest.raises(argparse.ArgumentTypeError, match="has no folder data"):
         shared_folder(str(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="sampled on Linux")
+def test_the_memory_of_a_cpu_is_measured_where_there_is_a_gpu_as_well(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def take():
+        taken = torch.ones(2**24)
+        time.sleep(0.1)
+        del taken
+
+    assert peak_extra_bytes(take, "cpu") > 2**25
