@@ -1,10 +1,11 @@
 """Images a second: this package's data loader, its streamed one, and timm's on the same files, alone and with a step.
 
-    python benchmarks/data_throughput.py --shared ../shared [--images 512] [--workers 1 2 4] [--rounds 3]
+    python benchmarks/data_throughput.py [--shared ../shared] [--images 512] [--workers 1 2 4] [--rounds 3]
 
 JPEG files of Imagenette, written to a temporary folder as `train/<class>/<file>`, go through DeiT's augmentation at 224 px
 (random crop, flip, RandAugment, random erasing; no mixup). The step is forward and backward of a quantized DeiT-Tiny in the
-main process. Loaders run in turn, once to warm up, and medians are printed.
+main process. Loaders run in turn: alone once to warm up and then `--rounds` times, of which medians are printed, and with a
+step once, for `--steps` batches or an epoch.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from _arguments import SHARED, positive, shared_folder
 from _machine import describe_machine
 from datasets import Image, load_dataset
 from timm.data import create_loader
@@ -117,15 +119,19 @@ def images_a_second(loader: DataLoader, step: Callable[[Tensor, Tensor], None] |
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=shared_folder, default=SHARED)
+    parser.add_argument("--images", type=positive, default=512)
+    parser.add_argument("--batch_size", type=positive, default=32)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="batches of the loader with a training step")
+    parser.add_argument("--rounds", type=positive, default=3, help="of the loader alone")
+    parser.add_argument("--steps", type=positive, default=8, help="batches of the loader with a training step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    if arguments.images < arguments.batch_size:
+        parser.error(
+            f"--images {arguments.images} make no batch of --batch_size {arguments.batch_size}: give as many or more"
+        )
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -139,22 +145,21 @@ def main() -> None:
         # The compiler's time is not the loader's.
         step(torch.randn(arguments.batch_size, 3, SIZE, SIZE), torch.zeros(arguments.batch_size, dtype=torch.int64))
         rows = []
+        # Alone one round more: the first fills the system's file cache.
         for kind, run, batches, rounds in (
-            ("loader alone", None, -1, arguments.rounds),
+            ("loader alone", None, -1, arguments.rounds + 1),
             ("with a training step", step, arguments.steps, 1),
         ):
             for workers in arguments.workers:
                 made = {label: make(folder, arguments.batch_size, workers) for label, make in loaders.items()}
                 speeds = {label: [] for label in made}
-                for number in range(rounds + 1 if run is None else rounds):
+                for _ in range(rounds):
                     for label, loader in made.items():
-                        speed = images_a_second(loader, run, batches)
-                        # The first round fills the system's file cache.
-                        if number or run is not None:
-                            speeds[label].append(speed)
-                medians = {label: statistics.median(values) for label, values in speeds.items()}
+                        speeds[label].append(images_a_second(loader, run, batches))
+                medians = {label: statistics.median(values[-arguments.rounds :]) for label, values in speeds.items()}
                 rows.append([f"{kind}, {workers} workers", *(f"{medians[label]:.0f}" for label in loaders)])
-    print(f"{describe_machine()}\n{arguments.images} images, batch {arguments.batch_size}, {arguments.rounds} rounds\n")
+    print(f"{describe_machine()}\n{arguments.images} images, batch {arguments.batch_size};", end=" ")
+    print(f"alone: medians of {arguments.rounds} rounds, with a step: {arguments.steps} batches, once\n")
     print(format_table(["images a second", *loaders], rows))
 
 
