@@ -12,6 +12,7 @@ model itself, with another library for its sums.
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import onnxruntime
 import openvino
 import torch
+from _arguments import SHARED, positive, shared_folder
 from _machine import describe_machine
 from datasets import load_dataset
 from transformers import BaseImageProcessor
@@ -67,6 +69,8 @@ FILES = {
 def load_images(folder: Path, processor: BaseImageProcessor, count: int) -> tuple[torch.Tensor, np.ndarray]:
     """`pixel_values` `(count, 3, height, width)` of images evenly spread over the data set, and their labels."""
     data = load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train")
+    if count > len(data):
+        sys.exit(f"{folder} has {len(data)} images, and {count} are asked for: give --images {len(data)} or fewer")
     data = data.select(range(0, len(data), len(data) // count)).select(range(count))
     pixels = [
         processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
@@ -119,9 +123,9 @@ def compare(model: QuantformerForImageClassification, pixels: torch.Tensor, labe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
+    parser.add_argument("--shared", type=shared_folder, default=SHARED)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
-    parser.add_argument("--images", type=int, default=650)
+    parser.add_argument("--images", type=positive, default=650)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
