@@ -143,12 +143,15 @@ def compare(name: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names, such as 'deit_*'")
-    names = fnmatch.filter(NAMES, parser.parse_args().only)
+    pattern = parser.parse_args().only
+    names = fnmatch.filter(NAMES, pattern)
+    if not names:
+        parser.error(f"--only {pattern!r} matches none of {', '.join(NAMES)}")
     logging.disable_progress_bar()
     print(describe_machine())
     print(f"images: {'imagenet-sample' if IMAGES.exists() else f'random noise, for {IMAGES} is not there'}")
     print(f"{'name':<44} {'form':<20} {'params (M)':>10} {'max |Δ|':>10} {'max |y|':>8}")
-    largest = max(map(compare, names), default=0.0)
+    largest = max(map(compare, names))
     print(f"{len(names)} names, largest difference {largest:.1e}")
 
 
