@@ -32,7 +32,7 @@ def refuse_other(result: Path, told: dict[str, str]) -> None:
     """Leave if the file `result` is there and was told otherwise. Older ones do not say, and are taken as they are."""
     path = result.parent / TOLD_FILE
     kept = json.loads(path.read_text()) if result.exists() and path.exists() else told
-    for name in sorted(kept.keys() | told.keys()):
+    for name in told | kept:
         if kept.get(name) != told.get(name):
             sys.exit(
                 f"{result.parent} was made {_said(name, kept)}, and not {_said(name, told)}:"

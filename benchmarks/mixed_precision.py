@@ -3,23 +3,25 @@
     OMP_NUM_THREADS=1 python benchmarks/mixed_precision.py --shared ../shared --steps 100 [--rows uniform_3 equal_bitops]
     OMP_NUM_THREADS=1 python benchmarks/mixed_precision.py --shared ../shared --preset ptq
 
-Subject, images, seeds and finetuning are those of `accuracy.py imagenet`, row `ours` (with `--preset ptq` its row `ptq`,
+Subject, images, seed 0 and finetuning are those of `accuracy.py imagenet`, row `ours` (with `--preset ptq` its row `ptq`,
 without a training step). Budgets are what uniform 3 bits cost:
 
 - `equal_bitops`, `equal_bytes`, `equal_both`, `equal_time`: the budgeted search under one budget, or under two at once;
   times are looked up in `latency.csv`, which is measured first;
 - `refined`: the search under those BitOps, refined by `--refine` evaluations;
-- `haq`: HAQ's agent under those BitOps, in `--episodes` evaluations (`pip install stable-baselines3`);
+- `haq`: HAQ's agent under those BitOps, in `--episodes` evaluations (`pip install stable_baselines3`);
 - `edmips`: the search by gradient descent in `--search_steps` steps, and its likeliest widths within those BitOps;
 - `edmips_argmax`: the same search without a budget: the likeliest width of each tensor, at whatever cost that has.
 
-Losses are measured once for all rows that search under budgets. Finished rows are kept in `--output_dir` and not repeated;
-the table and the picture hold all of this preset and number of steps that are there. At the end the packed models of the
+Losses are measured once for all rows that search under budgets. Finished rows and allocations are kept in `--output_dir`
+and not repeated, nor taken for those of other flags; an allocation is that of a preset, for any number of steps. The table
+and the picture hold all of this preset and number of steps that are there. At the end the packed models of the
 table are timed in turn, and beside each time is what the allocation stated.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -28,8 +30,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from _arguments import SHARED, positive, shared_folder
+from _kept import by_name, keep_told, refuse_other
 from _machine import describe_machine, interleaved_medians
-from accuracy import ROOT, ROWS, budget_flags, imagenet_flags, measure, run
+from accuracy import IMAGENETTE_STEPS, RESULT, ROOT, ROWS, budget_flags, imagenet_flags, measure, run
 from matplotlib.figure import Figure
 
 from quantformer_hf import QuantformerForImageClassification
@@ -63,50 +67,68 @@ BUDGETED = {
     "equal_time": (MILLISECONDS,),
 }
 
-#: Searches by evaluating allocations, within those BitOps.
-EVALUATED = ("refined", "haq")
+#: Searches by evaluating allocations, within those BitOps: the package that each needs.
+EVALUATED = {"refined": "optuna", "haq": "stable_baselines3"}
 
 #: Whether EdMIPS is held to those BitOps.
 GRADIENT = {"edmips": True, "edmips_argmax": False}
 
 ALL_ROWS = [*UNIFORM, *BUDGETED, *EVALUATED, *GRADIENT]
 
+#: The flags on which the allocation of a row depends.
+SEARCH_FLAGS = {
+    **dict.fromkeys(BUDGETED, ("sensitivity_samples",)),
+    "refined": ("sensitivity_samples", "refine"),
+    "haq": ("sensitivity_samples", "episodes"),
+    **dict.fromkeys(GRADIENT, ("batch_size", "search_steps", "cost_weight", "width_learning_rate")),
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--shared", type=shared_folder, default=SHARED)
     parser.add_argument("--preset", choices=["lightning", "ptq"], default="lightning")
-    parser.add_argument("--steps", type=int, default=100, help="of the finetuning")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--search_steps", type=int, default=30, help="of EdMIPS")
+    parser.add_argument("--steps", type=positive, default=100, help="of the finetuning")
+    parser.add_argument("--batch_size", type=positive, default=16)
+    parser.add_argument("--search_steps", type=positive, default=30, help="of EdMIPS")
     parser.add_argument("--cost_weight", default="1e-3", help="of EdMIPS")
     parser.add_argument("--width_learning_rate", default="3e-2", help="of EdMIPS")
-    parser.add_argument("--sensitivity_samples", type=int, default=32)
-    parser.add_argument("--refine", type=int, default=100, help="evaluations of the row refined")
-    parser.add_argument("--episodes", type=int, default=600, help="of HAQ's agent")
+    parser.add_argument("--sensitivity_samples", type=positive, default=32)
+    parser.add_argument("--refine", type=positive, default=100, help="evaluations of the row refined")
+    parser.add_argument("--episodes", type=positive, default=600, help="of HAQ's agent")
     parser.add_argument("--rows", nargs="+", choices=ALL_ROWS, default=ALL_ROWS)
-    parser.add_argument("--rounds", type=int, default=30, help="runs of each packed model, of which the median counts")
+    parser.add_argument(
+        "--rounds", type=positive, default=30, help="runs of each packed model, of which the median counts"
+    )
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "mixed_precision")
     arguments = parser.parse_args()
     folder = arguments.output_dir / (f"lightning_{arguments.steps}" if arguments.preset == "lightning" else "ptq")
     row_of_accuracy = "ours" if arguments.preset == "lightning" else "ptq"
     common = [*ROWS[row_of_accuracy], *budget_flags(row_of_accuracy, arguments), *imagenet_flags(arguments)]
+    common += ["--seed", "0"]
     search = functools.cache(partial(Search.measured, arguments, common))
+    bits = {row: ["--bit_width", str(width)] for row, width in UNIFORM.items()}
+    told = {row: told_to_search(row, arguments) | by_name([*common, *bits.get(row, [])]) for row in arguments.rows}
+    left = [row for row in arguments.rows if not (folder / row / RESULT).exists()]
+    # Before the first row: it may take an hour.
     for row in arguments.rows:
+        allocation, package = allocation_file(row, arguments), EVALUATED.get(row)
+        refuse_other(folder / row / RESULT, told[row])
+        refuse_other(allocation, told_to_search(row, arguments))
+        if package and row in left and not allocation.exists() and importlib.util.find_spec(package) is None:
+            parser.error(f"row {row} needs {package}: pip install {package}, or leave the row out by --rows")
+    for row in left:
         path = folder / row
-        if (path / "measured.json").exists():
-            continue
         print(row, flush=True)
-        if row in UNIFORM:
-            bits = ["--bit_width", str(UNIFORM[row])]
-        else:
-            bits = ["--layer_bits", str(allocation_of(row, arguments, common, search))]
-        flags = [*common, *bits, "--output_dir", str(path)]
+        if row not in UNIFORM:
+            bits[row] = ["--layer_bits", str(allocation_of(row, arguments, common, search))]
+        flags = [*common, *bits[row], "--output_dir", str(path)]
         # Evaluated once, by measure(), and not after each stage.
         run([*flags, "--max_eval_samples", "16"])
+        keep_told(path / RESULT, told[row])
         measured = measure(path, flags)
         measured["bytes"] = sum(file.stat().st_size for file in (path / "packed").glob("*.safetensors"))
-        (path / "measured.json").write_text(json.dumps(measured))
+        (path / RESULT).write_text(json.dumps(measured))
     print(f"\n{describe_machine()}\n{folder.name}, batches of {arguments.batch_size}\n")
     print(table(folder, arguments))
     draw(folder)
@@ -124,6 +146,7 @@ def subject(arguments: argparse.Namespace, common: list[str]) -> tuple[Quantform
         samples=told.data.calibration_samples,
         batch_size=told.training.per_device_eval_batch_size,
         seed=told.training.seed,
+        balance_classes=told.training.balance_classes,
     )
     model = QuantformerForImageClassification.from_full_precision(full_precision, **told.model.quantization_arguments())
     return model.calibrate(batches(), told.model.centre_channels, told.model.rotate_channels), batches
@@ -168,15 +191,29 @@ def latencies(arguments: argparse.Namespace) -> LatencyTable:
     return LatencyTable.read(path)
 
 
+def allocation_file(row: str, arguments: argparse.Namespace) -> Path:
+    """One of the preset, whatever number of steps it is then finetuned for."""
+    return arguments.output_dir / "allocations" / arguments.preset / row / ALLOCATION_FILE
+
+
+def told_to_search(row: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """The flags on which the allocation of a row depends; of the steps, whether they bring imagenette with them."""
+    if row in UNIFORM:
+        return {}
+    told = {f"--{name}": str(getattr(arguments, name)) for name in SEARCH_FLAGS[row]}
+    return told | {"--steps": f"{'from' if arguments.steps >= IMAGENETTE_STEPS else 'below'} {IMAGENETTE_STEPS}"}
+
+
 def allocation_of(row: str, arguments: argparse.Namespace, common: list[str], search: Callable[[], Search]) -> Path:
     """The allocation of a row; made, with its time in `seconds.json`, if it is not there."""
-    folder = arguments.output_dir / "allocations" / row
-    if not (folder / ALLOCATION_FILE).exists():
+    path = allocation_file(row, arguments)
+    if not path.exists():
+        keep_told(path, told_to_search(row, arguments))
         if row in GRADIENT:
-            allocate_by_gradient(row, arguments, common)
+            allocate_by_gradient(row, arguments, common, path.parent)
         else:
-            allocate_within_budgets(row, arguments, search(), folder)
-    return folder / ALLOCATION_FILE
+            allocate_within_budgets(row, arguments, search(), path.parent)
+    return path
 
 
 def allocate_within_budgets(row: str, arguments: argparse.Namespace, search: Search, folder: Path) -> None:
@@ -209,9 +246,8 @@ def allocate_within_budgets(row: str, arguments: argparse.Namespace, search: Sea
     (folder / "seconds.json").write_text(json.dumps(seconds))
 
 
-def allocate_by_gradient(row: str, arguments: argparse.Namespace, common: list[str]) -> None:
+def allocate_by_gradient(row: str, arguments: argparse.Namespace, common: list[str], folder: Path) -> None:
     """EdMIPS by `run_quantformer.py --stages allocate`."""
-    folder = arguments.output_dir / "allocations" / row
     flags = [*common, "--stages", "allocate", "--allocation_method", "edmips", "--output_dir", str(folder / "run")]
     flags += ["--allocate.max_steps", str(arguments.search_steps), "--cost_weight", arguments.cost_weight]
     flags += ["--width_learning_rate", arguments.width_learning_rate]
@@ -227,16 +263,16 @@ def allocate_by_gradient(row: str, arguments: argparse.Namespace, common: list[s
 
 def table(folder: Path, arguments: argparse.Namespace) -> str:
     """All rows of `folder`."""
-    rows = [row for row in ALL_ROWS if (folder / row / "measured.json").exists()]
+    rows = [row for row in ALL_ROWS if (folder / row / RESULT).exists()]
     timed = milliseconds([folder / row / "packed" for row in rows], arguments.rounds)
     lines = []
     for row, taken in zip(rows, timed, strict=True):
-        found = json.loads((folder / row / "measured.json").read_text())
-        allocation = arguments.output_dir / "allocations" / row
+        found = json.loads((folder / row / RESULT).read_text())
+        allocation = allocation_file(row, arguments)
         seconds, stated = 0, None
-        if (allocation / ALLOCATION_FILE).exists():
-            seconds = sum(json.loads((allocation / "seconds.json").read_text()).values())
-            stated = BitAllocation.read(allocation / ALLOCATION_FILE).cost.get(MILLISECONDS)
+        if allocation.exists():
+            seconds = sum(json.loads((allocation.parent / "seconds.json").read_text()).values())
+            stated = BitAllocation.read(allocation).cost.get(MILLISECONDS)
         lines.append(
             [
                 row,
@@ -270,7 +306,7 @@ def draw(folder: Path) -> None:
         (EVALUATED, "d", "by evaluations"),
         (GRADIENT, "^", "EdMIPS"),
     ):
-        paths = [(row, folder / row / "measured.json") for row in rows]
+        paths = [(row, folder / row / RESULT) for row in rows]
         found = [(row, json.loads(path.read_text())) for row, path in paths if path.exists()]
         if not found:
             continue
