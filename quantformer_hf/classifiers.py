@@ -75,14 +75,16 @@ def is_quantized(name: str) -> bool:
 
 def _agree_on_names(name: str, model: PreTrainedModel, data: ImageData, takes_names: bool) -> None:
     own, wanted = [model.config.id2label[index] for index in range(model.config.num_labels)], data.label_names
-    differing = [f"class {i} is {a!r} and {b!r}" for i, (a, b) in enumerate(zip(own, wanted, strict=True)) if a != b]
-    if differing and sorted(own) == sorted(wanted):
+    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(own, wanted, strict=True)) if a != b]
+    if pairs and sorted(own) == sorted(wanted):
         raise ValueError(
-            f"{name} and the data set have the same classes in another order ({differing[0]}): number those of the data set"
-            f" as id2label of the model does"
+            f"{name} and the data set have the same classes in another order ({_told(*pairs[0])}): number those of the data"
+            f" set as id2label of the model does"
         )
+    differing = [_told(*pair) for pair in pairs if not _share_a_name(*pair[1:])]
     nameless = own == [f"LABEL_{index}" for index in range(len(own))]
-    if differing and not nameless:
+    # Where most agree, others are spelled otherwise.
+    if 2 * len(differing) > len(own) and not nameless:
         outcome = (
             "its classifier is kept, to be trained under the names of the data set"
             if takes_names
@@ -93,6 +95,15 @@ def _agree_on_names(name: str, model: PreTrainedModel, data: ImageData, takes_na
     if nameless or takes_names:
         for config in (model.config, _stock_config(model)):
             config.id2label, config.label2id = class_names(data).values()
+
+
+def _told(index: int, own: str, wanted: str) -> str:
+    return f"class {index} is {own!r} and {wanted!r}"
+
+
+def _share_a_name(own: str, wanted: str) -> bool:
+    """Whether one has a name of the other: ImageNet's are lists of them, such as "tench, Tinca tinca"."""
+    return not {name.lower() for name in own.split(", ")}.isdisjoint(wanted.lower().split(", "))
 
 
 def _stock_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -80,6 +80,13 @@ def test_other_names_are_told_and_the_flag_says_whose_count(make, new, tmp_path,
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_name_in_common_is_enough_and_some_may_be_spelled_otherwise(tmp_path, caplog):
+    source = save(tmp_path, make_full_precision(), ["Ant, emmet", "honeybee", "cat: a pet", "hound, dog", "moose, elk"])
+    with caplog.at_level(logging.WARNING, "quantformer_hf"):
+        load(source, *NAMES)
+    assert not caplog.records
+
+
 def test_another_number_of_classes_is_new_on_request_and_has_the_names_of_the_data_set(tmp_path):
     source = save(tmp_path, make_full_precision(), NAMES)
     assert names_of(load(source, "yes", "no", new=True)) == ["yes", "no"]
