@@ -31,7 +31,7 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """An image classifier with the classes of the data set, in full precision (of any form) or quantized, and its processor.
 
-    Where the checkpoint's own names say nothing (`LABEL_0`, ...), it gets those of the data set. Where they are others, they
+    Where the checkpoint's own names say nothing (`LABEL_0`, ...), it gets those of the data set. Where most are others, they
     and the classifier stay, for the same classes may have other names (ImageNet's "tench, Tinca tinca" is n01440764 as
     well): a warning says so. With `ignore_mismatched_sizes`, after which it is trained by labels, it gets the data set's.
 
