@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 from transformers.utils import logging
 
-from quantformer_hf.arguments import HUB_ARGUMENTS, RunArguments, StageArguments
+from quantformer_hf.arguments import PUSH_ARGUMENTS, RunArguments, StageArguments
 from quantformer_hf.bad_images import decode
 from quantformer_hf.checkpointing import check_writable, writing
 from quantformer_hf.classifiers import is_quantized, load_classifier
@@ -54,6 +54,12 @@ def run_stages() -> None:
     """What the command line asks for."""
     run = RunArguments()
     arguments = run.for_stage(None)
+    destination = Destination.of(arguments.training)
+    # The last model is pushed, by this script: Trainer would push those of all stages, one over the other.
+    run.common = {name: value for name, value in run.common.items() if name not in PUSH_ARGUMENTS}
+    arguments = run.for_stage(None)
+    if destination is not None and arguments.model.stages[-1:] in ([], ["allocate"]):
+        raise ValueError("push_to_hub pushes the model of the last stage, and this run makes none: leave it out")
     output_dir = Path(arguments.training.output_dir)
     check_writable(output_dir)
     # What a later stage cannot be told is known before the first one runs.
@@ -71,11 +77,8 @@ def run_stages() -> None:
             f"budget is {' '.join(arguments.allocation.budget)}, and the stage 'allocate', which keeps to it, is not among"
             f" the stages ({', '.join(arguments.model.stages)}): add it to --stages, or leave out --budget"
         )
-    destination = Destination.of(arguments.training)
     if destination is not None and PartialState().is_main_process:
         destination = destination.created()
-    # The last model is pushed, by this script: Trainer would push those of all stages, one over the other.
-    run.common = {name: value for name, value in run.common.items() if name not in HUB_ARGUMENTS}
     source = arguments.model.model_name_or_path
     # Of the stages that an earlier command ran.
     results = {name: value for record in history_in(source) for name, value in record["results"].items()}
@@ -89,7 +92,9 @@ def run_stages() -> None:
         else:
             source = str(stage_run.folder)
     if stage == "allocate":
-        print_allocation(results, stage_run.folder)
+        print_allocation(
+            {name: cost for name, cost in results.items() if name.startswith("allocation_")}, stage_run.folder
+        )
         return
     if stage == "finetune":
         source = write_packed(source, output_dir / PACKED_FOLDER)

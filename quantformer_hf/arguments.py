@@ -25,11 +25,14 @@ from .training_args import QuantformerTrainingArguments
 RUN_STAGES = ("full_precision", "allocate", "pretrain", "search", "finetune")
 
 
+#: Of a search alone: another stage has no use for them.
+SEARCH_ARGUMENTS = {"search_steps", "finetune_learning_rate"}
+
 #: Where the model of a run is pushed to.
-HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_always_push"}
+PUSH_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_always_push"}
 
 #: What no single stage can be told.
-WHOLE_RUN = {"preset", "stages", "model_name_or_path", "output_dir", "overwrite_output_dir", *HUB_ARGUMENTS}
+WHOLE_RUN = {"preset", "stages", "model_name_or_path", "output_dir", "overwrite_output_dir", *PUSH_ARGUMENTS}
 
 #: Arguments of Trainer by which a run would end without its accuracy, and what they are otherwise.
 EVALUATION = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}
@@ -157,7 +160,7 @@ class StageArguments:
         typed: the names of what the user said.
 
     Raises:
-        ValueError: what is an argument of Trainer, or of another stage, and means nothing here.
+        ValueError: an argument of Trainer that means nothing here, or with which a run could not go on.
     """
 
     stage: str
@@ -178,11 +181,6 @@ class StageArguments:
         for name, needed in EVALUATION.items():
             if getattr(training, name) != needed:
                 raise ValueError(f"{name} is {not needed}, and a run measures accuracy after each stage: leave it out")
-        if self.stage not in (None, "search") and training.search_steps > 0:
-            raise ValueError(
-                f"search_steps is {training.search_steps} in the stage '{self.stage}', which does not search: give"
-                f" --search.search_steps, and --search.finetune_learning_rate where that is given"
-            )
 
     @property
     def trains(self) -> bool:
@@ -294,6 +292,8 @@ class RunArguments:
     def for_stage(self, stage: str | None) -> StageArguments:
         """The arguments of one stage, or with None those common to all."""
         values = self.common | (self.by_stage[stage] if stage else {})
+        if stage not in (None, "search"):
+            values = {name: value for name, value in values.items() if name not in SEARCH_ARGUMENTS}
         parsed = HfArgumentParser(ARGUMENT_CLASSES).parse_dict(values)
         return StageArguments(stage, *parsed, values, self.typed[stage])
 

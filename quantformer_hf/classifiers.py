@@ -16,8 +16,10 @@ from transformers import (
 )
 
 from .arguments import ModelArguments
+from .backbone_layers import pair
 from .checkpoint_files import shortened
 from .checkpoints import load_full_precision
+from .class_token import CLASS_TOKENS
 from .configuration_quantformer import QuantformerConfig
 from .data import ImageData
 from .images import processor_size
@@ -51,11 +53,13 @@ def load_classifier(
     _agree_on_names(name, model, data, may_be_new)
     if processor is None:
         raise ValueError(f"{name} has no image processor: save one beside it, such as ViTImageProcessor(size=...)")
-    made, taken = processor_size(processor), _stock_config(model).image_size
-    if made != (tuple(taken) if isinstance(taken, list | tuple) else (taken, taken)):
+    made, config = processor_size(processor), _stock_config(model)
+    taken = pair(config.image_size)
+    # Swin takes any size.
+    if config.model_type in CLASS_TOKENS and made != taken:
         raise ValueError(
-            f"{name} takes images of the size {taken}, and its {type(processor).__name__} makes {made[0]} x {made[1]}:"
-            f" correct its preprocessor_config.json, or give --image_size {made[0]} for a model of that size"
+            f"{name} takes images of {taken[0]} x {taken[1]}, and its {type(processor).__name__} makes {made[0]} x"
+            f" {made[1]}: correct its preprocessor_config.json, or give --image_size {made[0]} for a model of that size"
         )
     return model, processor
 

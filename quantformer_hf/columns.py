@@ -51,8 +51,14 @@ def _is_of(feature: Any, *kinds: str) -> bool:
     return isinstance(feature, Value) and any(getattr(pa.types, f"is_{kind}")(feature.pa_type) for kind in kinds)
 
 
-def with_images(rows: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
-    """The rows with `column` as images, where it holds files."""
+def with_images(rows: Dataset | IterableDataset, column: str, split: str) -> Dataset | IterableDataset:
+    """The rows of `split` with `column` as images, where it holds files.
+
+    Raises:
+        ValueError: it has no such column.
+    """
+    if column not in rows.features:
+        raise ValueError(f"the split {split!r} has no image column {column!r}{nearest(column, rows.features)}")
     return rows if isinstance(rows.features[column], Image) else rows.cast_column(column, Image())
 
 
@@ -86,13 +92,13 @@ def with_classes(splits: DatasetDict | IterableDatasetDict, column: str, used: l
     return {name: cast(splits[name]) if name in alike else splits[name] for name in used}
 
 
-def check_all_labelled(rows: Dataset, column: str, split: str, argument: str) -> None:
-    """Raise ValueError, which names `argument`, for the first row without a class."""
+def check_all_labelled(rows: Dataset, column: str, where: str, argument: str) -> None:
+    """Raise ValueError, which names `argument`, for the first row without a class; `where` says what `rows` are."""
     labels = rows.select_columns(column).with_format("arrow")[:].column(column)
     missing = pc.is_null(labels)
     if pa.types.is_signed_integer(labels.type):
         missing = pc.fill_null(pc.and_(pc.less(labels, 0), pc.not_equal(labels, IGNORED_LABEL)), True)
     row = pc.index(missing, True).as_py()
     if row >= 0:
-        many = f"row {row} of the split {split!r}, and {pc.sum(missing).as_py()} of {len(rows)} rows in all,"
+        many = f"row {row} of {where}, and {pc.sum(missing).as_py()} of {len(rows)} rows in all,"
         check_labelled(labels[row].as_py(), many, column, argument)

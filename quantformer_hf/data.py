@@ -197,16 +197,14 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
     features = (splits[eval_split] if train is None else train).features
     image_column = find_column(features, "image", arguments.image_column, Image)
     label_column = find_column(features, "label", arguments.label_column, ClassLabel)
-    held_out = ("train_split", arguments.train_split) if eval_split is None else ("eval_split", eval_split)
-    if not arguments.streaming and label_column in splits[held_out[1]].features:
-        # Training looks at each label as it comes: without it, as in calibration alone, none is needed.
-        check_all_labelled(splits[held_out[1]], label_column, *reversed(held_out))
     used = [name for name in (arguments.train_split, eval_split) if name in splits]
     splits = with_classes(splits, label_column, used)
-    splits = {name: with_images(rows, image_column) for name, rows in splits.items()}
+    splits = {name: with_images(rows, image_column, name) for name, rows in splits.items()}
     train = splits.get(arguments.train_split)
     label_names = splits[used[0]].features[label_column].names
     if eval_split is None:
+        if not arguments.streaming:
+            check_all_labelled(train, label_column, f"the split {arguments.train_split!r}", "train_split")
         train, validation = _hold_out(train, label_column, arguments, seed)
     else:
         validation = splits[eval_split]
@@ -227,6 +225,10 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
     if arguments.max_eval_samples is not None:
         validation = validation if arguments.streaming else validation.shuffle(seed=seed)
         validation = first(validation, arguments.max_eval_samples)
+    if eval_split is not None and not arguments.streaming:
+        # Training looks at each label as it comes: without it, as in calibration alone, none is needed.
+        drawn = "" if arguments.max_eval_samples is None else "what is drawn of "
+        check_all_labelled(validation, label_column, f"{drawn}the split {eval_split!r}", "eval_split")
     return ImageData(
         train, validation, image_column, label_column, label_names, train_samples, arguments.shuffle_buffer_size
     )

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Self
 
 from huggingface_hub import HfApi
-from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments
+from transformers import AutoModelForImageClassification, TrainingArguments
 
-from .pretrained import QuantformerPreTrainedModel
+from .classifiers import is_quantized
+
+
+#: What a model of transformers is made of. Beside it lies what its stage was told.
+FULL_PRECISION_FILES = ["README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "*.index.json"]
 
 
 @dataclass
@@ -42,8 +46,9 @@ class Destination:
 
     def push(self, folder: str) -> None:
         """The model of `folder`, its card and its image processor, and no path of this machine."""
-        model = AutoModelForImageClassification.from_pretrained(folder)
-        model.push_to_hub(self.name, revision=self.revision)
-        if not isinstance(model, QuantformerPreTrainedModel):
-            # A quantized one takes it along.
-            AutoImageProcessor.from_pretrained(folder).push_to_hub(self.name, revision=self.revision)
+        if is_quantized(folder):
+            AutoModelForImageClassification.from_pretrained(folder).push_to_hub(self.name, revision=self.revision)
+        else:
+            HfApi().upload_folder(
+                repo_id=self.name, folder_path=folder, revision=self.revision, allow_patterns=FULL_PRECISION_FILES
+            )

@@ -30,7 +30,7 @@ def processor_size(processor: BaseImageProcessor) -> tuple[int, int]:
     """
     crops = getattr(processor, "do_center_crop", False)
     size = dict((processor.crop_size if crops else processor.size) or {})
-    if not {"height", "width"} <= size.keys() or not (crops or getattr(processor, "do_resize", True)):
+    if not {"height", "width"} <= size.keys():
         raise ValueError(
             f"the {type(processor).__name__} makes images of many sizes (do_resize {processor.do_resize}, size"
             f" {dict(processor.size or {})}, do_center_crop {crops}), which no batch can hold: write into its"

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 #: Images that run together, while all others wait where a quantizer stopped them.
 IMAGES_AT_ONCE = 32
 
-#: What an image holds while it waits, in outputs of the widest linear: 3 in ViT and DeiT; in Swin, whose attention has every
-#: token in windows as well, 5.
+#: What an image holds while it waits, in outputs of the widest linear: its tensors are 3 in ViT and DeiT, 5 in Swin, whose
+#: attention has every token in windows as well. The allocator's share comes on top: ViT-Tiny's process takes 6 an image.
 HELD_OUTPUTS = 5
 
 

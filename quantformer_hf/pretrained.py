@@ -13,6 +13,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from . import pack, quantize
 from .checkpoint_files import shortened
+from .checkpoint_layouts import is_classifier
 from .checkpoint_reader import CheckpointReader
 from .checkpointing import replaced_together
 from .configuration_quantformer import QuantformerConfig, check_attention_implementation, check_model_type
@@ -158,18 +159,19 @@ def _check_fits(name: str, info: dict, packed: bool, new_classifier: bool) -> No
     Args:
         info: what transformers says of loading it.
     """
+    reshaped = _of_other_shapes(info)
+    not_of_classifier = [tensor for tensor in reshaped if not is_classifier(tensor.removeprefix("backbone."))]
     kinds = {"missing": info["missing_keys"], "not expected": info["unexpected_keys"]}
-    if not new_classifier:
-        kinds["of another shape"] = _of_other_shapes(info)
+    kinds["of another shape"] = not_of_classifier if new_classifier else reshaped
     problems = {kind: sorted(names) for kind, names in kinds.items() if names}
     if problems:
         said = "; ".join(f"{kind}: {shortened(names)}" for kind, names in problems.items())
-        may_be_new = not packed and problems.keys() == {"of another shape"}
+        may_be_new = not packed and problems.keys() == {"of another shape"} and not not_of_classifier
         raise ValueError(
             f"the checkpoint '{name}' does not fit its config ({said}): restore the config.json that was saved with it"
             f"{', or give ignore_mismatched_sizes=True for a new classifier' if may_be_new else ''}"
         )
-    if packed and _of_other_shapes(info):
+    if packed and reshaped:
         raise ValueError(
             f"the checkpoint '{name}' is packed, and a new classifier has to be trained: load it with its own classes,"
             f" unpack() and save it, and start from there"

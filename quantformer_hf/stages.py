@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
-from .arguments import RUN_STAGES, RunArguments, StageArguments, defaults
+from .arguments import PUSH_ARGUMENTS, RUN_STAGES, SEARCH_ARGUMENTS, RunArguments, StageArguments, defaults
 from .checkpointing import flush_tree, newest_checkpoint, write_durably, writing
 from .classifiers import build_full_precision, is_quantized, load_classifier
 from .configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig
@@ -56,6 +56,7 @@ NEUTRAL_ARGUMENTS = {
     # Only their product with the number of processes matters, and is compared.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    *PUSH_ARGUMENTS,
 }
 
 
@@ -103,6 +104,8 @@ class StageRun:
         if self.stage == "full_precision":
             # What comes after it may be told otherwise.
             neutral = neutral | {*QUANTIZATION_ARGUMENTS, *CALIBRATION_ARGUMENTS}
+        if self.stage != "search":
+            neutral = neutral | SEARCH_ARGUMENTS
         if arguments.data.streaming:
             # Each worker reads its own part of a stream.
             neutral = neutral - {"dataloader_num_workers"}
@@ -135,6 +138,9 @@ class StageRun:
         # What has become neutral since may still be written there.
         for key in sorted((earlier["arguments"].keys() | told.keys()) - self._neutral):
             before, now = (_plainly(key, said.get(key, unsaid.get(key))) for said in (earlier["arguments"], told))
+            if key == "global_batch" and before == now * (1 + self.arguments.training.unused_gpus):
+                # As it was counted while GPUs that nobody used counted.
+                continue
             if before != now and key == "global_batch":
                 raise ValueError(
                     f"{self.folder} holds the stage '{self.stage}' of a run with {before} images a step, and this one has"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention import attention_modules
+from .backbone_layers import pair
 from .class_token import CLASS_TOKENS
 from .images import pixel_scaling
 from .rotation import rotated
@@ -61,7 +62,7 @@ def hidden_states_for(student: PreTrainedModel, teacher: PreTrainedModel, states
 def check_image_size(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError where the teacher takes images of one size alone, as ViT and DeiT do, and the student has others."""
     own, others = (getattr(model.config, "backbone_config", model.config) for model in (student, teacher))
-    if others.model_type in CLASS_TOKENS and others.image_size != own.image_size:
+    if others.model_type in CLASS_TOKENS and pair(others.image_size) != pair(own.image_size):
         raise ValueError(
             f"the teacher {teacher.name_or_path!r} takes images of {others.image_size} px, and the model of"
             f" {own.image_size}: give --image_size, which holds for both, or another --teacher_name_or_path"

@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, get_scheduler
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import AnnealAssignmentCallback, FreezeGroupsCallback
 from .image_trainer import ImageTrainer
+from .labels import one_class_an_image
 from .losses import (
     assignment_entropy,
     attention_rank_consistency,
@@ -206,12 +207,13 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         The models themselves would take soft labels for those of a multi-label problem, and a DeiT of transformers with two
         classifiers takes none at all.
         """
-        if "labels" not in inputs or (inputs["labels"].ndim == 1 and self._model_takes_labels):
+        labels = inputs.get("labels")
+        mixed = labels is not None and labels.ndim == 2 and one_class_an_image(self.model.config)
+        if labels is None or (self._model_takes_labels and not mixed):
             return super().compute_loss(model, inputs, return_outputs=True)
-        labels = inputs["labels"]
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         # Those of a mixed batch are smooth already.
-        smoothing = self.args.label_smoothing_factor if labels.ndim == 1 else 0.0
+        smoothing = 0.0 if mixed else self.args.label_smoothing_factor
         return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing), outputs
 
     def _concentration_degrees(
@@ -255,8 +257,10 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
         self._term_count += 1
-        # Sharded parameters are not what the graph holds: no gradient could be taken with respect to them.
-        every = 0 if self._is_sharded() else self.args.gradient_share_steps
+        # Sharded parameters are not what the graph holds: no gradient could be taken with respect to them. Nor can that of a
+        # single term where a block is computed again by a backward pass of its own.
+        reenters = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        every = 0 if self._is_sharded() or reenters else self.args.gradient_share_steps
         if len(terms) > 1 and every > 0 and self.state.global_step % every == 0 and self.accelerator.sync_gradients:
             self._last_shares = self._gradient_shares(terms, quantized)
 

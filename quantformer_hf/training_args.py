@@ -7,6 +7,10 @@ from transformers import TrainingArguments
 from .bad_images import BAD_IMAGE_POLICIES
 
 
+#: What `to_dict` has in the place of any token, or of none.
+HIDDEN_TOKEN = "<HUB_TOKEN>"
+
+
 @dataclass
 class QuantformerTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` and what the losses and the search need.
@@ -69,8 +73,8 @@ class QuantformerTrainingArguments(TrainingArguments):
     search_steps: int = field(
         default=-1,
         metadata={
-            "help": "Freeze the groups after this many optimizer steps and go on finetuning in the same run. -1: search"
-            " to the end, and freeze afterwards."
+            "help": "Freeze the groups after this many optimizer steps and go on finetuning in the same run, in the stage"
+            " search alone. -1: search to the end, and freeze afterwards."
         },
     )
     finetune_learning_rate: float | None = field(
@@ -106,7 +110,10 @@ class QuantformerTrainingArguments(TrainingArguments):
     )
     gradient_share_steps: int = field(
         default=500,
-        metadata={"help": "Log each loss term's share of the gradient's norm every so many steps. 0: never."},
+        metadata={
+            "help": "Log each loss term's share of the gradient's norm every so many steps. 0: never, as with FSDP,"
+            " DeepSpeed or reentrant checkpoints."
+        },
     )
     # In the order of TrainingArguments: HfArgumentParser reads no other.
     report_to: None | str | list[str] = field(  # noqa: RUF036  see above
@@ -122,6 +129,8 @@ class QuantformerTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.hub_token == HIDDEN_TOKEN:
+            self.hub_token = None
         if self.hub_token is not None:
             raise ValueError(
                 "hub_token would be written to training_args.bin, which is pushed: set HF_TOKEN, or `hf auth login`"
@@ -132,11 +141,6 @@ class QuantformerTrainingArguments(TrainingArguments):
                     f"{name} casts the model itself, with scales and offsets, also for the training after it: leave it out;"
                     f" --{name.partition('_')[0]} computes in that type and keeps the model"
                 )
-        if self.gradient_share_steps > 0 and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant checkpoints give no gradient of a single loss term: set it to false, or gradient_share_steps"
-                " to 0"
-            )
         for name in ("aux_weight", "dm_weight", "distillation_weight", "feature_weight", "task_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")

@@ -80,6 +80,11 @@ def test_other_names_are_told_and_the_flag_says_whose_count(make, new, tmp_path,
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_swin_takes_images_of_another_size(tmp_path):
+    source = save(tmp_path, make_full_precision("swin"), NAMES, size={"height": 24, "width": 24})
+    assert names_of(load(source, *NAMES)) == NAMES
+
+
 def test_a_name_in_common_is_enough_and_some_may_be_spelled_otherwise(tmp_path, caplog):
     source = save(tmp_path, make_full_precision(), ["Ant, emmet", "honeybee", "cat: a pet", "hound, dog", "moose, elk"])
     with caplog.at_level(logging.WARNING, "quantformer_hf"):
@@ -100,7 +105,7 @@ def test_another_number_of_classes_is_new_on_request_and_has_the_names_of_the_da
 @pytest.mark.parametrize("make", [make_full_precision, make_quantized])
 def test_a_processor_that_does_not_fit_the_model_is_told_before_any_image(make, tmp_path):
     source = save(tmp_path, make(), NAMES, size={"height": 20, "width": 20})
-    with pytest.raises(ValueError, match="takes images of the size 16, and its ViTImageProcessor makes 20 x 20"):
+    with pytest.raises(ValueError, match="takes images of 16 x 16, and its ViTImageProcessor makes 20 x 20"):
         load(source, *NAMES)
     source = save(tmp_path, make(), NAMES, size={"shortest_edge": 16})
     with pytest.raises(ValueError, match="makes images of many sizes"):

@@ -213,6 +213,15 @@ def test_a_split_without_labels_is_named_where_they_are_needed(label, monkeypatc
         ValueError, match=rf"row 0 of the split 'test', and 2 of 2 .*\({label} in .*'label'\).*--eval_split"
     ):
         load_image_data(DataArguments(dataset_name="owner/name", eval_split="test"), seed=0)
+    splits["test"] = unlabelled(4, [label, 0, 1, label])
+    for samples in (1, 4):
+        drawn = DataArguments(dataset_name="owner/name", eval_split="test", max_eval_samples=samples)
+        kept = splits["test"].shuffle(seed=0).select(range(samples))["label"]
+        if label in kept:
+            with pytest.raises(ValueError, match="of what is drawn of the split 'test'"):
+                load_image_data(drawn, seed=0)
+        else:
+            assert len(load_image_data(drawn, seed=0).validation) == samples
     # Calibration has no use for labels; training names the row.
     data = load_image_data(DataArguments(dataset_name="owner/name"), seed=0)
     images = TransformedImages(data.train, data, PROCESSOR, augment=lambda image, key: None)

@@ -17,6 +17,7 @@ from runs import run_as_typed, write_recipe
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf.destination import Destination
 from quantformer_hf.model_card import MARK
 
 
@@ -138,6 +139,19 @@ def test_a_run_pushes_its_packed_model_and_nothing_of_this_machine(hub, tmp_path
     assert files.keys() == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert not [name for name, content in files.items() if b"secret" in content]
     assert json.loads(files["config.json"])["stage"] == "packed"
+
+
+def test_a_model_in_full_precision_is_pushed_with_its_own_card_and_without_its_stage(hub, tmp_path):
+    stock = make_full_precision("vit")
+    stock.save_pretrained(tmp_path)
+    card = f"---\nlibrary_name: transformers\n---\n{MARK}\n"
+    for name, text in {"README.md": card, "preprocessor_config.json": "{}", "stage.json": "{}"}.items():
+        (tmp_path / name).write_text(text)
+    Destination(NAME).created().push(str(tmp_path))
+    files = hub.files(NAME)
+    assert files.keys() == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert files["README.md"].decode() == card
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
 
 def test_local_paths_stay_at_home(hub, tmp_path):

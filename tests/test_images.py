@@ -58,6 +58,7 @@ def test_the_size_of_a_batch_is_the_crops_or_that_of_the_resized_image():
     crop = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 12}}
     assert processor_size(ViTImageProcessor(**crop)) == (16, 12)
     assert processor_size(ViTImageProcessor(**crop, do_resize=False)) == (16, 12)
-    for options in ({"size": {"shortest_edge": 20}}, {"do_resize": False}, {"do_center_crop": True}):
+    assert processor_size(ViTImageProcessor(size={"height": 16, "width": 16}, do_resize=False)) == (16, 16)
+    for options in ({"size": {"shortest_edge": 20}}, {"do_center_crop": True}):
         with pytest.raises(ValueError, match="the ViTImageProcessor makes images of many sizes"):
             processor_size(ViTImageProcessor(**options))

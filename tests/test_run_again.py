@@ -115,7 +115,13 @@ def test_what_was_written_of_neutral_arguments_does_not_matter(finished, tmp_pat
     shutil.copytree(finished / "full_precision", out / "full_precision")
     path = out / "full_precision" / "stage.json"
     written = json.loads(path.read_text())
-    written["arguments"] |= {"model_name_or_path": None, "bit_width": 8, "save_steps": 77}
+    written["arguments"] |= {
+        "model_name_or_path": None,
+        "bit_width": 8,
+        "save_steps": 77,
+        "hub_private_repo": True,
+        "search_steps": 9,
+    }
     path.write_text(json.dumps(written))
     assert "the stage 'full_precision' is complete" in again(out, "--stages", "full_precision")
 

@@ -173,6 +173,15 @@ def test_other_classes_are_named_with_a_way_out_that_works(folder):
     assert ("ignore_mismatched_sizes" in str(found.value)) != packed
 
 
+def test_a_new_classifier_is_no_leave_for_other_layers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone_config"]["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"of another shape: backbone\.vit\.layers\.0\.mlp") as found:
+        load(folder, ignore_mismatched_sizes=True)
+    assert "or give ignore_mismatched_sizes" not in str(found.value)
+
+
 def test_a_stock_model_is_pointed_to_where_it_is_quantized(tmp_path):
     make_full_precision().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model_type is 'vit'.*from_full_precision makes one of it"):

@@ -92,6 +92,7 @@ def test_a_teacher_sees_images_as_it_was_trained_on_them():
 def test_a_teacher_of_another_image_size_is_refused_by_name():
     student = make_quantized()
     check_image_size(student, make_full_precision())
+    check_image_size(student, other_teacher(image_size=[16, 16]))
     teacher = other_teacher(image_size=32)
     teacher.name_or_path = "large/teacher"
     with pytest.raises(

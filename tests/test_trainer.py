@@ -8,7 +8,12 @@ from conftest import make_batches, make_full_precision, make_quantized
 from trainers import ALL_LOSSES, ONE_RUN, StopAt, dataset, logged, make_trainer
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
-from quantformer_hf import QuantformerCallback, QuantformerTrainer, QuantformerTrainingArguments
+from quantformer_hf import (
+    QuantformerCallback,
+    QuantformerForImageClassification,
+    QuantformerTrainer,
+    QuantformerTrainingArguments,
+)
 from quantformer_hf.metrics import compute_metrics, rank_and_loss
 from quantformer_hf.quantize import blocks, group_quantizers
 
@@ -81,13 +86,43 @@ def test_two_classifiers_are_trained_and_evaluated_in_full_precision(tmp_path, s
     [
         ({"hub_token": "hf_secret"}, "training_args.bin, which is pushed: set HF_TOKEN"),
         ({"bf16_full_eval": True}, "casts the model itself.*--bf16 computes"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "set it to false, or gradient_share_steps to 0"),
         ({"search_steps": 2, "learning_rate": 0.0}, "learning_rate is 0"),
     ],
 )
 def test_what_would_spoil_a_run_is_refused_before_it(tmp_path, arguments, said):
     with pytest.raises(ValueError, match=said):
         QuantformerTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **arguments)
+
+
+def test_arguments_come_back_from_what_was_written_of_them(tmp_path):
+    written = QuantformerTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, aux_weight=2.0).to_dict()
+    assert QuantformerTrainingArguments(**written).aux_weight == 2.0
+
+
+def test_reentrant_checkpoints_train_without_shares_of_the_gradient(tmp_path):
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = make_trainer(
+        tmp_path, make_quantized(), make_full_precision(), max_steps=1, distillation_weight=1.0, **arguments
+    )
+    trainer.train()
+    assert logged(trainer, "loss_distillation")
+    assert not logged(trainer, "gradient_share_task")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_several_labels_an_image_have_the_loss_of_the_model(tmp_path, quantized):
+    stock = make_full_precision()
+    stock.config.problem_type = "multi_label_classification"
+    model = (
+        QuantformerForImageClassification.from_full_precision(stock).calibrate(make_batches()) if quantized else stock
+    )
+    trainer = make_trainer(tmp_path, model)
+    inputs = {"pixel_values": make_batches()[0], "labels": torch.eye(5)[:4]}
+    with torch.no_grad():
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(
+            model(inputs["pixel_values"]).logits, inputs["labels"]
+        )
+        torch.testing.assert_close(trainer.compute_loss(model, dict(inputs)), expected)
 
 
 def test_nothing_moves_after_a_freeze_with_a_learning_rate_of_zero(tmp_path):
