@@ -5,17 +5,16 @@ import math
 import pytest
 import torch
 from conftest import make_batches, make_full_precision, make_quantized
-from trainers import ALL_LOSSES, ONE_RUN, StopAt, dataset, logged, make_trainer
+from trainers import ALL_LOSSES, dataset, logged, make_trainer
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from quantformer_hf import (
-    QuantformerCallback,
     QuantformerForImageClassification,
     QuantformerTrainer,
     QuantformerTrainingArguments,
 )
 from quantformer_hf.metrics import compute_metrics, rank_and_loss
-from quantformer_hf.quantize import blocks, group_quantizers
+from quantformer_hf.quantize import blocks
 
 
 @pytest.mark.parametrize("kind", [Trainer, QuantformerTrainer])
@@ -45,25 +44,9 @@ def test_the_best_model_in_full_precision_is_that_of_its_checkpoint(tmp_path):
     assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
 
 
-def test_a_search_that_would_last_to_the_end_is_refused(tmp_path):
-    arguments = {"search_steps": 1000, "max_steps": -1, "num_train_epochs": 1}
-    with pytest.raises(ValueError, match="search_steps is 1000, and the training has"):
-        make_trainer(tmp_path, make_quantized("vit", "search"), **arguments).train()
-
-
 def test_integer_codes_are_not_trained(tmp_path):
     with pytest.raises(ValueError, match=r"integer codes cannot be trained: run model\.unpack\(\) first"):
         make_trainer(tmp_path, make_quantized("vit", "finetune").pack(), max_steps=1).train()
-
-
-def test_one_process_trains_on_one_gpu(tmp_path, caplog):
-    arguments = QuantformerTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    assert arguments.n_gpu <= 1
-    arguments._n_gpu = 2
-    assert (arguments.n_gpu, arguments.train_batch_size) == (1, arguments.per_device_train_batch_size)
-    trainer = QuantformerTrainer(make_quantized("vit"), arguments)
-    assert trainer.args.n_gpu == 1
-    assert "accelerate launch --num_processes 2" in caplog.text
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -79,24 +62,6 @@ def test_two_classifiers_are_trained_and_evaluated_in_full_precision(tmp_path, s
     metrics = trainer.evaluate()
     assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert metrics["eval_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"hub_token": "hf_secret"}, "training_args.bin, which is pushed: set HF_TOKEN"),
-        ({"bf16_full_eval": True}, "casts the model itself.*--bf16 computes"),
-        ({"search_steps": 2, "learning_rate": 0.0}, "learning_rate is 0"),
-    ],
-)
-def test_what_would_spoil_a_run_is_refused_before_it(tmp_path, arguments, said):
-    with pytest.raises(ValueError, match=said):
-        QuantformerTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **arguments)
-
-
-def test_arguments_come_back_from_what_was_written_of_them(tmp_path):
-    written = QuantformerTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, aux_weight=2.0).to_dict()
-    assert QuantformerTrainingArguments(**written).aux_weight == 2.0
 
 
 def test_reentrant_checkpoints_train_without_shares_of_the_gradient(tmp_path):
@@ -123,13 +88,6 @@ def test_several_labels_an_image_have_the_loss_of_the_model(tmp_path, quantized)
             model(inputs["pixel_values"]).logits, inputs["labels"]
         )
         torch.testing.assert_close(trainer.compute_loss(model, dict(inputs)), expected)
-
-
-def test_nothing_moves_after_a_freeze_with_a_learning_rate_of_zero(tmp_path):
-    model = make_quantized("vit", "search")
-    trainer = make_trainer(tmp_path, model, max_steps=4, search_steps=2, finetune_learning_rate=0.0)
-    trainer.train()
-    assert logged(trainer, "learning_rate")[-2:] == [0.0, 0.0]
 
 
 # Losses and the teacher
@@ -318,143 +276,6 @@ def test_scales_offsets_and_logits_do_not_decay(tmp_path):
     assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
 
 
-# Search, freeze, finetune in one run
-
-
-class Recorder(QuantformerCallback):
-    def __init__(self):
-        self.switches, self.stages, self.rates = [], [], []
-
-    def on_stage_switch(self, args, state, control, stage, **kwargs):
-        self.switches.append((state.global_step, stage, kwargs["model"].config.stage))
-
-    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.stages.append(model.config.stage)
-        self.rates.append([group["lr"] for group in optimizer.param_groups])
-
-
-def test_one_run_searches_freezes_and_finetunes(backbone, tmp_path):
-    model, recorder = make_quantized(backbone, "search"), Recorder()
-    logits_before = group_quantizers(model)[0].assignment_logits.clone()
-    trainer = make_trainer(tmp_path, model, make_full_precision(backbone), callbacks=[recorder], **ONE_RUN)
-    trainer.train()
-    assert recorder.stages == ["search"] * 5 + ["finetune"] * 7
-    assert recorder.switches == [(5, "finetune", "finetune")]
-    assert model.config.stage == "finetune"
-    # Two linear schedules, one after the other.
-    weight_rates = [rates[0] for rates in recorder.rates]
-    assert weight_rates[:5] == pytest.approx([1e-3 * (1 - step / 5) for step in range(5)])
-    assert weight_rates[5:] == pytest.approx([2e-4 * (1 - step / 7) for step in range(7)])
-    assert recorder.rates[0][-1] == pytest.approx(1e-2)
-    # The assignment term ends with the search; an evaluation shows what freezing did.
-    assert len(logged(trainer, "loss_assignment")) == 5
-    assert 5 in [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    logits = trainer.optimizer.param_groups[-1]["params"][0]
-    assert not torch.equal(logits, logits_before)
-    assert torch.equal(group_quantizers(model)[0].group_index.long(), logits.argmax(0))
-
-
-@pytest.mark.parametrize("arguments", [{"max_steps": 4}, {"max_steps": 6, "search_steps": 4}])
-def test_the_assignment_is_annealed_step_by_step(arguments, tmp_path):
-    """A sixteenth after four steps is a quarter after two, and the checkpoint of the second one computes with it."""
-    model = make_quantized("vit", "search")
-    before = [quantizer.assignment_logits.clone() for quantizer in group_quantizers(model)]
-    arguments |= {"assignment_temperature": 1 / 16, "assignment_learning_rate": 0.0, "callbacks": [StopAt(2)]}
-    make_trainer(tmp_path, model, save_strategy="steps", save_steps=2, **arguments).train()
-    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-2")
-    for quantizer, logits in zip(group_quantizers(saved), before, strict=True):
-        torch.testing.assert_close(quantizer.assignment_logits, 4 * logits)
-
-
-def test_a_model_that_is_made_later_is_annealed_as_well(tmp_path):
-    made = []
-
-    def model_init():
-        made.append(make_quantized("vit", "search"))
-        return made[-1]
-
-    arguments = QuantformerTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        assignment_temperature=1 / 16,
-        assignment_learning_rate=0.0,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-    )
-    QuantformerTrainer(None, arguments, model_init=model_init, train_dataset=dataset()).train()
-    before = group_quantizers(make_quantized("vit", "search"))[0].assignment_logits
-    torch.testing.assert_close(group_quantizers(made[-1])[0].assignment_logits, 16 * before)
-
-
-def test_deepspeed_holds_an_assignment_that_cannot_be_annealed(tmp_path):
-    """DeepSpeed is not installed here: the trainer is told that it is there."""
-    trainer = make_trainer(tmp_path, make_quantized("vit", "search"), max_steps=1, assignment_temperature=0.5)
-    trainer.is_deepspeed_enabled = True
-    with pytest.raises(ValueError, match=r"DeepSpeed holds the assignment where it cannot be annealed: set it to 1"):
-        trainer.train()
-
-
-def test_freezing_after_annealing_changes_next_to_nothing(tmp_path):
-    """As much as the codes of some values that are next to halves."""
-    images = torch.stack([row["pixel_values"] for row in dataset(1)])
-    distances = []
-    for temperature in (1.0, 1e-3):
-        model = make_quantized("vit", "search")
-        make_trainer(tmp_path, model, max_steps=4, assignment_temperature=temperature).train()
-        model.eval()
-        with torch.no_grad():
-            searched = model(pixel_values=images).logits
-            frozen = model.freeze_groups()(pixel_values=images).logits
-        distances.append((frozen - searched).norm() / searched.norm())
-    assert distances[1] < 0.1 * distances[0]
-
-
-def test_search_steps_needs_a_model_that_searches(tmp_path):
-    with pytest.raises(ValueError, match=r"run model\.begin_search\(\) first"):
-        make_trainer(tmp_path, make_quantized(), search_steps=2).train()
-
-
-# Arguments
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"aux_weight": float("nan")}, "aux_weight is nan: choose 0"),
-        ({"scale_learning_rate": -0.1}, "scale_learning_rate is -0.1: choose 0 or more"),
-        ({"learning_rate_per_bit": 0.0}, "learning_rate_per_bit is 0.0: choose more than 0"),
-        ({"assignment_temperature": 0.0}, "assignment_temperature is 0.0: choose from 1e-6 to 1"),
-        ({"assignment_temperature": 0.1, "ema_decay": 0.9}, "ema_decay would average assignments of all temperatures"),
-        ({"search_steps": 0}, "search_steps is 0: choose at least 1, or -1"),
-        ({"finetune_learning_rate": 1e-3}, "finetune_learning_rate is for after the freeze"),
-        (
-            {"search_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
-            "reduce_lr_on_plateau none: choose another",
-        ),
-        ({"aux_weight": -1.0}, "aux_weight is -1.0: choose 0"),
-        (
-            {
-                "search_steps": 2,
-                "load_best_model_at_end": True,
-                "eval_strategy": "steps",
-                "eval_steps": 1,
-                "save_steps": 1,
-            },
-            "may go back to before the freeze",
-        ),
-        ({"block_gradient_scale": 0.0}, "block_gradient_scale is 0.0: choose more than 0"),
-        ({"pnorm": "sharp"}, "pnorm is 'sharp': choose a number of at least 1, or 'entropy'"),
-        ({"pnorm": 0.5}, "pnorm is '0.5'"),
-        ({"distillation_temperature": 0.0}, "distillation_temperature is 0.0"),
-        ({"search_steps": 10, "max_steps": 10}, "leave steps to finetune after it"),
-    ],
-)
-def test_impossible_training_arguments_are_refused(arguments, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        QuantformerTrainingArguments(output_dir=str(tmp_path), **arguments)
-
-
 def test_activation_checkpointing_changes_nothing(backbone, tmp_path):
     losses = []
     for checkpointing in (False, True):
@@ -485,9 +306,3 @@ def test_mixed_precision_trains(kind, tmp_path):
         losses[bf16] = logged(trainer)
     assert losses[True] == pytest.approx(losses[False], rel=0.1)
     assert losses[True] != losses[False]
-
-
-def test_a_freeze_under_way_is_refused_where_parameters_are_sharded(tmp_path, monkeypatch):
-    monkeypatch.setattr(QuantformerTrainer, "_is_sharded", lambda self: True)
-    with pytest.raises(ValueError, match="search_steps is 2, and FSDP or DeepSpeed"):
-        make_trainer(tmp_path, make_quantized(stage="search"), max_steps=4, search_steps=2)
