@@ -30,9 +30,18 @@ class Destination:
 
     @classmethod
     def of(cls, training: TrainingArguments) -> Self | None:
-        """What `--push_to_hub` and `--hub_model_id` ask for; by default the name is that of `output_dir`."""
+        """What `--push_to_hub` and `--hub_model_id` ask for; by default the name is that of `output_dir`.
+
+        Raises:
+            ValueError: checkpoints are to be pushed as well.
+        """
         if not training.push_to_hub:
             return None
+        if training.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"hub_strategy is {training.hub_strategy.value!r}, and a run pushes its last model alone, when it is over:"
+                f" leave it out"
+            )
         name = training.hub_model_id or Path(training.output_dir).absolute().name
         return cls(name, training.hub_private_repo, training.hub_revision)
 

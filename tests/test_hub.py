@@ -16,7 +16,7 @@ from PIL import Image
 from runs import run_as_typed, write_recipe
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
-from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf import QuantformerForImageClassification, QuantformerTrainingArguments
 from quantformer_hf.destination import Destination
 from quantformer_hf.model_card import MARK
 
@@ -152,6 +152,13 @@ def test_a_model_in_full_precision_is_pushed_with_its_own_card_and_without_its_s
     assert files.keys() == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert files["README.md"].decode() == card
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
+def test_a_run_that_is_to_push_its_checkpoints_is_refused(tmp_path):
+    told = {"push_to_hub": True, "hub_model_id": NAME, "report_to": "none", "use_cpu": True}
+    assert Destination.of(QuantformerTrainingArguments(str(tmp_path), **told)) == Destination(NAME)
+    with pytest.raises(ValueError, match="hub_strategy is 'all_checkpoints', and a run pushes its last model alone"):
+        Destination.of(QuantformerTrainingArguments(str(tmp_path), hub_strategy="all_checkpoints", **told))
 
 
 def test_local_paths_stay_at_home(hub, tmp_path):
