@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 #: What `--on_bad_image` may be.
 BAD_IMAGE_POLICIES = ("skip", "error")
 
+#: Of the images that a run reads.
+MODE = "RGB"
+
 #: Share of bad images above which a run stops.
 MAX_BAD_SHARE = 0.01
 
@@ -46,7 +49,7 @@ def decode(value: dict[str, Any] | None) -> PILImage.Image | None:
     if value is None:
         return None
     try:
-        return _eight_bits(_IMAGE.decode_example(value)).convert("RGB")
+        return _eight_bits(_IMAGE.decode_example(value)).convert(MODE)
     except DECODING_ERRORS as error:
         logger.debug(f"{value.get('path')}: {error}")
         return None

@@ -17,6 +17,7 @@ from transformers import (
 
 from .arguments import ModelArguments
 from .backbone_layers import pair
+from .bad_images import MODE
 from .checkpoint_files import shortened
 from .checkpoints import load_full_precision
 from .class_token import CLASS_TOKENS
@@ -39,7 +40,7 @@ def load_classifier(
 
     Raises:
         ValueError: another number of classes, and no leave to make a new classifier; the same ones in another order; no
-            image processor, or one that makes images of another size than the model takes.
+            image processor, or one that makes images of another size than the model takes; a model of gray images.
     """
     may_be_new = arguments.ignore_mismatched_sizes
     asked = {"num_labels": len(data.label_names), "ignore_mismatched_sizes": True} if may_be_new else {}
@@ -54,6 +55,7 @@ def load_classifier(
     if processor is None:
         raise ValueError(f"{name} has no image processor: save one beside it, such as ViTImageProcessor(size=...)")
     made, config = processor_size(processor), _stock_config(model)
+    _check_channels(name, config)
     taken = pair(config.image_size)
     # Swin takes any size.
     if config.model_type in CLASS_TOKENS and made != taken:
@@ -101,6 +103,14 @@ def _agree_on_names(name: str, model: PreTrainedModel, data: ImageData, takes_na
             config.id2label, config.label2id = class_names(data).values()
 
 
+def _check_channels(name: str, config: PreTrainedConfig) -> None:
+    if config.num_channels != len(MODE):
+        raise ValueError(
+            f"{name} takes images of {config.num_channels} channels, and those of a data set are decoded to"
+            f" {len(MODE)} ({MODE}): start from a model of such images, or quantize this one in Python"
+        )
+
+
 def _told(index: int, own: str, wanted: str) -> str:
     return f"class {index} is {own!r} and {wanted!r}"
 
@@ -138,6 +148,7 @@ def build_full_precision(
         raise ValueError("the stage 'full_precision' needs --model_name_or_path or a backbone_config")
     config = dict(backbone_config)
     config = AutoConfig.for_model(config.pop("model_type", "vit"), **config, **class_names(data))
+    _check_channels("backbone_config", config)
     # AutoModel looks for a distilling DeiT by this field, and stumbles where it is None.
     config.architectures = []
     size = config.image_size

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from .bad_images import BadImageError, BadImageTally, decode, origin
+from .bad_images import MODE, BadImageError, BadImageTally, decode, origin
 from .data import ImageData, first, shuffled
 from .labels import IGNORED_LABEL, check_labelled
 from .sampling import Draw, by_turns
@@ -100,7 +100,7 @@ def evaluation_rows(
     A bad image (None) keeps its place with `IGNORED_LABEL`, so that batches have the same size in every process; no metric
     counts it, and `bad_images` names it.
     """
-    placeholder = PILImage.new("RGB", processor_size(processor)[::-1])
+    placeholder = PILImage.new(MODE, processor_size(processor)[::-1])
     readable = [placeholder if image is None else image for image in images]
     rows = []
     for pixels, image, label, name in zip(

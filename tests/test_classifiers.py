@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import IMAGE_SIZE, make_full_precision, make_quantized
 from timm_checkpoints import VIT, make_timm_model, save_torch
-from transformers import ViTImageProcessor, ViTModel
+from transformers import ViTForImageClassification, ViTImageProcessor, ViTModel
 
 from quantformer_hf.arguments import ModelArguments
-from quantformer_hf.classifiers import load_classifier
+from quantformer_hf.classifiers import build_full_precision, load_classifier
 from quantformer_hf.data import ImageData
 
 
@@ -110,3 +110,15 @@ def test_a_processor_that_does_not_fit_the_model_is_told_before_any_image(make, 
     source = save(tmp_path, make(), NAMES, size={"shortest_edge": 16})
     with pytest.raises(ValueError, match="makes images of many sizes"):
         load(source, *NAMES)
+
+
+def test_a_model_of_gray_images_is_refused(tmp_path):
+    config = make_full_precision().config
+    config.num_channels = 1
+    source = save(tmp_path, ViTForImageClassification(config), NAMES)
+    with pytest.raises(
+        ValueError, match=r"takes images of 1 channels, and those of a data set are decoded to 3 \(RGB\)"
+    ):
+        load(source, *NAMES)
+    with pytest.raises(ValueError, match="backbone_config takes images of 1 channels"):
+        build_full_precision({"num_channels": 1}, data_of(*NAMES))
