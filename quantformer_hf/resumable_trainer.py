@@ -1,9 +1,11 @@
 """`ResumableTrainer`: a Trainer whose runs outlive a fault."""
 
+import ctypes
 import json
 import logging
 import shutil
 from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ class ResumableTrainer(Trainer):
         self.add_callback(self._termination)
         self.add_callback(_Resumption(self))
         self._resumed_from: Path | None = None
+        #: Of the loaders' workers as well: whether a training runs, which needs them.
+        self._running: ctypes.c_byte | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in Trainer.
@@ -73,8 +77,13 @@ class ResumableTrainer(Trainer):
         # Behind callbacks that were added since, so that its word is the last.
         self.remove_callback(self._termination)
         self.add_callback(self._termination)
-        with self._termination.listen():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._running = RawValue("b", True)
+        try:
+            with self._termination.listen():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._running.value = False
+            self._running = None
 
     def _check_fits(self, checkpoint: Path) -> None:
         manifest = read_manifest(checkpoint)
@@ -105,10 +114,10 @@ class ResumableTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def get_train_dataloader(self):
-        """As in Trainer; the workers outlive a SIGTERM to the whole process group, as the last step needs them."""
+        """As in Trainer; while it trains, workers outlive a SIGTERM to the whole process group: the last step needs them."""
         loader = super().get_train_dataloader()
-        if self.args.dataloader_num_workers > 0:
-            worker_init_fn = partial(ignore_sigterm, then=loader.worker_init_fn)
+        if self.args.dataloader_num_workers > 0 and self._running is not None:
+            worker_init_fn = partial(ignore_sigterm, running=self._running, then=loader.worker_init_fn)
             # accelerate iterates over the loader within its own, and copies its own to skip batches.
             for part in (loader, getattr(loader, "base_dataloader", loader)):
                 part.worker_init_fn = worker_init_fn

@@ -1,10 +1,12 @@
 """SIGTERM as a wish: a checkpoint first, then the end."""
 
 import contextlib
+import ctypes
 import logging
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -97,8 +99,21 @@ class TerminationCallback(TrainerCallback):
         raise SystemExit(SIGTERM_EXIT_CODE)
 
 
-def ignore_sigterm(worker: int, then) -> None:
-    """Start of a loader's worker, which the last step still needs; then `then(worker)`, if not None."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_sigterm(worker: int, running: ctypes.c_byte, then: Callable[[int], None] | None) -> None:
+    """Start of a loader's worker, which the last step still needs; then `then(worker)`.
+
+    When the training is over, however it ended, SIGTERM is how Python's multiprocessing ends its workers as the process
+    exits, and it waits until they have obeyed.
+
+    Args:
+        running: shared with the process that trains, and false when its training is over.
+    """
+
+    def receive(signum, frame):
+        if not running.value:
+            # As those of PyTorch do: it takes any other code for a fault, and would say so as well.
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, receive)
     if then is not None:
         then(worker)

@@ -6,7 +6,10 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +281,38 @@ def test_sigterm_after_the_last_step_ends_with_143_too(tmp_path):
         quantized_trainer(tmp_path, [TerminateAt("on_train_end", 2)], max_steps=2).train()
     assert stopped.value.code == 143
     assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+#: A process whose training ends by itself (0) or by an error (1) while loaders are at work, or kept.
+WITH_LOADERS = """
+import sys
+from conftest import make_quantized
+from trainers import make_trainer
+from transformers import TrainerCallback
+
+class Fail(TrainerCallback):
+    def on_step_end(self, *given, **kwargs):
+        raise MemoryError("out of memory")
+
+callbacks, arguments = ([Fail()], {}) if sys.argv[1] == "1" else ([], {"dataloader_persistent_workers": True})
+make_trainer(sys.argv[2], make_quantized(), None, callbacks, max_steps=2, dataloader_num_workers=2, **arguments).train()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_process_ends_with_its_loaders(code, tmp_path):
+    command = [sys.executable, "-c", WITH_LOADERS, str(code), str(tmp_path)]
+    # In a group of its own: workers that ignore the signal would stay behind.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=Path(__file__).parent
+    )
+    try:
+        error = process.communicate(timeout=120)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code
+    assert ("MemoryError" in error) == bool(code)
 
 
 def test_training_in_another_thread_leaves_signals_alone(tmp_path):
