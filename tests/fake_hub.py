@@ -21,10 +21,11 @@ TOKEN = "hf_token_of_the_test"
 
 @dataclass
 class Repository:
-    """Files by path of each commit, and the commit of each branch."""
+    """Files by path of each commit, the commit of each branch, and for whom it was made."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {}})
     branches: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
+    private: bool = False
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
         files = self.commits[self.branches[branch]] | files
@@ -112,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked['organization'] or 'user'}/{asked['name']}"
         status = 409 if name in self.hub.repositories else 200
-        self.hub.repositories.setdefault(name, Repository())
+        self.hub.repositories.setdefault(name, Repository(private=asked.get("visibility") == "private"))
         self.answer({"url": f"{self.hub.url}/{name}", "name": name}, status)
 
     def validate_card(self, body: bytes) -> None:

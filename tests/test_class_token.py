@@ -264,6 +264,31 @@ def test_a_group_that_is_empty_at_the_start_of_the_search_has_a_fitted_scale():
     assert (quantizer.class_token.scale > 10).all()
 
 
+def calibrated_with_class_token(x):
+    """Of a search that has just begun: two groups, of which the channels are nearly as likely."""
+    quantizer = quantizer_with_class_token(bits=4, class_bits=4)
+    for part, seen in quantizer.parts(x):
+        part.set_stage("pretrain", 1)
+        observer = part.make_observer()
+        observer.add(seen)
+        part.calibrate(observer.quantiles())
+    quantizer.begin_search(2)
+    quantizer.assignment_logits.data = 0.1 * torch.eye(2).repeat(1, 3)
+    return quantizer
+
+
+def test_scales_of_the_class_token_are_for_the_groups_that_remain_and_for_channels_that_count():
+    x, scales = torch.randn(64, 5, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7.0), {}
+    for sharp, important in ((1, False), (1000, False), (1, True)):
+        quantizer = calibrated_with_class_token(x)
+        quantizer.assignment_logits.data *= sharp
+        importance = torch.arange(6) < 2 if important else torch.ones(6)
+        quantizer.class_token.begin_search(2, importance.float())
+        scales[sharp, important] = quantizer.class_token.scale.detach()
+    assert torch.equal(scales[1, False], scales[1000, False])
+    assert (scales[1, True] < 0.5 * scales[1, False]).all()
+
+
 def test_one_description_serves_all_tokens_of_a_layer_on_cuda(monkeypatch):
     """`kernel_info()` asks why Triton may not serve them: no GPU is needed to tell that sums are too long."""
     monkeypatch.setattr(cuda, "reason_against_device", lambda device: None)

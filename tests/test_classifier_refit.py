@@ -118,3 +118,22 @@ def test_what_is_fitted_is_what_the_weight_multiplies(monkeypatch):
     assert 2 <= fitted[0].unique().numel() <= 4
     torch.testing.assert_close(head.weight, weight + 0.5)
     torch.testing.assert_close(head.bias, bias + 0.25)
+
+
+def test_two_heads_are_fitted_as_the_mean_that_the_model_puts_out(monkeypatch):
+    generator, fitted = torch.Generator().manual_seed(0), []
+    heads = [torch.nn.Linear(6, 4).requires_grad_(False) for _ in range(2)]
+    features = torch.randn(2, 12, 6, generator=generator)
+
+    def logits():
+        return torch.stack([head(x) for head, x in zip(heads, features, strict=True)]).mean(0)
+
+    def fit(inputs, _, weight, bias):
+        torch.testing.assert_close(F.linear(inputs, weight, bias), logits())
+        change, shift = (torch.randn(part.shape, generator=generator) for part in (weight, bias))
+        fitted.append(F.linear(inputs, weight + change, bias + shift))
+        return change, shift
+
+    monkeypatch.setattr(classifier_refit, "fit_step", fit)
+    refit_classifier(heads, features.unbind(), torch.zeros(12, 4))
+    torch.testing.assert_close(logits(), fitted[0])

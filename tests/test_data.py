@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Iterable
 from PIL import Image as PILImage
 from transformers import ViTImageProcessor
 
+from quantformer_hf.columns import find_column
 from quantformer_hf.data import DataArguments, load_digits_dataset, load_image_data
 from quantformer_hf.images import TransformedImages
 
@@ -306,3 +307,9 @@ def test_an_epoch_of_a_stream_has_the_length_that_the_data_set_declares(tmp_path
 def test_values_out_of_range_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(dataset_name="digits", **arguments)
+
+
+def test_what_holds_more_than_the_bytes_of_files_is_no_image():
+    features = Features({"image": {"bytes": Value("binary"), "size": Value("int32")}})
+    with pytest.raises(ValueError, match=r"the image column 'image' holds .*'size'.* the bytes of image files"):
+        find_column(features, "image", "image", Image)

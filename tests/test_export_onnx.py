@@ -287,6 +287,17 @@ def test_an_exact_file_of_another_activation_function_is_refused(tmp_path):
 # One export each
 
 
+def test_a_disk_that_is_full_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    def fill(program, path):
+        path.write_text("part")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", fill)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(make_quantized(stage="finetune"), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def make_packed_config(**arguments):
     return QuantformerConfig(stage="packed", packing_layout=1, calibrated=True, **arguments)
 

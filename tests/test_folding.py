@@ -3,10 +3,13 @@
 import pytest
 import torch
 from conftest import make_batches, make_full_precision
+from transformers import ViTConfig, ViTForImageClassification
 
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.attention import attention_modules
 from quantformer_hf.folding import channel_centres, folding_sites
+from quantformer_hf.grids import Grid
+from quantformer_hf.observers import QUANTILES
 from quantformer_hf.quantize import full_precision, group_quantizers, reading_layers
 
 
@@ -31,6 +34,23 @@ def test_sites_leave_out_padding_gelu_and_layers_without_bias():
     assert names["vit"] == {"attention.q_proj", "attention.o_proj", "mlp.fc1"}
     assert not any("q_proj" in name or "fc2" in name or "reduction" in name for name in names["swin"])
     assert any(name.endswith("o_proj") for name in names["swin"])
+
+
+def test_neither_side_of_a_shift_needs_a_bias():
+    config = ViTConfig(**make_full_precision("vit").config.to_dict() | {"qkv_bias": False})
+    original = ViTForImageClassification(config).eval()
+    model = QuantformerForImageClassification.from_full_precision(original).calibrate(make_batches()).eval()
+    names = {site.quantizer.name.split(".", 3)[-1] for site in folding_sites(model, reading_layers(model))}
+    assert names == {"mlp.fc1"}
+    batch = make_batches(seed=5)[0]
+    with torch.no_grad(), full_precision(model):
+        torch.testing.assert_close(model(batch).logits, original(batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_centre_of_a_channel_is_the_middle_of_its_levels():
+    levels = 0.3 * torch.linspace(0, 7, len(QUANTILES)).round() - 4
+    centres = channel_centres(torch.stack([levels, levels + 2]), Grid(3, signed=False))
+    torch.testing.assert_close(centres, torch.tensor([0.3 * 3.5 - 4, 0.3 * 3.5 - 2]), rtol=1e-3, atol=1e-3)
 
 
 def test_shifted_channels_are_centred_and_others_are_not():

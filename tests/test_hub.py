@@ -154,11 +154,33 @@ def test_a_model_in_full_precision_is_pushed_with_its_own_card_and_without_its_s
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
 
-def test_a_run_that_is_to_push_its_checkpoints_is_refused(tmp_path):
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_model_goes_to_the_branch_that_is_named_of_a_repository_that_may_be_there(hub, tmp_path, quantized):
+    (make_model() if quantized else make_full_precision("vit")).save_pretrained(tmp_path)
+    destination = Destination(NAME, private=True, revision="other").created()
+    assert hub.repositories[NAME].private is True
+    assert destination.created() == destination
+    HfApi(endpoint=hub.url, token=TOKEN).create_branch(NAME, branch="other")
+    destination.push(str(tmp_path))
+    assert "config.json" in hub.files(NAME, "other")
+    assert not hub.files(NAME)
+
+
+def test_what_a_run_is_told_of_the_hub_is_where_it_goes(tmp_path):
+    told = {"push_to_hub": True, "report_to": "none", "use_cpu": True}
+    assert Destination.of(QuantformerTrainingArguments(str(tmp_path / "tiny"), **told)) == Destination("tiny")
+    told |= {"hub_model_id": NAME, "hub_private_repo": True, "hub_revision": "other"}
+    expected = Destination(NAME, private=True, revision="other")
+    assert Destination.of(QuantformerTrainingArguments(str(tmp_path), **told)) == expected
+    assert Destination.of(QuantformerTrainingArguments(str(tmp_path), **told | {"push_to_hub": False})) is None
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_a_run_that_is_to_push_its_checkpoints_is_refused(tmp_path, strategy):
     told = {"push_to_hub": True, "hub_model_id": NAME, "report_to": "none", "use_cpu": True}
     assert Destination.of(QuantformerTrainingArguments(str(tmp_path), **told)) == Destination(NAME)
-    with pytest.raises(ValueError, match="hub_strategy is 'all_checkpoints', and a run pushes its last model alone"):
-        Destination.of(QuantformerTrainingArguments(str(tmp_path), hub_strategy="all_checkpoints", **told))
+    with pytest.raises(ValueError, match=f"hub_strategy is '{strategy}', and a run pushes its last model alone"):
+        Destination.of(QuantformerTrainingArguments(str(tmp_path), hub_strategy=strategy, **told))
 
 
 def test_local_paths_stay_at_home(hub, tmp_path):

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image as PILImage
 from transformers import ViTImageProcessor
 
 from quantformer_hf.data import DataArguments, load_image_data
-from quantformer_hf.images import TransformedImages, calibration_batches, processor_size
+from quantformer_hf.images import TransformedImages, calibration_batches, evaluation_rows, processor_size, with_crop
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
@@ -28,6 +29,8 @@ def test_calibration_batches_repeat():
         one, two = (list(calibration_batches(data, PROCESSOR, 20, 8, seed=0)) for _ in range(2))
         assert [len(batch) for batch in one] == [8, 8, 4]
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        other = next(calibration_batches(data, PROCESSOR, 20, 8, seed=1))
+        assert not torch.equal(other, one[0])
 
 
 def test_calibration_images_of_all_classes_in_equal_number():
@@ -62,3 +65,21 @@ def test_the_size_of_a_batch_is_the_crops_or_that_of_the_resized_image():
     for options in ({"size": {"shortest_edge": 20}}, {"do_center_crop": True}):
         with pytest.raises(ValueError, match="the ViTImageProcessor makes images of many sizes"):
             processor_size(ViTImageProcessor(**options))
+
+
+def test_a_crop_keeps_its_share_of_the_shorter_edge():
+    crop = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 12}}
+    processor = ViTImageProcessor(**crop)
+    # As timm rounds 12 / 0.9.
+    assert with_crop(processor, 0.9).size["shortest_edge"] == 13
+    assert processor.size["shortest_edge"] == 20
+    assert with_crop(processor, None) is processor
+    for share, named in ((0.0, processor), (1.1, processor), (0.9, PROCESSOR)):
+        with pytest.raises(ValueError, match=f"crop_pct is {share}"):
+            with_crop(named, share)
+
+
+def test_a_bad_image_has_the_place_of_one_that_is_taller_than_wide():
+    processor = ViTImageProcessor(size={"height": 16, "width": 12}, do_resize=False)
+    rows = evaluation_rows([PILImage.new("RGB", (12, 16)), None], [1, 2], ["good", "bad"], processor)
+    assert [row["pixel_values"].shape for row in rows] == [(3, 16, 12)] * 2

@@ -37,6 +37,17 @@ def test_packing_changes_no_bit_of_the_logits(backbone, bits, name):
         assert torch.equal(logits(model.pack(), batch), expected)
 
 
+def test_the_sign_of_a_learned_scale_does_not_count(backbone):
+    model, batch = make_quantized(backbone, "finetune"), make_batches()[0]
+    expected = logits(model, batch)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".scale"):
+                parameter.neg_()
+    assert torch.equal(logits(model, batch), expected)
+    assert torch.equal(logits(model.pack(), batch), expected)
+
+
 @pytest.mark.parametrize("name", [None, *instruction_sets()])
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_layer_norm_has_the_bits_of_the_reference(backbone, packed, name):

@@ -1,5 +1,6 @@
 """Kernels, whatever instructions this machine has, against plain torch and against exact arithmetic."""
 
+import ctypes
 import importlib.util
 import itertools
 from pathlib import Path
@@ -200,8 +201,50 @@ def test_operands_that_a_kernel_cannot_take_are_refused():
     codes = channels.quantize(x)
     with pytest.raises(ValueError, match=f"the codes have 3 positions, and the layer {codes.shape[1]}"):
         linear(codes[:, :3])
+    with pytest.raises(ValueError, match="scales and offsets for 8 channels, and the input has 7"):
+        channels.quantize(x[:, :7])
+    with pytest.raises(ValueError, match="there are 8 offsets and 7 scales"):
+        operators.quantize(x, channels.offset, channels.inverse[:7], None, 15)
     with pytest.raises(ValueError, match="the instruction set 'mmx' cannot run here"), using("mmx"):
         pass
+
+
+#: Arguments of the product of a layer of 8 inputs and 4 outputs, by their place, and what is said of them.
+WRONG_OPERANDS = {
+    "dtype of codes": (0, lambda weight: weight.to(torch.int8), r"bytes, and this one is \(4, 4\) torch\.int8"),
+    "width": (0, lambda weight: weight[:, :3].contiguous(), r"rows of 4 bytes, and this one is \(4, 3\)"),
+    "not in one piece": (0, lambda weight: weight.T.contiguous().T, "packed in contiguous rows"),
+    "a group too few": (7, lambda ends: ends[1:], "2 groups end at"),
+    "positions": (7, lambda ends: (*ends[:-1], ends[-1] + 4), "2 groups end at"),
+    "scales": (10, lambda scale: scale[:3], "there are 3 scales and 4 biases for 4 outputs"),
+    "biases": (11, lambda bias: bias[:3], "there are 4 scales and 3 biases for 4 outputs"),
+    "another device": (11, lambda bias: bias.to("meta"), "was given a tensor on meta"),
+}
+
+
+@pytest.mark.parametrize(("place", "change", "message"), WRONG_OPERANDS.values(), ids=WRONG_OPERANDS)
+def test_no_product_reads_what_is_not_there(place, change, message):
+    arguments = list(make_layer((2, 8, 4, 2), 4, 4, 0)[3].arguments)
+    arguments[place] = change(arguments[place])
+    with pytest.raises(ValueError, match=message):
+        operators.prepare_multiply(*arguments)
+
+
+@needs_kernels
+def test_no_layer_norm_or_attention_reads_what_is_not_there():
+    weight, x = torch.ones(8), torch.ones(2, 8)
+    with pytest.raises(ValueError, match="LayerNorm has 7 channels, and its input 8"):
+        operators.layer_norm(x, weight[:7], None, 1e-5)
+    with pytest.raises(ValueError, match="weight or bias of a LayerNorm is not in one piece"):
+        operators.layer_norm(x, weight, torch.ones(16)[::2], 1e-5)
+    tokens, operands = torch.ones(1, 1, 3, 4), torch.ones(2, 3)
+    for function, arguments in (
+        (operators.attention_probabilities, (tokens.double(), tokens, None, operands, 15, 0.5)),
+        (operators.attention_probabilities, (tokens, tokens, torch.ones(3).double(), operands, 15, 0.5)),
+        (operators.attention_mix, (torch.ones(1, 1, 3, 3), tokens.double(), operands, 15)),
+    ):
+        with pytest.raises(TypeError, match=r"was given torch\.float64"):
+            function(*arguments)
 
 
 def test_operators_are_what_torch_expects_of_them():
@@ -232,3 +275,14 @@ def test_where_kernels_are_missing_or_damaged_the_warning_says_how_to_build_them
         assert library._load() is None
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert f"{how} builds them" in caplog.text
+
+
+@needs_kernels
+@pytest.mark.parametrize("fields", [2, 4])
+def test_kernels_whose_jobs_have_other_sizes_are_not_run(fields, monkeypatch, caplog):
+    class Other(ctypes.Structure):
+        _fields_ = [(f"field{number}", ctypes.c_int64) for number in range(fields)]
+
+    monkeypatch.setattr(library, "Step", Other)
+    assert library._load() is None
+    assert "are of another version or damaged" in caplog.text

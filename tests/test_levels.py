@@ -214,7 +214,7 @@ def test_a_model_that_is_told_to_have_them_has_them_from_the_search_on():
 
 def test_a_later_command_may_say_it_where_there_are_no_groups_yet():
     begun, grouped = (make_quantized("vit", stage, bit_width=4) for stage in ("pretrain", "finetune"))
-    check_same_quantization(begun.backbone, begun.config, {"twin_levels": False}, "begun")
+    check_same_quantization(begun.backbone, begun.config, {"twin_levels": False, "num_groups": 7}, "begun")
     check_same_quantization(grouped.backbone, grouped.config, {"twin_levels": True}, "grouped")
     with pytest.raises(ValueError, match="grouped has twin_levels True, and not False: start from the full-precision"):
         check_same_quantization(grouped.backbone, grouped.config, {"twin_levels": False}, "grouped")

@@ -57,6 +57,14 @@ def test_attention_loss_gives_no_gradient_to_the_teacher():
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize("loss", [logit_distillation, lambda *states: feature_distillation(*([one] for one in states))])
+def test_what_is_distilled_gives_no_gradient_to_the_teacher(loss):
+    student, teacher = (torch.rand(2, 5, requires_grad=True) for _ in range(2))
+    loss(student, teacher).backward()
+    assert student.grad.any()
+    assert teacher.grad is None
+
+
 def test_other_numbers_of_blocks_are_refused():
     with pytest.raises(ValueError, match="1 attention blocks and the teacher 2"):
         attention_rank_consistency([torch.rand(1, 1, 2, 2)], [torch.rand(1, 1, 2, 2)] * 2, torch.ones(1), 1)

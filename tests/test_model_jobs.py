@@ -177,3 +177,10 @@ def test_tensors_that_are_lent_as_they_are_change_nothing(made):
             assert torch.equal(functional_call(packed, lent, (images,)).logits, expected)
         assert torch.equal(logits(packed, images), expected)
     assert len(made) == 1
+
+
+@needs_kernels
+def test_images_of_more_numbers_than_an_index_counts_have_no_job():
+    classifier, steps = make_packed().backbone.classifier, packed_model._Steps(1, rows=2**16, width=2**15)
+    with pytest.raises(packed_model._NotHere):
+        steps.add_linear(classifier, 1, torch.zeros(1, 1), classifier.in_features)

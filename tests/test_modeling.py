@@ -381,3 +381,8 @@ def test_an_unpacked_model_is_in_the_mode_that_the_packed_one_was_in():
     for training in (False, True):
         unpacked = copy.deepcopy(model).train(training).unpack()
         assert all(module.training == training for module in unpacked.modules())
+
+
+def test_a_reconstructed_model_is_in_the_mode_that_it_was_in():
+    for training in (True, False):
+        assert make_quantized("vit").train(training).reconstruct(make_batches(1)).training == training

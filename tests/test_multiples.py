@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import instruction_sets, make_quantized
 
-from quantformer_hf import QuantformerForImageClassification
+from quantformer_hf import QuantformerForImageClassification, groups
 from quantformer_hf.grids import Grid
 from quantformer_hf.groups import channel_errors, cluster_channels, in_whole_steps
 from quantformer_hf.kernels import STEP, operators, plan_channels, plan_linear, plan_weight, using
@@ -21,8 +22,15 @@ from quantformer_hf.quantize import group_quantizers
 from quantformer_hf.quantizers import GroupActivationQuantizer
 
 
+GRID = Grid(4, signed=False)
+
+
 def scales(spread: float, groups: int = 8, seed: int = 0) -> torch.Tensor:
     return torch.exp(spread * torch.randn(groups, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_the_unit_is_the_least_of_which_the_largest_scale_is_still_a_multiple():
+    assert to_multiples(torch.tensor([15.4, 1.0])).tolist() == [15, 1]
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 3.0])
@@ -115,6 +123,19 @@ def test_groups_of_whole_steps_stay_as_they_are():
     assert torch.equal(in_whole_steps(index, random_losses(4, 32)), index)
 
 
+def test_a_group_gives_away_no_more_than_it_has_beyond_its_last_step():
+    # Of 9, 6 and 5 channels; those of the first would lose least.
+    index = torch.tensor([0] * 9 + [1] * 6 + [2] * 5)
+    losses = 1 - F.one_hot(index, 3).T * torch.where(index == 0, 1e-6, 1e-5)
+    made = in_whole_steps(index, losses)
+    assert torch.bincount(made).tolist() == [8, 8, 4]
+
+
+def test_groups_of_less_than_a_step_are_not_filled_up():
+    index = torch.tensor([0] * 3 + [1] * 5)
+    assert torch.equal(in_whole_steps(index, 1 - F.one_hot(index, 2).T * 1e-6), index)
+
+
 def test_clusters_say_which_group_a_channel_is_in_by_its_least_error():
     generator = torch.Generator().manual_seed(0)
     quantiles = (
@@ -128,6 +149,38 @@ def test_clusters_say_which_group_a_channel_is_in_by_its_least_error():
         -size % STEP for size in torch.bincount(true.argmin(0), minlength=5).tolist()
     )
     assert torch.equal(errors.sort(0).values, true.sort(0).values)
+
+
+def random_clusters(importance, groups=5):
+    """What is clustered, and the clusters."""
+    generator = torch.Generator().manual_seed(0)
+    widths = torch.rand(len(importance), 1, generator=generator).exp()
+    quantiles = torch.randn(len(importance), len(QUANTILES), generator=generator).sort(1).values * widths
+    return quantiles, cluster_channels(quantiles, importance, groups, GRID)
+
+
+def test_channels_leave_their_groups_by_what_they_count_for(monkeypatch):
+    importance, told = torch.rand(96, generator=torch.Generator().manual_seed(1)), []
+    monkeypatch.setattr(groups, "in_whole_steps", lambda index, losses: told.append(losses) or index)
+    quantiles, (scale, offset, _) = random_clusters(importance)
+    torch.testing.assert_close(told, [channel_errors(quantiles, to_multiples(scale), offset, GRID) * importance])
+
+
+def test_offsets_of_clusters_are_fitted_to_the_multiples_of_their_scales(monkeypatch):
+    told, fit_offset = [], groups.fit_offset
+    monkeypatch.setattr(groups, "fit_offset", lambda *given: told.append((given[3], fit_offset(*given))) or told[0][1])
+    _, (scale, offset, _) = random_clusters(torch.ones(96))
+    torch.testing.assert_close(told, [(to_multiples(scale), offset)])
+
+
+def test_a_cluster_that_nobody_wants_keeps_its_scale_and_asks_for_no_larger_unit(monkeypatch):
+    # Two clusters of channels that are alike: all of them go to the first. Where they lie leaves a third without any.
+    quantiles = torch.linspace(-1, 1, len(QUANTILES)) + torch.tensor([[10.0]] * 4 + [[10.0]] * 4 + [[-10.0]] * 8)
+    monkeypatch.setattr(groups, "_cluster_ranges", lambda *_: torch.arange(16) // 4 - torch.arange(16) // 12)
+    scale, _, errors = cluster_channels(quantiles, torch.ones(16), 4, GRID)
+    assert errors.argmin(0).tolist() == [0] * 8 + [2] * 8
+    torch.testing.assert_close(scale[1], scale[0])
+    assert scale[3] == scale[:3].max()
 
 
 def test_what_is_merged_is_multiples_of_units():

@@ -1,8 +1,9 @@
 """Quantiles of what calibration sees."""
 
+import pytest
 import torch
 
-from quantformer_hf.observers import QUANTILES, channel_quantiles, weighted_sample
+from quantformer_hf.observers import QUANTILE_WEIGHTS, QUANTILES, Observer, channel_quantiles, weighted_sample
 
 
 def test_rows_count_by_their_weight():
@@ -26,3 +27,25 @@ def test_quantiles_are_those_of_torch():
     expected = torch.quantile(rows.double(), QUANTILES.double(), dim=0).T
     torch.testing.assert_close(channel_quantiles(rows).double(), expected, rtol=1e-6, atol=0)
     assert torch.equal(channel_quantiles(rows[:1]), rows[0].unsqueeze(1).expand(5, len(QUANTILES)))
+
+
+def test_quantile_weights_are_a_probability():
+    assert QUANTILE_WEIGHTS.shape == QUANTILES.shape
+    assert QUANTILE_WEIGHTS.sum().item() == pytest.approx(1.0, abs=1e-6)
+    assert (QUANTILE_WEIGHTS > 0).all()
+
+
+def test_observer_keeps_a_bounded_number_of_rows_and_finds_the_quantiles():
+    observer = Observer(2, rows_per_batch=100, most_rows=1000)
+    many = observer.most_rows
+    for _ in range(3 * many // observer.rows_per_batch):
+        observer.add(torch.randn(7 * observer.rows_per_batch, 2) * torch.tensor([1.0, 10.0]))
+    assert sum(len(batch) for batch in observer.batches) <= many
+    median = observer.quantiles()[:, len(QUANTILES) // 2]
+    assert median.abs()[0] < 0.1
+    assert median.abs()[1] < 1.0
+
+
+def test_an_observer_without_data_says_so():
+    with pytest.raises(RuntimeError, match="no calibration batch reached it"):
+        Observer(2).quantiles()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from quantformer_hf.ops import (
     PRODUCERS,
+    compiling,
     eager_functions,
     fake_quantize_groups,
     fake_quantize_mixture,
@@ -180,14 +181,50 @@ def test_attention_dropout_keeps_the_mean():
     torch.testing.assert_close(dropped.mean(), exact.mean(), rtol=0, atol=0.03)
 
 
-def test_gradient_scale_multiplies_the_gradients_of_scale_and_offset_alone():
+def test_attention_dropout_and_its_gradients_are_those_of_the_formula():
+    shape, qmax, dropout = (2, 2, 5, 3), 7, 0.4
+    leaves = [tensor.requires_grad_() for tensor in inputs(shape, shape, shape)]
+    (upstream,) = inputs(shape, seed=1)
+    scales = [torch.tensor([value], dtype=torch.float64) for value in (0.4, 0.5, 0.45, 0.2)]
+    offsets = [torch.tensor([value], dtype=torch.float64) for value in (-1.4, -1.6, -1.5, 0.02)]
+
+    def slow(q, k, v):
+        q, k, v = (reference_quantize(x, scales[i], offsets[i], 0, qmax) for i, x in enumerate((q, k, v)))
+        maps = (q @ k.transpose(2, 3)).softmax(-1)
+        dropped = maps * torch.empty_like(maps).bernoulli_(1 - dropout) / (1 - dropout)
+        return reference_quantize(dropped, scales[3], offsets[3], 0, qmax) @ v
+
+    def fast(q, k, v):
+        return quantized_attention(q, k, v, None, scales, offsets, qmax, 1.0, dropout)[0]
+
+    results = []
+    for function in (slow, fast):
+        torch.manual_seed(0)
+        output = function(*leaves)
+        results.append((output, *torch.autograd.grad((output * upstream).sum(), leaves)))
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["groups", "mixture", "rows"])
+def test_gradient_scale_multiplies_the_gradients_of_scale_and_offset_alone(kind):
     x, scale, offset, upstream = inputs((ROWS, CHANNELS), (1,), (1,), (ROWS, CHANNELS))
     scale = scale.abs() + 0.1
-    plain = gradients(lambda *t: fake_quantize_groups(*t, None, 15, 1.0), (x, scale, offset), upstream)[1]
-    scaled = gradients(lambda *t: fake_quantize_groups(*t, None, 15, 0.25), (x, scale, offset), upstream)[1]
+
+    def quantize(x, scale, offset, factor):
+        if kind == "rows":
+            return fake_quantize_rows(x + offset, scale.expand(ROWS), -8, 7, 0.5, factor)
+        if kind == "mixture":
+            return fake_quantize_mixture(x, scale, offset, torch.ones(1, CHANNELS).to(x), 15, factor)
+        return fake_quantize_groups(x, scale, offset, None, 15, factor)
+
+    plain, scaled = (
+        gradients(lambda *t, factor=factor: quantize(*t, factor), (x, scale, offset), upstream)[1]
+        for factor in (1.0, 0.25)
+    )
     torch.testing.assert_close(scaled[0], plain[0])
     torch.testing.assert_close(scaled[1], plain[1] * 0.25)
-    torch.testing.assert_close(scaled[2], plain[2] * 0.25)
+    torch.testing.assert_close(scaled[2], plain[2] * (1 if kind == "rows" else 0.25))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -224,6 +261,27 @@ def test_result_keeps_the_dtype_of_its_input(dtype):
     scale, offset = torch.full((1,), 0.1), torch.zeros(1)
     assert fake_quantize_groups(x, scale, offset, None, 15).dtype == dtype
     assert fake_quantize_rows(x, torch.ones(4), -8, 7).dtype == dtype
+
+
+def test_a_scale_that_was_carried_to_zero_is_led_out_of_it():
+    weight, scale = torch.tensor([[1.0, -2.0]], requires_grad=True), torch.zeros(1, requires_grad=True)
+    groups = fake_quantize_groups(weight, scale, torch.zeros(1), None, 3)
+    rows = fake_quantize_rows(weight, scale, -2, 1)
+    torch.testing.assert_close(torch.cat([groups, rows]), torch.tensor([[3e-8, 0.0], [1e-8, -2e-8]]), rtol=1e-4, atol=0)
+    (groups + rows).sum().backward()
+    assert scale.grad.item() == 3 + 1 - 2
+    assert weight.grad.eq(0).all()
+
+
+def test_memory_that_runs_out_is_no_missing_compiler(monkeypatch, caplog):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiling.compiled(lambda x: x)(torch.zeros(1))
+    assert compiling._use_compiler
+    assert not caplog.records
 
 
 def test_without_a_compiler_the_eager_functions_run_and_one_warning_says_so(tmp_path):

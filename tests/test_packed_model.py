@@ -324,7 +324,8 @@ def test_a_swin_takes_images_of_several_sizes():
     packed = make_packed("swin")
     images, patch = make_batches()[0], packed.config.backbone_config.patch_size
     side = images.shape[-1]
-    for height, width in ((side, side + 2 * patch), (side + patch, side), (side, side), (side + 1, side)):
+    sizes = (side, side + 2 * patch), (side + patch, side), (side, side), (side + 1, side), (side, side + 1)
+    for height, width in sizes:
         other = nn.functional.interpolate(images, size=(height, width))
         found = logits(packed, other)
         assert ran_whole(packed, other) == (height % (2 * patch) == 0 and width % (2 * patch) == 0)
@@ -341,3 +342,9 @@ def test_another_dtype_is_for_the_modules():
     # A copy of another dtype of the images comes to the same model.
     again = make_packed()
     assert torch.equal(logits(again, images.double()), one_by_one(again, images.double()))
+
+
+@needs_kernels
+def test_images_that_are_the_negatives_of_what_lies_there_are_taken_for_what_they_are():
+    packed, images = make_packed(), torch._neg_view(make_batches()[0])
+    assert torch.equal(logits(packed, images), logits(packed, images.resolve_neg()))

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification, StageError
 from quantformer_hf.ops import positive
 from quantformer_hf.packed_layers import PackedWeight
-from quantformer_hf.packing import pack_codes, packed_width, unpack_codes
+from quantformer_hf.packing import digest, pack_codes, packed_width, unpack_codes
 from quantformer_hf.quantize import weight_quantized_layers
 from quantformer_hf.quantizers import WEIGHT_QUANTIZERS, build_weight_quantizer
 
@@ -55,6 +55,18 @@ def test_packed_codes_come_back_and_waste_nothing(bits, columns):
 def test_codes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="codes from 0 to 4 do not fit into 2 bits"):
         pack_codes(torch.tensor([[0, 4]]), bits=2)
+    with pytest.raises(ValueError, match="codes from -1 to 3 do not fit into 2 bits"):
+        pack_codes(torch.tensor([[-1, 3]]), bits=2)
+
+
+def test_a_digest_is_of_names_dtypes_shapes_and_contents_in_any_order():
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.uint8)}
+    expected = digest(["a", "b"], tensors.__getitem__, "context")
+    assert torch.equal(digest(["b", "a"], tensors.__getitem__, "context"), expected)
+    others = {"a": tensors["a"].view(3, 2)}, {"a": tensors["a"].view(torch.int32)}, {"b": 1 - tensors["b"]}
+    made = [digest(["a", "b"], (tensors | other).__getitem__, "context") for other in others]
+    made += [digest(["a"], tensors.__getitem__, "context"), digest(["a", "b"], tensors.__getitem__, "another")]
+    assert not any(torch.equal(other, expected) for other in made)
 
 
 # Models
@@ -196,6 +208,7 @@ def test_a_damaged_file_is_an_error_or_the_same_model(saved, tmp_path):
         ({"backbone_config": {"num_attention_heads": 4}}, "is damaged"),
         ({"backbone_config": {"hidden_act": "relu"}}, "is damaged"),
         ({"backbone_config": {"layer_norm_eps": 1e-5}}, "is damaged"),
+        ({"backbone_config": {"patch_size": 2, "num_channels": 12, "image_size": 8}}, "is damaged"),
         ({"packing_layout": 7}, "packing_layout is 7, and this version of quantformer_hf reads 1"),
     ],
 )

@@ -44,6 +44,30 @@ def test_runs_stop_in_step_where_they_are_told_to_and_see_what_one_run_sees(back
             runs.go_on()
 
 
+class Twice(torch.nn.Module):
+    """Whose layer runs a second time on what it has put out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.told = torch.nn.Identity(), []
+
+    def forward(self, pixel_values, **told):
+        self.told.append(told)
+        self.layer(self.layer(pixel_values) + 1)
+
+
+def test_a_place_that_is_passed_twice_tells_what_it_was_last_and_nothing_else_is_asked_for():
+    model, batch = Twice(), torch.zeros(1)
+    place = Place(model.layer, output=True)
+    with PausedRuns(model, [batch], [Place(model.layer)], [place]) as runs:
+        assert [runs.go_on()[1][0].item() for _ in range(2)] == [0, 1]
+        assert runs.seen[0][place].item() == 0
+        with pytest.raises(RuntimeError, match="run to its end"):
+            runs.go_on()
+        assert runs.seen[0][place].item() == 1
+    assert model.told == [{"output_hidden_states": False, "output_attentions": False}]
+
+
 def test_what_changes_at_a_stop_counts_for_all_that_comes_after():
     model, batches = make_quantized(), make_batches(2)
     head = model.backbone.classifier

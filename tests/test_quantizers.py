@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from quantformer_hf.grids import Grid, fit_affine, fit_row_scales
-from quantformer_hf.groups import INITIAL_ENTROPY, cluster_channels, initial_assignment_logits
+from quantformer_hf.grids import Grid, fit_affine, fit_offset, fit_row_scales
+from quantformer_hf.groups import INITIAL_ENTROPY, channel_importance, cluster_channels, initial_assignment_logits
 from quantformer_hf.losses import assignment_entropy
 from quantformer_hf.observers import QUANTILE_WEIGHTS, QUANTILES, Observer
+from quantformer_hf.ops import fake_quantize_rows
 from quantformer_hf.quantizers import (
     WEIGHT_QUANTIZERS,
     ActivationQuantizer,
@@ -111,12 +112,39 @@ def test_checkpoints_that_say_auto_keep_the_grids_that_they_were_made_with():
     assert [build_weight_quantizer("auto", bits, 3).shift for bits in (2, 3, 4)] == [0.5, 0, 0]
 
 
+def test_the_order_of_the_columns_changes_no_digit_of_a_computed_scale():
+    weight = torch.randn(64, 3000, generator=torch.Generator().manual_seed(0))
+    quantizer = build_weight_quantizer("statsq", 3, 64)
+    assert torch.equal(quantizer.step(weight[:, torch.randperm(3000)]), quantizer.step(weight))
+
+
 def test_minmax_clips_nothing():
-    weight = torch.randn(4, 300)
+    weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    # Rows whose largest magnitude is of one sign and of the other.
+    weight[:2] -= 2
     quantizer = build_weight_quantizer("minmax", 4, 4)
     quantized = quantizer(weight)
     scale = torch.maximum(weight.amax(1) / 7, weight.amin(1) / -8)
     assert ((quantized - weight).abs() <= scale[:, None] / 2 + 1e-6).all()
+
+
+def test_gradients_of_weight_scales_are_weighed_by_the_weights_that_share_them():
+    weight = torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    quantizer = build_weight_quantizer("lsq", 4, 3)
+    quantizer.calibrate(weight)
+    quantizer(weight).square().sum().backward()
+    plain = torch.autograd.grad(fake_quantize_rows(weight, quantizer.scale, -8, 7).square().sum(), quantizer.scale)[0]
+    torch.testing.assert_close(quantizer.scale.grad, plain / (50 * 7) ** 0.5)
+
+
+def test_gradients_of_scales_are_weighed_by_the_values_of_an_image_that_share_them(stage):
+    quantizer, x = group_quantizer(stage), channels_of_different_ranges(60).view(4, 15, CHANNELS)
+    parameters, many = [quantizer.scale, quantizer.offset], 15 * CHANNELS / quantizer.scale.numel()
+    found, plain = (
+        torch.autograd.grad(made.square().sum(), parameters) for made in (quantizer(x), quantizer.quantize(x, 1.0))
+    )
+    for weighed, gradient in zip(found, plain, strict=True):
+        torch.testing.assert_close(weighed, gradient / (many * quantizer.grid.qmax) ** 0.5)
 
 
 def test_convolution_weights_are_quantized_by_output_channel():
@@ -177,31 +205,22 @@ def test_fitted_scale_and_offset_recover_values_on_a_grid(bits):
     torch.testing.assert_close(offset, torch.tensor(-1.9), rtol=1e-3, atol=1e-3)
 
 
+def test_an_offset_alone_is_fitted_to_a_scale_that_is_held():
+    grid, values = Grid(3, signed=False), torch.randn(400, generator=torch.Generator().manual_seed(0))
+    weights, scale = torch.rand(400, generator=torch.Generator().manual_seed(1)), torch.tensor(0.7)
+
+    def error(offset):
+        return (weights * (grid.nearest((values - offset) / scale) * scale + offset - values).square()).sum()
+
+    offset = fit_offset(values, weights, grid, scale, torch.tensor(-1.0), refinements=20)
+    assert error(offset) < error(torch.tensor(-1.0))
+    rounded = grid.nearest((values - offset) / scale) * scale + offset
+    assert (weights * (values - rounded)).sum().abs() < 1e-3 * weights.sum()
+
+
 def test_constant_values_are_kept():
     scale, offset = fit_affine(torch.full((5,), 2.5), torch.ones(5), Grid(4, signed=False))
     assert (scale.item(), offset.item()) == (1.0, 2.5)
-
-
-def test_quantile_weights_are_a_probability():
-    assert QUANTILE_WEIGHTS.shape == QUANTILES.shape
-    assert QUANTILE_WEIGHTS.sum().item() == pytest.approx(1.0, abs=1e-6)
-    assert (QUANTILE_WEIGHTS > 0).all()
-
-
-def test_observer_keeps_a_bounded_number_of_rows_and_finds_the_quantiles():
-    observer = Observer(2, rows_per_batch=100, most_rows=1000)
-    many = observer.most_rows
-    for _ in range(3 * many // observer.rows_per_batch):
-        observer.add(torch.randn(7 * observer.rows_per_batch, 2) * torch.tensor([1.0, 10.0]))
-    assert sum(len(batch) for batch in observer.batches) <= many
-    median = observer.quantiles()[:, len(QUANTILES) // 2]
-    assert median.abs()[0] < 0.1
-    assert median.abs()[1] < 1.0
-
-
-def test_an_observer_without_data_says_so():
-    with pytest.raises(RuntimeError, match="no calibration batch reached it"):
-        Observer(2).quantiles()
 
 
 def clusters(num_groups: int = 3, importance: torch.Tensor | None = None, **arguments):
@@ -224,6 +243,34 @@ def test_lloyds_iteration_lowers_the_error_that_counts():
     costs = [(clusters(2, importance, iterations=n)[2].min(0).values * importance).sum().item() for n in (0, 20)]
     assert costs[1] <= costs[0]
     assert (clusters(4, importance)[2].min(0).values * importance).sum() < costs[1]
+
+
+def test_what_a_channel_counts_for_is_the_sum_over_all_layers_that_read_it():
+    layers = torch.nn.Linear(5, 3), torch.nn.Linear(5, 4)
+    expected = sum(layer.weight.detach().double().square().sum(0) for layer in layers)
+    torch.testing.assert_close(channel_importance(layers).double(), expected)
+
+
+def test_a_search_begins_with_the_groups_that_serve_important_channels():
+    quantizer, importance = group_quantizer("pretrain"), torch.arange(1.0, CHANNELS + 1).pow(4)
+    seen = quantizer.channel_quantiles.clone()
+    quantizer.begin_search(2, importance)
+    scale, offset, errors = cluster_channels(seen, importance, 2, quantizer.grid)
+    assert torch.equal(torch.stack([quantizer.scale, quantizer.offset]), torch.stack([scale, offset]))
+    assert torch.equal(quantizer.assignment_logits.argmax(0), errors.argmin(0))
+    assert not torch.equal(scale, cluster_channels(seen, torch.ones(CHANNELS), 2, quantizer.grid)[0])
+
+
+def test_a_refit_serves_important_channels_better(stage):
+    quantiles, errors = torch.randn(8, len(QUANTILES), generator=torch.Generator().manual_seed(0)).sort(1).values, []
+    quantiles *= torch.arange(1.0, 9.0).unsqueeze(1)
+    for important in ([0, 1, 4], range(8)):
+        quantizer, importance = make_group_quantizer_for_refit(stage), torch.zeros(8)
+        importance[important] = 1
+        quantizer.refit(quantiles, importance)
+        error = (quantizer.quantize(quantiles.T, 1.0).T - quantiles).square() @ QUANTILE_WEIGHTS
+        errors.append(error[[0, 1, 4]].sum())
+    assert errors[0] < errors[1]
 
 
 def test_important_channels_are_served_better():
@@ -292,8 +339,10 @@ def test_groups_lose_less_than_one_scale_for_all():
 
 
 def test_an_uncalibrated_quantizer_names_its_layer_and_the_way_out():
-    with pytest.raises(RuntimeError, match=r"layer 'block\.fc1' was not calibrated: run model\.calibrate"):
-        ActivationQuantizer(4, "block.fc1")(torch.randn(2, 3))
+    quantizer = ActivationQuantizer(4, "block.fc1")
+    for quantize in (quantizer, quantizer.to_codes):
+        with pytest.raises(RuntimeError, match=r"layer 'block\.fc1' was not calibrated: run model\.calibrate"):
+            quantize(torch.randn(2, 3))
 
 
 def test_refitted_scales_follow_what_is_seen_and_channels_stay(stage):
@@ -324,7 +373,10 @@ def make_group_quantizer_for_refit(stage: str) -> GroupActivationQuantizer:
 def test_an_empty_group_is_left_as_it_is_by_a_refit():
     quantizer = make_group_quantizer_for_refit("finetune")
     quantizer.group_index.fill_(1)
-    before = quantizer.scale.tolist()
+    before, offset = quantizer.scale.tolist(), quantizer.offset[0].item()
     quantizer.refit(torch.linspace(-99, 99, len(QUANTILES)).expand(8, -1), torch.zeros(8))
-    assert quantizer.scale[0].item() == before[0]
+    assert (quantizer.scale[0].item(), quantizer.offset[0].item()) == (before[0], offset)
     assert quantizer.scale[1].item() > 2 * before[1]
+    # But it asks for no larger unit than the others.
+    quantizer.refit(torch.linspace(-0.1, 0.1, len(QUANTILES)).expand(8, -1), torch.zeros(8))
+    assert quantizer.scale[0].item() == quantizer.scale[1].item() < before[0]

@@ -37,6 +37,9 @@ def test_the_matrix_is_orthogonal_keeps_means_and_spreads_every_channel(size):
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
     torch.testing.assert_close(matrix.sum(0), torch.ones(size, dtype=torch.float64))
     assert matrix.abs().max() < 4.5 * size**-0.5
+    # In every process, as checkpoints remember no matrix.
+    rotation.cache_clear()
+    assert torch.equal(rotation(size), matrix)
 
 
 def test_logits_stay_and_hidden_states_are_rotated(original):

@@ -56,6 +56,21 @@ def test_one_run_searches_freezes_and_finetunes(backbone, tmp_path):
     assert torch.equal(group_quantizers(model)[0].group_index.long(), logits.argmax(0))
 
 
+def test_both_schedules_warm_up_and_have_the_settings_of_the_run(tmp_path):
+    recorder = Recorder()
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}, "warmup_steps": 0.5}
+    arguments = {"max_steps": 10, "search_steps": 4, "finetune_learning_rate": 5e-4} | schedule
+    make_trainer(tmp_path, make_quantized("vit", "search"), callbacks=[recorder], **arguments).train()
+    expected = [0, 1 / 2, 1, 1 / 4, *(rate / 2 for rate in (0, 1 / 3, 2 / 3, 1, 4 / 9, 1 / 9))]
+    assert [1e3 * rates[0] for rates in recorder.rates] == pytest.approx(expected, abs=1e-3)
+
+
+def test_processes_do_not_wait_for_gradients_that_a_freeze_takes_away(tmp_path):
+    for steps in (-1, 2):
+        trainer = make_trainer(tmp_path, make_quantized("vit", "search"), max_steps=4, search_steps=steps)
+        assert bool(trainer.args.ddp_find_unused_parameters) == (steps > 0)
+
+
 @pytest.mark.parametrize("arguments", [{"max_steps": 4}, {"max_steps": 6, "search_steps": 4}])
 def test_the_assignment_is_annealed_step_by_step(arguments, tmp_path):
     """A sixteenth after four steps is a quarter after two, and the checkpoint of the second one computes with it."""

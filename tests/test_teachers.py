@@ -70,9 +70,10 @@ def test_hidden_states_are_compared_as_the_model_has_them(tmp_path, turned, teac
     assert loss < 0.02
 
 
-def test_a_teacher_sees_images_as_it_was_trained_on_them():
+@pytest.mark.parametrize("deviation", [[0.5, 0.3, 0.2], [0.229, 0.224, 0.225]])
+def test_a_teacher_sees_images_as_it_was_trained_on_them(deviation):
     teacher, images = make_full_precision(), torch.rand(4, 3, 16, 16)
-    given = ViTImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.3, 0.2])
+    given = ViTImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=deviation)
     own = ViTImageProcessor(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 
     def normalized(processor):
@@ -93,6 +94,9 @@ def test_a_teacher_of_another_image_size_is_refused_by_name():
     student = make_quantized()
     check_image_size(student, make_full_precision())
     check_image_size(student, other_teacher(image_size=[16, 16]))
+    anyones = make_full_precision("swin")
+    anyones.config.image_size = 32
+    check_image_size(student, anyones)
     teacher = other_teacher(image_size=32)
     teacher.name_or_path = "large/teacher"
     with pytest.raises(

@@ -13,6 +13,7 @@ from quantformer_hf import (
     QuantformerTrainer,
     QuantformerTrainingArguments,
 )
+from quantformer_hf.losses import logit_distillation
 from quantformer_hf.metrics import compute_metrics, rank_and_loss
 from quantformer_hf.quantize import blocks
 
@@ -130,6 +131,14 @@ def test_the_teacher_is_neither_trained_nor_saved(backbone, tmp_path):
     trainer.save_model()
     saved = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert list(saved.state_dict()) == list(model.state_dict())
+
+
+def test_distillation_has_the_temperature_of_the_run(tmp_path):
+    model, teacher, images = make_quantized().train(), make_full_precision(), make_batches()[0]
+    arguments = {"task_weight": 0.0, "distillation_weight": 1.0, "distillation_temperature": 3.0}
+    trainer = make_trainer(tmp_path, model, teacher, **arguments)
+    loss = trainer.compute_loss(model, {"pixel_values": images, "labels": torch.zeros(4).long()})
+    torch.testing.assert_close(loss, logit_distillation(model(images).logits, teacher(images).logits, 3.0))
 
 
 def test_scales_and_logits_have_learning_rates_of_their_own(tmp_path):

@@ -117,6 +117,27 @@ def test_sums_that_may_not_fit_into_32_bits_stay_in_plain_torch(monkeypatch):
     assert "33028 channels" in cuda.reason_against(weight, long, torch.device("cuda"))
 
 
+@pytest.mark.usefixtures("forget")
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [((8, 0), None, None), ((7, 5), None, "compute capability (7, 5)"), ((9, 0), "6.0", "NVIDIA's tensor cores only")],
+)
+def test_old_and_foreign_devices_run_plain_torch(capability, hip, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "triton_kernels", lambda: cuda)
+        found = cuda.reason_against_device(torch.device("cuda"))
+    assert found is None if reason is None else reason in found
+
+
+def test_doubles_become_codes_in_plain_torch(monkeypatch):
+    monkeypatch.setattr(cuda, "reason_against_device", lambda device: None)
+    monkeypatch.setattr(cuda, "triton_kernels", lambda: pytest.fail("the kernel takes no doubles"))
+    operands = torch.randn(4, 8, dtype=torch.float64), torch.randn(8), torch.rand(8), None, 15
+    assert torch.equal(cuda.quantize(*operands), reference.quantize(*operands))
+
+
 @pytest.mark.parametrize("unit", [1.0, 0.3])
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 def test_a_layer_that_is_laid_out_for_a_gpu_gives_the_same_bits(bits, unit):

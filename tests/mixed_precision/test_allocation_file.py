@@ -1,6 +1,7 @@
 """`bit_allocation.json`: written, read, and taken by everything that takes `layer_bits`."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from conftest import make_batches, make_full_precision
 from test_cost import config_of, random_widths
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
+from quantformer_hf.backbone_layers import describe_backbone
 from quantformer_hf.inspect_checkpoint import inspect_checkpoint
-from quantformer_hf.layer_bits import check_same_quantization
-from quantformer_hf.mixed_precision.allocation import make_allocation, write_allocation
+from quantformer_hf.layer_bits import LayerBits, check_same_quantization
+from quantformer_hf.mixed_precision.allocation import make_allocation, mean_bits, write_allocation
 from quantformer_hf.mixed_precision.allocation_file import BitAllocation
 from quantformer_hf.mixed_precision.budget import Budget
 from quantformer_hf.mixed_precision.cost import CostModel
@@ -130,3 +132,18 @@ def test_settings_with_which_the_budget_would_not_hold_are_refused(tmp_path):
         config_of("vit", layer_bits=path, num_groups=32)
     with pytest.raises(ValueError, match="with attention_bits 8, and not with 32"):
         config_of("vit", layer_bits=path, attention_bits=32)
+    with pytest.raises(ValueError, match="with embedding_bits 8, and not with 4"):
+        config_of("vit", layer_bits=path, embedding_bits=4)
+    with pytest.raises(ValueError, match="with weight_quantizer lsq_by_width, and not with minmax"):
+        config_of("vit", layer_bits=path, weight_quantizer="minmax")
+
+
+def test_mean_bits_count_weights_by_their_elements_and_inputs_by_multiplications():
+    config = config_of("swin")
+    costs = CostModel(config, SearchSpace.of(config, (2, 8)))
+    name = next(name for name in costs.space.inputs if name.endswith("fc1"))
+    widths = costs.space.uniform(2, 2) | {name: LayerBits(8, 8)}
+    elements = {name: math.prod(describe_backbone(config.backbone_config).layers[name].shape) for name in widths}
+    multiplications = {name: elements[name] * costs.products[name].rows for name in widths}
+    expected = [2 + 6 * counts[name] / sum(counts.values()) for counts in (elements, multiplications)]
+    assert mean_bits(widths, costs) == pytest.approx(expected)

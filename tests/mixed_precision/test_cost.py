@@ -115,7 +115,12 @@ def test_a_shape_that_the_latency_table_lacks_is_named():
 
 @pytest.mark.parametrize(
     ("candidates", "message"),
-    [((0, 2), "candidate_bits has 0: choose from 1 to 8"), ((2, 9), "has 9"), ((1,), "activations need one of 2 to 8")],
+    [
+        ((0, 2), "candidate_bits has 0: choose from 1 to 8"),
+        ((2, 9), "has 9"),
+        ((True, 4), "has True"),
+        ((1,), "activations need one of 2 to 8"),
+    ],
 )
 def test_candidates_outside_1_to_8_are_refused(candidates, message):
     with pytest.raises(ValueError, match=message):

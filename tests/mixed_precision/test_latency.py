@@ -90,6 +90,7 @@ def test_a_table_is_written_to_the_last_digit_that_counts(tmp_path):
         ("rows,milliseconds\nrest,1\n", "lacks the column 'activation_bits'"),
         (HEADER + "17,32,32,4,2,2,fast\n", "line 2, is no measurement"),
         (HEADER + "17,32,32,4,2,2,-1\n", "line 2, is no measurement"),
+        (HEADER + "17,32,32,4,2,2,inf\n", "line 2, is no measurement"),
         (HEADER + "17,32,32,4,two,2,1\n", "line 2, is no measurement"),
         (HEADER + "17,32,32,4,2,2,1\n", "no line whose rows is 'rest'"),
         (HEADER + "17,32,32,4,2,2,1\n17,32,32,4,2,2,3\n", "line 3, .*another time for 17 rows"),

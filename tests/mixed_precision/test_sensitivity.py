@@ -8,6 +8,7 @@ from conftest import make_batches, make_full_precision, make_quantized
 from test_cost import as_layer_bits, config_of, random_widths
 
 from quantformer_hf import QuantformerForImageClassification, StageError
+from quantformer_hf.mixed_precision import candidates
 from quantformer_hf.mixed_precision.budget import Budget
 from quantformer_hf.mixed_precision.budget_search import BudgetSearch, check_budgets
 from quantformer_hf.mixed_precision.candidates import Candidates
@@ -15,7 +16,8 @@ from quantformer_hf.mixed_precision.cost import CostModel
 from quantformer_hf.mixed_precision.divergence import Divergence, replayed
 from quantformer_hf.mixed_precision.search_space import SearchSpace
 from quantformer_hf.mixed_precision.sensitivity import measure_sensitivities
-from quantformer_hf.quantize import blocks, full_precision
+from quantformer_hf.paused import PausedRuns, Place
+from quantformer_hf.quantize import blocks, full_precision, reading_layers
 
 
 BATCHES = make_batches(2, batch_size=8)
@@ -53,7 +55,7 @@ def test_a_replayed_start_changes_no_divergence(search):
 
 
 def test_nothing_of_the_model_is_changed():
-    model = make_quantized("vit")
+    model = make_quantized("vit").train()
     model.config.num_groups = 4
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = [id(module) for module in model.modules()]
@@ -64,6 +66,7 @@ def test_nothing_of_the_model_is_changed():
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert modules == [id(module) for module in model.modules()]
     assert not any("forward" in vars(module) for module in model.modules())
+    assert all(module.training for module in model.modules())
 
 
 def test_everything_put_in_is_the_quantized_model_itself():
@@ -140,6 +143,24 @@ def test_refinement_keeps_the_budget_and_is_no_worse(search):
     assert search.divergence.of_widths(refined)[0] <= search.divergence.of_widths(plain)[0]
 
 
+def test_a_refinement_begins_with_the_best_by_prediction_and_its_seed_decides_on_the_others(search, monkeypatch):
+    pytest.importorskip("optuna")
+    from quantformer_hf.mixed_precision import refine
+
+    budget, tried = Budget("BitOps", search.costs["BitOps"].total(search.space.uniform(3, 3))), {}
+
+    def evaluate(widths, of):
+        tried.setdefault(of, []).append(widths)
+        return len(tried[of])
+
+    for of, seed in (("one", 0), ("same", 0), ("other", 1)):
+        found = refine.refine(search.losses, search.costs, [budget], lambda w, of=of: evaluate(w, of), 6, seed)
+        assert found == tried[of][0] == search.solve([budget])
+    assert tried["one"] == tried["same"] != tried["other"]
+    monkeypatch.setattr(refine, "refine", lambda *given: given)
+    assert search.solve([budget], trials=3, seed=7)[-2:] == (3, 7)
+
+
 def test_a_budget_that_cannot_be_kept_is_known_before_anything_is_measured():
     config = config_of("vit")
     with pytest.raises(ValueError, match="below the smallest possible cost"):
@@ -156,6 +177,21 @@ def test_the_search_needs_a_calibrated_model():
 def test_losses_of_one_bit_weights_are_measured(search):
     model = search.divergence.model
     space = SearchSpace.of(model.config, (1, 4))
-    candidates = Candidates.of(model, space, BATCHES)
-    losses = measure_sensitivities(model, candidates, space, BATCHES)
+    rounded = Candidates.of(model, space, BATCHES)
+    losses = measure_sensitivities(model, rounded, space, BATCHES)
     assert sum(row[1] for row in losses.weights.values()) > sum(row[4] for row in losses.weights.values())
+    assert measure_sensitivities(model, rounded, space, BATCHES) == losses
+
+
+def test_weights_are_rounded_for_the_tokens_that_count(monkeypatch):
+    model, given = make_quantized("vit"), {}
+    space, readers = SearchSpace.of(model.config, (4,)), reading_layers(model)
+    rows = torch.arange(8 * 17) % 17 == 0
+    monkeypatch.setattr(candidates, "token_weights", lambda *_: (dict.fromkeys(readers, rows.float()), None))
+    monkeypatch.setattr(candidates, "refit_layer", lambda _, found: given.setdefault(id(found.moments), found))
+    Candidates.of(model, space, BATCHES[:1])
+    with torch.no_grad(), full_precision(model), PausedRuns(model, BATCHES[:1], map(Place, readers)) as runs:
+        for evidence in given.values():
+            (quantizer, _), (x,) = runs.go_on()
+            mean = quantizer.produce(x).flatten(0, 1)[rows].double().mean(0)
+            torch.testing.assert_close(evidence.moments.mean, mean, rtol=1e-4, atol=1e-5)

@@ -76,6 +76,7 @@ def test_later_stages_cannot_make_another_model_of_an_allocation(tmp_path, later
         (["--candidate_bits", "4", "9"], "candidate_bits has 9: choose from 1 to 8"),
         (["--allocation_method", "haq"], "allocation_method is 'haq': choose one of budget, edmips"),
         (["--refine", "-1"], "refine is -1"),
+        (["--cost_weight", "-1"], "cost_weight is -1"),
         (["--refine", "2", "--allocation_method", "edmips"], "leave it at 0 with edmips"),
     ],
 )
