@@ -64,7 +64,7 @@ def run_stages() -> None:
     check_writable(output_dir)
     # What a later stage cannot be told is known before the first one runs.
     for stage in arguments.model.stages:
-        run.for_stage(stage)
+        run.for_stage(stage).model.check_quantization()
     if not arguments.model.stages:
         evaluate_only(arguments)
         return

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .configuration_quantformer import QUANTIZATION_ARGUMENTS, nearest
+from .configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig, nearest
 from .data import DataArguments
 from .mixed_precision.arguments import AllocationArguments
 from .training_args import QuantformerTrainingArguments
@@ -145,6 +145,12 @@ class ModelArguments:
                 raise ValueError(f"unknown stage {stage!r}{nearest(stage, RUN_STAGES)}")
         if self.stages != sorted(set(self.stages), key=RUN_STAGES.index):
             raise ValueError(f"stages are {self.stages}: name each once, in the order {', '.join(RUN_STAGES)}")
+
+    def check_quantization(self) -> None:
+        """Raise ValueError for bits, groups or quantizers that no model has, as far as can be told without it."""
+        # Those of layers by name are looked at where the layers are made.
+        told = {name: value for name, value in self.quantization_arguments().items() if name != "layer_bits"}
+        QuantformerConfig(backbone_config=self.backbone_config, **told)
 
     def quantization_arguments(self) -> dict[str, Any]:
         """The fields of `QuantformerConfig` that were given."""
@@ -319,19 +325,20 @@ def _check_values(values: dict[str, Any], source: str) -> None:
     hints = _fields()
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{source}: unknown key {key!r}{nearest(key, hints)}")
+            raise ValueError(f"{source}: unknown key {key!r}{nearest(key, [*hints, *RUN_STAGES])}")
         kinds = [typing.get_origin(hint) or hint for hint in _alternatives(hints[key])]
         if value is None and type(None) not in kinds:
             raise ValueError(f"{source}: {key} has no value: write one, or leave the line out")
-        if not isinstance(value, str) or str in kinds:
+        if value is None or type(value) in kinds or str in kinds or (type(value) is int and float in kinds):
             continue
         ways = {
             bool: "true or false, without quotes",
-            int: "a number, with a point (2.0e-4, not 2e-4)",
+            int: "a whole number",
             float: "a number, with a point (2.0e-4, not 2e-4)",
         }
         for kind in ways.keys() & set(kinds):
-            raise ValueError(f"{source}: {key} is the string {value!r}: write {ways[kind]}")
+            is_string = "the string " if isinstance(value, str) else ""
+            raise ValueError(f"{source}: {key} is {is_string}{value!r}: write {ways[kind]}")
 
 
 def _alternatives(hint: Any) -> Iterable[Any]:

@@ -265,6 +265,12 @@ def _hold_out(
         parts = train.train_test_split(arguments.eval_fraction, seed=seed, stratify_by_column=label_column)
     except ValueError as error:
         names, counts = train.features[label_column].names, Counter(train[label_column][:])
+        outside = sorted(label for label in counts if not 0 <= label < len(names))
+        if outside:
+            raise ValueError(
+                f"the label column {label_column!r} holds {outside[0]}, and names {len(names)} classes, 0 to"
+                f" {len(names) - 1}: correct the data set"
+            ) from error
         rarest, images = min(counts.items(), key=lambda item: item[1], default=(0, 0))
         raise ValueError(
             f"eval_fraction {arguments.eval_fraction} of {len(train)} images cannot be held out with some of each of"

@@ -60,6 +60,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: a checkpoint that is not whole, has no optimizer, or is of a run with another global batch.
+            FloatingPointError: weights that are not finite any more, which are not saved.
             SystemExit: with code 143, after SIGTERM, once a checkpoint is written.
         """
         if resume_from_checkpoint is True:
@@ -80,7 +81,9 @@ class ResumableTrainer(Trainer):
         self._running = RawValue("b", True)
         try:
             with self._termination.listen():
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._check_weights()
+            return result
         finally:
             self._running.value = False
             self._running = None
@@ -107,6 +110,14 @@ class ResumableTrainer(Trainer):
                 f"{checkpoint} was trained by {manifest['processes']} processes, and goes on with {self.args.world_size}:"
                 f" the same images a step, but sums are rounded otherwise and dropout draws other numbers"
             )
+
+    def _check_weights(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.state.global_step}: lower the learning rate, in another"
+                    f" output_dir; checkpoints from before are in {self.args.output_dir}"
+                )
 
     def evaluate(self, *args, **kwargs):
         """As in Trainer, without a trace in the random numbers of the training: SIGTERM may skip an evaluation."""
@@ -138,7 +149,9 @@ class ResumableTrainer(Trainer):
 
         Raises:
             OSError: it cannot be written. No earlier checkpoint is touched, and nothing is left of this one.
+            FloatingPointError: weights are not finite, from which nothing could go on.
         """
+        self._check_weights()
         run_dir = Path(self._get_output_dir(trial))
         checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_dir / UNFINISHED

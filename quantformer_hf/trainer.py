@@ -243,7 +243,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
             raise FloatingPointError(
                 f"the loss of step {self.state.global_step + 1} is not finite ({values}): lower the learning rate or the"
-                f" weight of that term, and resume from the last checkpoint in {self.args.output_dir}"
+                f" weight of that term, in another output_dir; checkpoints from before are in {self.args.output_dir}"
             )
 
     def _quantized_model(self) -> QuantformerPreTrainedModel | None:
@@ -268,7 +268,8 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         """Norm of each term's own gradient, over the sum of those norms: an idle loss shows as a share near zero."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norms = {}
-        for name, term in terms.items():
+        # What depends on frozen parameters alone has no gradient.
+        for name, term in ((name, term) for name, term in terms.items() if term.requires_grad):
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
             norms[name] = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
         total = torch.stack(list(norms.values())).sum().clamp_min(1e-30)

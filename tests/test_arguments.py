@@ -146,6 +146,11 @@ def test_the_three_recipes_have_the_hyperparameters_of_the_reference():
             "section search: unknown key 'lerning_rate': did you mean",
         ),
         ("dataset_name: digits\nlearning_rate: 2e-4\n", "learning_rate is the string '2e-4': write a number"),
+        ("learning_rate: true\n", "learning_rate is True: write a number"),
+        ("bit_width: [4]\n", r"bit_width is \[4\]: write a whole number"),
+        ("seed: 1.5\n", "seed is 1.5: write a whole number"),
+        ("streaming: 0.5\n", "streaming is 0.5: write true or false"),
+        ("serach:\n  max_steps: 3\n", "unknown key 'serach': did you mean 'search'"),
         ("- digits\n", "holds a list"),
         ("stages: [pretrain\n", "is not YAML: while parsing"),
         ("stages:\n", "stages has no value: write one, or leave the line out"),
@@ -158,6 +163,21 @@ def test_the_three_recipes_have_the_hyperparameters_of_the_reference():
 def test_a_wrong_file_is_explained(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         RunArguments([write(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bit_width", "9"], "weight_bits is 9"),
+        (["--num_groups", "300"], "num_groups is 300: choose 1 to"),
+        (["--weight_quantizer", "lsqq"], "weight_quantizer is 'lsqq'"),
+        (["--backbone_config", '{"model_type": "beit"}'], "backbone_config.model_type is 'beit'"),
+    ],
+)
+def test_bits_and_groups_that_no_model_has_are_known_before_a_stage_runs(flags, message):
+    model = RunArguments(["--output_dir", "out", "--dataset_name", "digits", *flags]).for_stage("full_precision").model
+    with pytest.raises(ValueError, match=message):
+        model.check_quantization()
 
 
 @pytest.mark.parametrize(

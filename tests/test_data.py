@@ -246,6 +246,16 @@ def test_what_cannot_be_held_out_is_told_by_the_argument_and_the_rarest_class(la
         load_image_data(DataArguments(dataset_name="owner/name", eval_fraction=fraction), seed=0)
 
 
+def test_a_label_that_no_class_has_is_told_where_some_are_held_out(monkeypatch):
+    rows = unlabelled(4, [0, 0, 1, 1])
+    features, images = rows.features, rows["image"][:]
+    rows = Dataset.from_dict({"image": images, "label": [0, 0, 1, 12]}).cast_column("image", features["image"])
+    rows.info.features = features
+    monkeypatch.setattr("quantformer_hf.data.load_dataset", lambda *args, **kwargs: DatasetDict(train=rows))
+    with pytest.raises(ValueError, match=r"the label column 'label' holds 12, and names \d+ classes"):
+        load_image_data(DataArguments(dataset_name="owner/name", eval_fraction=0.5), seed=0)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_are_read_from_urls(streaming, tmp_path):
     for split in ("train", "validation"):

@@ -123,7 +123,8 @@ def test_each_block_hands_back_a_share_of_the_gradient(backbone, tmp_path):
 def test_the_teacher_is_neither_trained_nor_saved(backbone, tmp_path):
     teacher, model = make_full_precision(backbone), make_quantized(backbone, "search")
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    trainer = make_trainer(tmp_path, model, teacher, max_steps=3, **ALL_LOSSES)
+    trainer = make_trainer(tmp_path, model, teacher.train(), max_steps=3, **ALL_LOSSES)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     trainer.train()
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -266,6 +267,32 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_terms(tmp_path):
         trainer.train()
     saved = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-2")
     assert all(parameter.isfinite().all() for parameter in saved.parameters())
+
+
+@pytest.mark.parametrize("saves", ["steps", "no"])
+def test_weights_that_are_not_finite_any_more_are_not_saved(saves, tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.backbone.classifier.bias.data[0] = float("inf")
+
+    saving = {"save_strategy": saves, "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer(tmp_path, make_quantized(), callbacks=[Poison()], **saving)
+    with pytest.raises(
+        FloatingPointError, match=r"classifier\.bias is not finite after step 2: lower the learning rate"
+    ):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == (["checkpoint-1"] if saves == "steps" else [])
+
+
+def test_a_loss_of_frozen_parameters_has_no_share_of_the_gradient(tmp_path):
+    model = make_quantized().requires_grad_(False)
+    model.backbone.classifier.requires_grad_(True)
+    arguments = {"max_steps": 1, "feature_weight": 1.0, "gradient_share_steps": 1}
+    trainer = make_trainer(tmp_path, model, make_full_precision(), **arguments)
+    trainer.train()
+    assert logged(trainer, "gradient_share_task") == [1.0]
+    assert not logged(trainer, "gradient_share_features")
 
 
 # The optimizer
