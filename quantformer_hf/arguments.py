@@ -150,7 +150,8 @@ class ModelArguments:
         """Raise ValueError for bits, groups or quantizers that no model has, as far as can be told without it."""
         # Those of layers by name are looked at where the layers are made.
         told = {name: value for name, value in self.quantization_arguments().items() if name != "layer_bits"}
-        QuantformerConfig(backbone_config=self.backbone_config, **told)
+        backbone = self.backbone_config and {"model_type": "vit"} | self.backbone_config
+        QuantformerConfig(backbone_config=backbone, **told)
 
     def quantization_arguments(self) -> dict[str, Any]:
         """The fields of `QuantformerConfig` that were given."""

@@ -113,7 +113,9 @@ class ResumableTrainer(Trainer):
 
     def _check_weights(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            # Each process looks at its own part of one that is sharded.
+            values = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not torch.isfinite(values).all():
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.state.global_step}: lower the learning rate, in another"
                     f" output_dir; checkpoints from before are in {self.args.output_dir}"

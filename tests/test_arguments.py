@@ -175,9 +175,14 @@ def test_a_wrong_file_is_explained(tmp_path, text, message):
     ],
 )
 def test_bits_and_groups_that_no_model_has_are_known_before_a_stage_runs(flags, message):
-    model = RunArguments(["--output_dir", "out", "--dataset_name", "digits", *flags]).for_stage("full_precision").model
+    def told(*flags):
+        return (
+            RunArguments(["--output_dir", "out", "--dataset_name", "digits", *flags]).for_stage("full_precision").model
+        )
+
     with pytest.raises(ValueError, match=message):
-        model.check_quantization()
+        told(*flags).check_quantization()
+    told("--backbone_config", '{"hidden_size": 48}', "--bit_width", "2").check_quantization()
 
 
 @pytest.mark.parametrize(
