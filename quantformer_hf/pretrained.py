@@ -183,4 +183,5 @@ def find_image_processor(name: str, location: dict) -> BaseImageProcessor | None
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(name, IMAGE_PROCESSOR_NAME, **location, **quiet) is None:
         return None
-    return AutoImageProcessor.from_pretrained(name, **location)
+    # Code of its own would be asked for on a terminal: the processors of such models are those of transformers.
+    return AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **location)

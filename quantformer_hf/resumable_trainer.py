@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -106,6 +107,11 @@ class ResumableTrainer(Trainer):
                 f" gradient_accumulation_steps so that their product with the number of processes is {before}"
             )
         if manifest["processes"] != self.args.world_size:
+            if isinstance(self.train_dataset, IterableDataset):
+                raise ValueError(
+                    f"{checkpoint} was trained by {manifest['processes']} processes, each with its part of a stream, and"
+                    f" this run has {self.args.world_size}: start as many, or choose another output folder"
+                )
             logger.warning(
                 f"{checkpoint} was trained by {manifest['processes']} processes, and goes on with {self.args.world_size}:"
                 f" the same images a step, but sums are rounded otherwise and dropout draws other numbers"
@@ -127,8 +133,14 @@ class ResumableTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def get_train_dataloader(self):
-        """As in Trainer; while it trains, workers outlive a SIGTERM to the whole process group: the last step needs them."""
-        loader = super().get_train_dataloader()
+        """As in Trainer; its workers outlive a SIGTERM to the whole process group: the last step needs them."""
+        return self._outliving_sigterm(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        """As in Trainer; so do its workers while a training runs: an evaluation is finished before its end."""
+        return self._outliving_sigterm(super().get_eval_dataloader(*args, **kwargs))
+
+    def _outliving_sigterm(self, loader):
         if self.args.dataloader_num_workers > 0 and self._running is not None:
             worker_init_fn = partial(ignore_sigterm, running=self._running, then=loader.worker_init_fn)
             # accelerate iterates over the loader within its own, and copies its own to skip batches.
