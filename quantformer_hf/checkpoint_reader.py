@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .checkpoint_files import first_sentence, shortened
+from .checkpointing import check_replaced
 
 
 #: Bits of an element by safetensors' name of its type.
@@ -75,7 +76,8 @@ class CheckpointReader:
 
     Raises:
         FileNotFoundError: no weight files, or a shard of the index that is not there.
-        ValueError: a file that is damaged or cut short, or that lacks a tensor of the index.
+        ValueError: a file that is damaged or cut short, or that lacks a tensor of the index; some files of a save that was
+            interrupted.
     """
 
     def __init__(self, tensors: dict[str, StoredTensor], files: list[Path]):
@@ -85,6 +87,7 @@ class CheckpointReader:
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Read the headers of `model.safetensors`, or of all files of its index."""
+        check_replaced(folder)
         single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
         # In the order of transformers: one whole file wins over an index beside it.
         if single.is_file():
@@ -116,6 +119,8 @@ class CheckpointReader:
             name: folder or repository.
             location: what `cached_file` takes beside it (`revision`, `subfolder`, ...).
         """
+        if os.path.isdir(name):
+            check_replaced(Path(name, location.get("subfolder", "")))
         # What is missing, `open` says.
         location["_raise_exceptions_for_missing_entries"] = False
         found = cached_file(name, SAFE_WEIGHTS_NAME, **location)

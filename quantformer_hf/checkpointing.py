@@ -28,6 +28,9 @@ MANIFEST = "checkpoint.json"
 #: Beside the checkpoints: the one that is being written. (Uploads to the hub leave out names with an underscore.)
 UNFINISHED = "_unfinished"
 
+#: In the folder of a model: a save that is being written, and one that is on the disk and moves to its place.
+DRAFT, COMPLETE = "_saving", "_saved"
+
 
 # Files
 
@@ -62,26 +65,44 @@ def write_durably(path: Path, text: str) -> None:
 def replaced_together(folder: Path, stale: str) -> Iterator[Path]:
     """An empty folder to write into; what is there in the end takes its place in `folder`, after it is on the disk.
 
+    Killed between two of the files, it leaves the others in `_saved`, which `check_replaced` finds.
+
     Args:
         folder: made if need be. Files of other names stay.
         stale: regular expression of whole names: earlier files that go when they have no successor (shards of a larger
             model).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    draft, complete = folder / DRAFT, folder / COMPLETE
+    # What saves that were killed have left: this one replaces all of it.
+    for left in (draft, complete):
+        shutil.rmtree(left, ignore_errors=True)
+    draft.mkdir()
     try:
         yield draft
         flush_tree(draft)
-        written = list(draft.iterdir())
-        names = {path.name for path in written}
-        for path in written:
-            os.replace(path, folder / path.name)
+        names = [path.name for path in draft.iterdir()]
+        draft.rename(complete)
+        flush(folder)
         for path in folder.iterdir():
             if re.fullmatch(stale, path.name) and path.name not in names:
                 path.unlink()
+        for name in names:
+            os.replace(complete / name, folder / name)
         flush(folder)
+        complete.rmdir()
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_replaced(folder: Path) -> None:
+    """Raise ValueError where `replaced_together` was killed between its files, some of which are new and some old."""
+    complete = folder / COMPLETE
+    if complete.is_dir() and any(complete.iterdir()):
+        raise ValueError(
+            f"a save into {folder} was interrupted, and what it wrote is in {complete} still: move the files there up into"
+            f" {folder}, or save again"
+        )
 
 
 def check_writable(folder: Path) -> None:

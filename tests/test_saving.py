@@ -1,7 +1,10 @@
 """Quantized models in files: what was saved comes back, and what does not fit is found out."""
 
 import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +149,12 @@ def test_a_packed_model_has_no_variants(tmp_path):
 # What cannot be loaded
 
 
+def assert_same_tensors(one, other):
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
 def load(folder, **arguments):
     return QuantformerForImageClassification.from_pretrained(folder, **arguments)
 
@@ -230,3 +239,56 @@ def test_a_file_cut_short_is_named(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
         load(folder)
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_save_that_is_killed_leaves_no_mixture_that_loads(moved, folder, tmp_path, monkeypatch):
+    first = load(folder)
+    target = tmp_path / "target"
+    first.save_pretrained(target)
+    second = load(folder)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(2)
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+
+    def replace_some(source, destination):
+        nonlocal moved
+        if Path(source).parent.name == "_saved":
+            if moved == 0:
+                raise Killed
+            moved -= 1
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace_some)
+    with pytest.raises(Killed):
+        second.save_pretrained(target, max_shard_size="8KB")
+    monkeypatch.undo()
+    for read in (load, inspect_checkpoint):
+        with pytest.raises(
+            ValueError, match=r"was interrupted, and what it wrote is in .*_saved still: move the files"
+        ):
+            read(target)
+
+    mended = tmp_path / "mended"
+    shutil.copytree(target, mended)
+    for path in (mended / "_saved").iterdir():
+        path.rename(mended / path.name)
+    (mended / "_saved").rmdir()
+    second.save_pretrained(target)
+    for way_out in (mended, target):
+        assert_same_tensors(load(way_out), second)
+        assert not [path for path in way_out.iterdir() if path.name.startswith("_")]
+
+
+def test_what_a_killed_save_has_left_goes_with_the_next(folder):
+    (folder / "_saving").mkdir()
+    (folder / "_saving" / "model.safetensors").write_bytes(b"half")
+    model = load(folder)
+    model.save_pretrained(folder)
+    assert not (folder / "_saving").exists()
+    assert_same_tensors(load(folder), model)
