@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_full_precision, make_quantized
+from torch.utils.data import IterableDataset
 from trainers import ALL_LOSSES, StopAt, logged, make_trainer
 from transformers import TrainerCallback
 
@@ -22,6 +23,14 @@ from quantformer_hf.checkpointing import MANIFEST, UNFINISHED, check_writable, n
 
 
 EACH_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
 
 
 def quantized_trainer(folder, callbacks=(), **arguments):
@@ -231,6 +240,18 @@ def test_another_global_batch_is_refused_and_the_same_in_other_parts_goes_on(tmp
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
 
 
+def test_a_stream_goes_on_with_as_many_processes(tmp_path):
+    quantized_trainer(tmp_path, max_steps=2, save_steps=2).train()
+    manifest = tmp_path / "checkpoint-2" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"processes": 2}))
+    trainer = quantized_trainer(tmp_path, max_steps=3)
+    trainer.train_dataset = Stream(trainer.train_dataset)
+    with pytest.raises(
+        ValueError, match=r"by 2 processes, each with its part of a stream, and this run has 1: start as"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_without_optimizer_is_not_resumed(tmp_path):
     quantized_trainer(tmp_path, save_only_model=True, max_steps=1).train()
     with pytest.raises(ValueError, match="has no optimizer"):
@@ -313,6 +334,35 @@ def test_a_process_ends_with_its_loaders(code, tmp_path):
         raise
     assert process.returncode == code
     assert ("MemoryError" in error) == bool(code)
+
+
+#: A process that gets SIGTERM with its whole group, loaders too, in the middle of an evaluation.
+TERMINATED_IN_EVALUATION = """
+import os, signal, sys
+from conftest import make_quantized
+from trainers import make_trainer
+from transformers import TrainerCallback
+
+class Terminate(TrainerCallback):
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not vars(self).get("sent"):
+            self.sent = True
+            os.killpg(0, signal.SIGTERM)
+
+evaluating = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
+trainer = make_trainer(sys.argv[1], make_quantized(), None, [Terminate()], dataloader_num_workers=2, **evaluating)
+trainer.train()
+"""
+
+
+def test_sigterm_to_a_group_in_an_evaluation_writes_a_checkpoint(tmp_path):
+    command = [sys.executable, "-c", TERMINATED_IN_EVALUATION, str(tmp_path)]
+    process = subprocess.run(
+        command, capture_output=True, text=True, start_new_session=True, cwd=Path(__file__).parent, timeout=120
+    )
+    assert process.returncode == 143, process.stderr
+    # The step after the one that was evaluated is taken yet.
+    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
 
 
 def test_training_in_another_thread_leaves_signals_alone(tmp_path):

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedModel,
+    ViTImageProcessor,
 )
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
@@ -292,3 +293,21 @@ def test_what_a_killed_save_has_left_goes_with_the_next(folder):
     model.save_pretrained(folder)
     assert not (folder / "_saving").exists()
     assert_same_tensors(load(folder), model)
+
+
+@pytest.mark.parametrize("own_class", [False, True])
+def test_no_code_of_a_checkpoint_runs_or_is_asked_for(own_class, tmp_path, monkeypatch):
+    model = make_quantized("vit", "finetune")
+    model.image_processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    config = json.loads(path.read_text()) | {"auto_map": {"AutoImageProcessor": "own.Own"}}
+    path.write_text(json.dumps(config | ({"image_processor_type": "Own"} if own_class else {})))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    if own_class:
+        with pytest.raises(ValueError, match="contains custom code"):
+            load(tmp_path)
+    else:
+        assert type(load(tmp_path).image_processor) is ViTImageProcessor
+    assert not (tmp_path / "ran").exists()
