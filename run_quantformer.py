@@ -62,6 +62,8 @@ def run_stages() -> None:
         raise ValueError("push_to_hub pushes the model of the last stage, and this run makes none: leave it out")
     output_dir = Path(arguments.training.output_dir)
     check_writable(output_dir)
+    if arguments.training.disable_tqdm:
+        logging.disable_progress_bar()
     # What a later stage cannot be told is known before the first one runs.
     for stage in arguments.model.stages:
         run.for_stage(stage).model.check_quantization()

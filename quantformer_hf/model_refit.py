@@ -12,6 +12,7 @@ from .estimate import free_bytes, mebibytes
 from .image_batches import Batches, pixel_values_in
 from .kernels import fake_quantized
 from .labels import one_class_an_image
+from .progress import progress
 from .quantize import classifiers, full_precision, reading_layers, writing_streams
 from .quantizers import GroupActivationQuantizer
 from .reconstruction import Readers, reconstruct_layers, token_weights
@@ -62,7 +63,8 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
     model.eval()
     try:
         with off():
-            weights, logits = zip(*(token_weights(model, batch, readers) for batch in batches), strict=True)
+            watched = progress(batches, "Weighing tokens, batches")
+            weights, logits = zip(*(token_weights(model, batch, readers) for batch in watched), strict=True)
         _warn_of_too_little_memory(batches, weights, readers)
         # What the quantizers put out is looked at.
         with torch.no_grad(), fake_quantized():

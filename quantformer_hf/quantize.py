@@ -19,6 +19,7 @@ from .ops import PRODUCERS
 from .packed_forms import choose_forms
 from .packed_layers import PackedLinear, packed_form
 from .paused import Place
+from .progress import progress
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, WeightQuantizer, build_weight_quantizer
 
 
@@ -294,7 +295,7 @@ def observe(
         quantizer.observer = quantizer.make_observer()
     device = next(model.parameters()).device
     try:
-        for pixel_values in pixel_values_in(batches):
+        for pixel_values in progress(pixel_values_in(batches), "Calibrating, batches"):
             model(pixel_values.to(device))
         seen = {}
         for quantizer in quantizers:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .groups import channel_importance
 from .observers import channel_quantiles, weighted_sample
 from .paused import PausedRuns, Place
+from .progress import progress
 from .quantizers import GroupActivationQuantizer, LSQWeightQuantizer
 from .regression import Evidence, Moments, Part, nothing, refit_layer
 
@@ -124,7 +125,7 @@ def reconstruct_layers(
     with PausedRuns(model, batches, exact_stops) as exact_runs, PausedRuns(model, batches, stops, watched) as runs:
         with full_precision():
             _, next_exact = exact_runs.go_on()
-        for _ in readers:
+        for _ in progress(readers, "Refitting, inputs of layers"):
             (quantizer, _), given = runs.go_on()
             exact = next_exact
             with full_precision():

@@ -1,5 +1,6 @@
 """The stages of a run: each starts from what the one before it left, and can be interrupted and resumed."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -7,7 +8,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,9 @@ from .model_card import write_model_card
 from .modeling_quantformer import QuantformerForImageClassification
 from .pretrained import QuantformerPreTrainedModel
 from .run_history import STAGE_FILE, history_in, record_of
+from .stage_start import StageStart
 from .stage_trainer import evaluating_trainer, training_trainer
-from .teachers import check_image_size, renormalize
+from .teachers import check_image_size, check_teacher, renormalize
 from .trainer import QuantformerTrainer
 
 
@@ -77,13 +78,15 @@ class Built(NamedTuple):
         model: what it trains.
         processor: of the images, also of those that the teacher sees.
         teacher: where the stage starts in full precision, or some loss needs one.
-        full_precision: what a quantized model was just made of.
+        full_precision: what a quantized model was made of.
+        is_start: whether the model was kept by an earlier run of the stage.
     """
 
     model: PreTrainedModel
     processor: BaseImageProcessor
     teacher: PreTrainedModel | None = None
     full_precision: PreTrainedModel | None = None
+    is_start: bool = False
 
 
 class StageRun:
@@ -160,6 +163,10 @@ class StageRun:
             )
         return earlier["results"]
 
+    @functools.cached_property
+    def _start(self) -> StageStart:
+        return StageStart(self.folder, self.told | {"source_digest": self._source_digest()})
+
     def _source_digest(self) -> str | None:
         """Of what the stage that made the source was told, and what came out; None where no stage did."""
         path = None if self.source is None else Path(self.source) / STAGE_FILE
@@ -178,17 +185,20 @@ class StageRun:
         data = load_image_data(arguments.data, training.seed)
         if data.train is None:
             raise ValueError(f"the data set has no split {arguments.data.train_split!r}: name one by train_split")
-        results = {}
-        model, processor, teacher, full_precision = self._build_model(data)
+        model, processor, teacher, full_precision, is_start = self._build_model(data)
         self._begin()
         history = history_in(self.source) or getattr(model.config, "run_history", None) or []
+        results = self._start.results() if is_start else {}
+        if isinstance(model, QuantformerPreTrainedModel) and arguments.trains and not is_start:
+            self._start.save(model)
         trainer = training_trainer(model, arguments, data, processor, teacher=teacher)
-        if self.stage == "finetune" and arguments.trains:
+        if self.stage == "finetune" and arguments.trains and "frozen_accuracy" not in results:
             results["frozen_accuracy"] = trainer.evaluate()["eval_accuracy"]
-        if full_precision is not None:
+        if full_precision is not None and "full_precision_accuracy" not in results:
             metrics = evaluating_trainer(full_precision, training, data, processor).evaluate()
             results["full_precision_accuracy"] = metrics["eval_accuracy"]
         if arguments.trains:
+            self._start.keep_results(results)
             self._announce(trainer, teacher)
             # One process decides: another node's view of the folder may be older.
             checkpoint = broadcast_object_list([newest_checkpoint(self.folder)])[0]
@@ -206,6 +216,8 @@ class StageRun:
                 write_model_card(self.folder, model.config, history)
             trainer.save_state()
             self._write(results)
+            if PartialState().is_main_process:
+                self._start.remove()
         return results
 
     def _announce(self, trainer: QuantformerTrainer, teacher: PreTrainedModel | None) -> None:
@@ -241,11 +253,25 @@ class StageRun:
             check_same_quantization(model.backbone, model.config, self.arguments.typed_quantization(), self.source)
         if self.stage == "full_precision":
             return Built(model, processor)
-        batches = self._calibration_batches(data, processor)
-        full_precision = None
+        full_precision = None if quantized else model
+        teacher = full_precision
+        if self.arguments.training.needs_teacher:
+            if teacher is None or arguments.teacher_name_or_path is not None:
+                teacher = self._load_teacher(model, data, processor)
+            # Before what takes minutes.
+            check_teacher(model, teacher, self.arguments.training)
+        start = self._start.load() if self.arguments.trains and not arguments.overwrite_output_dir else None
+        model = start or self._quantized(model, self._calibration_batches(data, processor))
+        return Built(model, processor, teacher, full_precision, is_start=start is not None)
+
+    def _quantized(self, model: PreTrainedModel, batches: functools.partial) -> QuantformerPreTrainedModel:
+        """What the stage trains, of a model in full precision or of an earlier stage.
+
+        Where it starts at a later stage than `model` is, the verbs of those between are run, without their training.
+        """
+        arguments = self.arguments.model
+        quantized = isinstance(model, QuantformerPreTrainedModel)
         if not quantized:
-            # A later stage that starts here has the verbs of the earlier ones run, without their training.
-            full_precision = model
             model = QuantformerForImageClassification.from_full_precision(model, **arguments.quantization_arguments())
             rotate_channels = arguments.rotate_channels
             if rotate_channels is None and self.stage == "allocate":
@@ -265,10 +291,7 @@ class StageRun:
                 model.freeze_groups()
         if not quantized and self.stage != "allocate" and arguments.reconstruction_samples > 0:
             model.reconstruct(batches(samples=arguments.reconstruction_samples))
-        teacher = full_precision
-        if self.arguments.training.needs_teacher and (teacher is None or arguments.teacher_name_or_path is not None):
-            teacher = self._load_teacher(model, data, processor)
-        return Built(model, processor, teacher, full_precision)
+        return model
 
     def _check_follows(self, config: QuantformerConfig) -> None:
         """Raise ValueError where a model that is quantized already cannot go through this stage, or not as told."""
@@ -290,9 +313,9 @@ class StageRun:
                 f"{'' if config.channels_rotated else ' not'} rotated: leave it out, or start from full precision"
             )
 
-    def _calibration_batches(self, data: ImageData, processor: BaseImageProcessor) -> partial:
+    def _calibration_batches(self, data: ImageData, processor: BaseImageProcessor) -> functools.partial:
         """A function that gives the calibration images anew at each call; `samples=` for more or fewer of them."""
-        return partial(
+        return functools.partial(
             calibration_batches,
             data,
             processor,

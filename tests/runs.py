@@ -10,9 +10,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForImageClassification
+from conftest import IMAGE_SIZE, make_full_precision
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-import quantformer_hf  # noqa: F401  registers the model type
+from quantformer_hf.arguments import RunArguments
+from quantformer_hf.data import load_image_data
+from quantformer_hf.stages import StageRun
 
 
 ROOT = Path(__file__).parents[1]
@@ -102,3 +105,22 @@ def weights(folder):
 
 def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def save_classifier(folder, image_size=IMAGE_SIZE, **changes):
+    """A classifier of digits, and the processor of its images."""
+    sizes = make_full_precision().config.to_dict() | {"num_labels": 10, "image_size": image_size}
+    for name in ("id2label", "label2id"):
+        del sizes[name]
+    ViTForImageClassification(ViTConfig(**sizes | changes)).save_pretrained(folder)
+    size = {"height": image_size, "width": image_size}
+    crop = {"size": {"shortest_edge": image_size + 4}, "do_center_crop": True, "crop_size": size}
+    ViTImageProcessor(**crop).save_pretrained(folder)
+    return str(folder)
+
+
+def make_stage(name, source, folder, *flags):
+    """A stage that starts from `source`, and its data."""
+    flags = ["--dataset_name", "digits", "--use_cpu", "True", "--report_to", "none", "--num_groups", "4", *flags]
+    told = RunArguments([*flags, "--output_dir", str(folder)]).for_stage(name)
+    return StageRun(told, source, folder), load_image_data(told.data, told.training.seed)

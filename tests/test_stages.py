@@ -2,41 +2,20 @@
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, make_full_precision
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from conftest import IMAGE_SIZE
+from runs import make_stage, save_classifier
+from transformers import ViTImageProcessor
 
 from quantformer_hf import QuantformerForImageClassification
-from quantformer_hf.arguments import RunArguments
-from quantformer_hf.data import load_image_data
 from quantformer_hf.image_batches import pixel_values_in
-from quantformer_hf.stages import StageRun
 
 
 VERBS = ("calibrate", "begin_search", "reconstruct")
 
 
-def save(folder, image_size=IMAGE_SIZE):
-    """A classifier of digits, and the processor of its images."""
-    sizes = make_full_precision().config.to_dict() | {"num_labels": 10, "image_size": image_size}
-    for name in ("id2label", "label2id"):
-        del sizes[name]
-    ViTForImageClassification(ViTConfig(**sizes)).save_pretrained(folder)
-    size = {"height": image_size, "width": image_size}
-    crop = {"size": {"shortest_edge": image_size + 4}, "do_center_crop": True, "crop_size": size}
-    ViTImageProcessor(**crop).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def source(tmp_path):
-    return save(tmp_path / "source")
-
-
-def make_stage(name, source, folder, *flags):
-    """A stage that starts from `source`, and its data."""
-    flags = ["--dataset_name", "digits", "--use_cpu", "True", "--report_to", "none", "--num_groups", "4", *flags]
-    told = RunArguments([*flags, "--output_dir", str(folder)]).for_stage(name)
-    return StageRun(told, source, folder), load_image_data(told.data, told.training.seed)
+    return save_classifier(tmp_path / "source")
 
 
 @pytest.fixture
@@ -95,7 +74,7 @@ def test_images_are_cropped_as_told(source, tmp_path):
 
 
 def test_a_teacher_of_another_image_size_is_refused(source, tmp_path):
-    teacher = save(tmp_path / "teacher", image_size=32)
+    teacher = save_classifier(tmp_path / "teacher", image_size=32)
     flags = ["--teacher_name_or_path", teacher, "--distillation_weight", "1", "--calibration_samples", "4"]
     stage, data = make_stage("pretrain", source, tmp_path, *flags)
     with pytest.raises(ValueError, match="takes images of 32 px, and the model of 16"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..image_batches import pixel_values_of
 from ..modeling_quantformer import QuantformerForImageClassification, StageError
+from ..progress import progress
 from .budget import Budget
 from .candidates import Candidates
 from .cost import CostModel
@@ -106,7 +107,8 @@ class BudgetSearch:
         most = self.costs[unit].total(self.space.uniform(self.space.weight_bits[-1], self.space.activation_bits[-1]))
         at = np.geomspace(problem.smallest(unit), most, points)
         # Rounding must not put the first budget below the smallest cost.
-        return [self.point(problem.solve([Budget(unit, cost * (1 + 1e-9))])) for cost in at]
+        costs = progress(at, "Measuring the front, allocations")
+        return [self.point(problem.solve([Budget(unit, cost * (1 + 1e-9))])) for cost in costs]
 
 
 def check_refinement(trials: int) -> None:

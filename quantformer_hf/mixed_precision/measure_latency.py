@@ -19,6 +19,7 @@ from ..kernels.library import library
 from ..layers import QuantLinear
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..packed_layers import PackedLinear, packed_form
+from ..progress import progress
 from ..quantizers import GroupActivationQuantizer, build_weight_quantizer
 from ..report import format_table
 from .cost import CostModel, one_image
@@ -74,7 +75,7 @@ def median_milliseconds(functions: Mapping[Any, Callable[[], Any]], rounds: int)
     order = random.Random(0)
     cuda = torch.cuda.is_available()
     times: dict[Any, list[float]] = {name: [] for name in functions}
-    for number in range(WARM_UP + rounds):
+    for number in progress(range(WARM_UP + rounds), "Measuring latency, rounds"):
         for name, function in order.sample(list(functions.items()), len(functions)):
             start = time.perf_counter()
             function()

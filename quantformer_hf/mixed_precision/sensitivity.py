@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling_quantformer import QuantformerForImageClassification
+from ..progress import progress
 from ..quantize import full_precision
 from .candidates import Candidates
 from .search_space import SearchSpace
@@ -44,7 +45,7 @@ def measure_sensitivities(
     training = model.training
     model.eval()
     try:
-        for batch in batches:
+        for batch in progress(batches, "Measuring sensitivities, batches"):
             for passed in backward_passes(model, space, batch, draws):
                 _add_weights(weights, passed, candidates, samples)
                 _add_inputs(inputs, passed, candidates, samples)
