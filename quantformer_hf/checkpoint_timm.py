@@ -44,14 +44,20 @@ UNSUPPORTED_NAMES = {
     "rope.": "rotary position embeddings",
 }
 
-#: What the inference of timm's arguments looks at; without these there is no telling what a file is.
-VIT_ANCHORS = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
-SWIN_ANCHORS = (
-    "patch_embed.proj.weight",
-    "layers.0.blocks.0.attn.relative_position_bias_table",
-    "layers.0.blocks.0.attn.qkv.weight",
-    "layers.0.blocks.0.mlp.fc1.weight",
-)
+#: What the inference of timm's arguments looks at, and its number of dimensions; without these there is no telling what a
+#: file is.
+VIT_ANCHORS = {
+    "patch_embed.proj.weight": 4,
+    "pos_embed": 3,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+}
+SWIN_ANCHORS = {
+    "patch_embed.proj.weight": 4,
+    "layers.0.blocks.0.attn.relative_position_bias_table": 2,
+    "layers.0.blocks.0.attn.qkv.weight": 2,
+    "layers.0.blocks.0.mlp.fc1.weight": 2,
+}
 
 #: Sizes of DeiT by width, and of Swin by width and depths, as they stand in timm's names.
 DEIT_SIZES = {192: "tiny", 384: "small", 512: "medium", 768: "base", 1024: "large", 1280: "huge"}
@@ -246,12 +252,20 @@ def timm_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         ValueError: a parameter that is missing or of an impossible shape.
     """
     swin = any(name.startswith("layers.") for name in state_dict)
-    missing = [name for name in (SWIN_ANCHORS if swin else VIT_ANCHORS) if name not in state_dict]
+    anchors = SWIN_ANCHORS if swin else VIT_ANCHORS
+    missing = [name for name in anchors if name not in state_dict]
     if missing:
         raise ValueError(f"it lacks {shortened(missing)}")
     block = "layers.0.blocks.0" if swin else "blocks.0"
     projection = state_dict["patch_embed.proj.weight"]
-    head = state_dict.get("head.fc.weight" if swin else "head.weight")
+    head_name = "head.fc.weight" if swin else "head.weight"
+    head = state_dict.get(head_name)
+    for name, dimensions in (anchors | {head_name: 2}).items():
+        if name in state_dict and state_dict[name].ndim != dimensions:
+            raise ValueError(
+                f"its {name} has the shape {tuple(state_dict[name].shape)}: expected {dimensions} dimensions; get the file"
+                f" again"
+            )
     arguments = {
         "embed_dim": projection.shape[0],
         "in_chans": projection.shape[1],

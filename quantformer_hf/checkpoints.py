@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import pickle
 import re
 from collections import Counter
@@ -105,6 +106,9 @@ def load_full_precision(
     """
     name = str(name_or_path)
     sizes = {"image_size": image_size, "window_size": window_size}
+    for size, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{size} is {value}: choose a number of pixels or patches, or leave it out")
     labels = {"id2label": id2label, "label2id": label2id, "num_labels": kwargs.pop("num_labels", None)}
     labels = {key: value for key, value in labels.items() if value is not None}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -116,6 +120,13 @@ def load_full_precision(
             checkpoint = _convert(weights, sizes, labels, ignore_mismatched_sizes)
     checkpoint.model.config._name_or_path = checkpoint.model.name_or_path = name
     return checkpoint
+
+
+def origin_of(model: PreTrainedModel) -> str | None:
+    """The name of the checkpoint that `model` was loaded from, an absolute one if it is local: found from any folder, and
+    never taken for a hub id."""
+    name = model.name_or_path
+    return os.path.abspath(name) if name and os.path.exists(name) else name or None
 
 
 def _timm_weights(name: str, architecture: str | None, kwargs: dict[str, Any]) -> TimmWeights | None:

@@ -131,7 +131,8 @@ def _load(name: str, arguments: ModelArguments, **classes: Any) -> tuple[PreTrai
         return model, AutoImageProcessor.from_pretrained(name)
     checkpoint = load_full_precision(
         name,
-        architecture=arguments.architecture if Path(name).is_file() else None,
+        # Of the folders that stages leave it says nothing.
+        architecture=arguments.architecture if name == arguments.model_name_or_path or Path(name).is_file() else None,
         image_size=arguments.image_size,
         window_size=arguments.window_size,
         **classes,

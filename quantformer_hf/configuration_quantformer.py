@@ -122,6 +122,10 @@ class QuantformerConfig(PreTrainedConfig):
             self.layer_bits = read_layer_bits(self.layer_bits, self)
         if isinstance(self.layer_bits, list):
             # As in files, see `to_dict`.
+            if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in self.layer_bits):
+                raise ValueError(
+                    f"layer_bits is {self.layer_bits}: give a dictionary, or pairs, of a pattern and its bits"
+                )
             self.layer_bits = dict(self.layer_bits)
         for pattern, bits in (self.layer_bits or {}).items():
             _check_layer_bits(pattern, bits)

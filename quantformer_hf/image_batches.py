@@ -41,3 +41,12 @@ def pixel_values_of(batch: Tensor | Mapping[str, Any]) -> Tensor:
             f"a calibration batch has the shape {tuple(pixel_values.shape)}: give images (batch, channels, height, width)"
         )
     return pixel_values
+
+
+def check_given(pixel_values: Any) -> None:
+    """Raise TypeError unless a model is called with a tensor of images."""
+    if not isinstance(pixel_values, Tensor):
+        raise TypeError(
+            f"pixel_values is {'missing' if pixel_values is None else f'a {type(pixel_values).__name__}'}: give a tensor"
+            f" (batch, channels, height, width), as image_processor(images, return_tensors='pt') makes it"
+        )

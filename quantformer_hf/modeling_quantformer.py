@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from typing import Self
 
 import torch
@@ -20,7 +19,7 @@ from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 
 from . import pack, quantize
 from .attention import ATTENTION_IMPLEMENTATION, attention_modules
-from .checkpoints import load_full_precision
+from .checkpoints import load_full_precision, origin_of
 from .classes_only import classes_only
 from .configuration_quantformer import (
     BACKBONES,
@@ -29,12 +28,12 @@ from .configuration_quantformer import (
     check_no_misspelling,
     check_quantization_arguments,
 )
-from .image_batches import Batches
+from .image_batches import Batches, check_given
 from .labels import check_labels, one_class_an_image
 from .model_refit import reconstruct
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
-from .pretrained import QuantformerPreTrainedModel
+from .pretrained import QuantformerPreTrainedModel, image_processor_of
 from .rotation import UNROTATED_BITS, rotate_stream
 from .run_history import note_change
 
@@ -61,11 +60,6 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     # The dtype that the caller builds in, not the one that the full-precision checkpoint's config remembers.
     dtype = torch.get_default_dtype()
     return backbone_class._from_config(config, attn_implementation=ATTENTION_IMPLEMENTATION, dtype=dtype)
-
-
-def _origin(name: str | None) -> str | None:
-    """`name` of a checkpoint, a local one as an absolute path: found from any folder, and never taken for a hub id."""
-    return os.path.abspath(name) if name and os.path.exists(name) else name or None
 
 
 class QuantformerForImageClassification(QuantformerPreTrainedModel):
@@ -136,9 +130,11 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             interpolate_pos_encoding: for images of another size than the model was made for.
 
         Raises:
+            TypeError: no `pixel_values`.
             ValueError: a label outside `num_labels`.
-            RuntimeError: a layer that was not calibrated.
+            RuntimeError: a layer that was not calibrated; a packed model that is to be trained.
         """
+        check_given(pixel_values)
         return_dict = kwargs.pop("return_dict", None)
         # What transformers asks for by the config, it asks for of a model's own.
         for name in ("output_hidden_states", "output_attentions"):
@@ -174,6 +170,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The cross-entropy; for several labels an image, or a number, what transformers takes for them."""
+        if self.config.stage == "packed" and self.training and torch.is_grad_enabled():
+            raise StageError("integer codes cannot be trained: run model.unpack() first")
         if not one_class_an_image(self.config):
             return self.backbone.loss_function(labels, logits, self.config)
         # On an accelerator this look would stop the pipeline each step: there the data collator looks.
@@ -188,7 +186,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         Args:
             model: a ViT, DeiT or Swin image classifier of transformers, or what `load_full_precision` takes: a hub id or
                 folder of transformers, a name, folder or file of timm, an official DeiT or Swin file. The log says which
-                it was, and `image_processor` holds its preprocessing, saved beside the model. Loaded so, it is in `eval()`.
+                it was. Loaded so, it is in `eval()`. `image_processor` holds the preprocessing of its checkpoint, saved
+                beside the model.
             kwargs: quantization arguments (the fields of `QuantformerConfig`: `bit_width`, `attention_bits`,
                 `layer_bits`, ...). With a name or path, anything else goes to `load_full_precision` (`image_size`,
                 `id2label`, `ignore_mismatched_sizes`, `revision`, ...).
@@ -198,9 +197,9 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             ValueError: a quantization argument that cannot be.
         """
         arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in QUANTIZATION_ARGUMENTS}
-        processor = None
         if isinstance(model, nn.Module):
             check_quantization_arguments(kwargs)
+            processor = image_processor_of(model)
         else:
             check_no_misspelling(kwargs)
             checkpoint = load_full_precision(model, **kwargs)
@@ -216,7 +215,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             )
         backbone_config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         config = QuantformerConfig(
-            backbone_config=backbone_config, full_precision_name_or_path=_origin(model.name_or_path), **arguments
+            backbone_config=backbone_config, full_precision_name_or_path=origin_of(model), **arguments
         )
         quantized = cls(config)
         # Layers keep the names of their parameters: only the quantizers' own are not in the full-precision model.

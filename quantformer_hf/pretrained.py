@@ -1,18 +1,19 @@
 """Loading and saving, which all quantized models share."""
 
+import logging
 import os
 import re
 from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from . import pack, quantize
-from .checkpoint_files import shortened
+from .checkpoint_files import first_sentence, shortened
 from .checkpoint_layouts import is_classifier
 from .checkpoint_reader import CheckpointReader
 from .checkpointing import replaced_together
@@ -21,6 +22,10 @@ from .model_card import ModelCardMixin, write_model_card
 from .packed_checkpoint import DIGEST_NAME, LOCATION_ARGUMENTS, check_packed_files, digest_of_state
 from .packed_layers import PackedWeight
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, LSQWeightQuantizer
+from .run_history import hub_id
+
+
+logger = logging.getLogger(__name__)
 
 
 class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
@@ -183,5 +188,19 @@ def find_image_processor(name: str, location: dict) -> BaseImageProcessor | None
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(name, IMAGE_PROCESSOR_NAME, **location, **quiet) is None:
         return None
-    # Code of its own would be asked for on a terminal: the processors of such models are those of transformers.
-    return AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **location)
+    try:
+        # Code of its own would be asked for on a terminal.
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **location)
+    except ValueError as error:
+        # No reason not to load the model.
+        logger.warning(
+            f"the image processor of {name} is none of transformers' own ({first_sentence(error)}): set"
+            f" model.image_processor to have it saved and pushed with the model"
+        )
+        return None
+
+
+def image_processor_of(model: nn.Module) -> BaseImageProcessor | None:
+    """What lies beside the checkpoint in the layout of transformers that `model` was loaded from, if it was from one."""
+    name = getattr(model, "name_or_path", None)
+    return find_image_processor(name, {}) if name and (os.path.isdir(name) or hub_id(name)) else None

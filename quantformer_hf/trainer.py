@@ -33,7 +33,7 @@ from .quantizers import ActivationQuantizer, WeightQuantizer
 from .resumable_trainer import ResumableTrainer
 from .stochastic_depth import stochastic_depth
 from .teachers import check_teacher, hidden_states_for
-from .training_args import QuantformerTrainingArguments
+from .training_args import QuantformerTrainingArguments, check_training_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -46,12 +46,6 @@ DEGREE_MOMENTUM = 0.2
 
 #: ... and so many rows of each layer's attention maps, over all processes, are looked at.
 DEGREE_ROWS = 512
-
-
-@contextlib.contextmanager
-def _capture_nothing(model: nn.Module) -> Iterator[list[Tensor]]:
-    """In place of `capture_attention`, where no loss reads the maps."""
-    yield []
 
 
 class QuantformerTrainer(ResumableTrainer, ImageTrainer):
@@ -74,6 +68,9 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         teacher: PreTrainedModel | None = None,
         **kwargs,
     ):
+        check_training_arguments(args)
+        if teacher is model:
+            raise ValueError("the teacher is the model itself: give the full-precision one that it was made from")
         if args.unused_gpus > 0:
             gpus = args.unused_gpus + 1
             logger.warning(
@@ -163,7 +160,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             if model.training:
                 self._check_finite(loss, {"task": loss})
             return (loss, outputs) if return_outputs else loss
-        capture = capture_attention if self.args.aux_weight > 0 else _capture_nothing
+        capture = capture_attention if self.args.aux_weight > 0 else lambda model: contextlib.nullcontext([])
         wants_features = self.args.feature_weight > 0
         if wants_features:
             inputs = inputs | {"output_hidden_states": True}

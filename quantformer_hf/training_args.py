@@ -144,9 +144,17 @@ class QuantformerTrainingArguments(TrainingArguments):
         for name in ("aux_weight", "dm_weight", "distillation_weight", "feature_weight", "task_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")
-        for name in ("scale_learning_rate", "assignment_learning_rate", "finetune_learning_rate"):
+        rates = ("learning_rate", "scale_learning_rate", "assignment_learning_rate", "finetune_learning_rate")
+        for name in (*rates, "weight_decay", "num_train_epochs"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose 1 or more")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}: choose 0 (off) or more, and less than 1"
+            )
         if not 1e-6 <= self.assignment_temperature <= 1:
             raise ValueError(f"assignment_temperature is {self.assignment_temperature}: choose from 1e-6 to 1")
         if self.assignment_temperature < 1 and self.ema_decay > 0:
@@ -201,8 +209,8 @@ class QuantformerTrainingArguments(TrainingArguments):
                 degree = float(self.pnorm)
             except ValueError:
                 degree = 0.0
-            if not degree >= 1:
-                raise ValueError(f"pnorm is {self.pnorm!r}: choose a number of at least 1, or 'entropy'")
+            if not 1 <= degree < float("inf"):
+                raise ValueError(f"pnorm is {self.pnorm!r}: choose a finite number of at least 1, or 'entropy'")
         if 0 < self.max_steps <= self.search_steps:
             raise ValueError(
                 f"search_steps is {self.search_steps}, and max_steps {self.max_steps}: leave steps to finetune after it,"
@@ -223,3 +231,11 @@ class QuantformerTrainingArguments(TrainingArguments):
     def needs_teacher(self) -> bool:
         """Whether some loss compares with the full-precision model."""
         return self.aux_weight > 0 or self.distillation_weight > 0 or self.feature_weight > 0
+
+
+def check_training_arguments(arguments: TrainingArguments) -> None:
+    """Raise TypeError for those of `Trainer` itself, which lack the losses of the method."""
+    if not isinstance(arguments, QuantformerTrainingArguments):
+        raise TypeError(
+            f"args is a {type(arguments).__name__}: give QuantformerTrainingArguments, which take the same and the losses"
+        )

@@ -233,3 +233,20 @@ def test_from_full_precision_says_what_it_cannot_take(tmp_path):
         QuantformerForImageClassification.from_full_precision(path)
     with pytest.raises(FileNotFoundError, match="is no file, folder, timm name or hub id"):
         QuantformerForImageClassification.from_full_precision("deit_tini_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "head.weight"],
+)
+def test_a_tensor_without_dimensions_is_named(name, tmp_path):
+    weights = make_timm_model("deit_tiny_patch16_224").state_dict() | {name: torch.zeros(())}
+    with pytest.raises(ValueError, match=rf"its {name} has the shape \(\): expected \d dimensions"):
+        load_full_precision(save_torch(tmp_path / "deit_tiny_patch16_224.pth", {"model": weights}))
+
+
+@pytest.mark.parametrize("size", ["image_size", "window_size"])
+def test_no_size_is_no_size(size, tmp_path):
+    folder = save_timm_folder(tmp_path, "vit_tiny_patch16_224", make_timm_model("vit_tiny_patch16_224"))
+    with pytest.raises(ValueError, match=f"{size} is 0: choose a number of"):
+        load_full_precision(folder, **{size: 0})

@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import IMAGE_SIZE, make_batches, make_full_precision
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm_checkpoints import MODELS, SWINS, logits, make_timm_model, save_timm_folder, save_torch
-from transformers import AutoImageProcessor, CLIPImageProcessorPil, pipeline
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessorPil,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.checkpoints import load_full_precision
@@ -92,3 +99,15 @@ def test_from_full_precision_takes_a_timm_file_and_saves_its_preprocessing_besid
     quantized.save_pretrained(tmp_path / "saved")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "saved")
     assert (processor.crop_size["height"], processor.size["shortest_edge"]) == (224, 248)
+
+
+def test_a_model_of_a_checkpoint_brings_its_preprocessing(tmp_path):
+    make_full_precision().save_pretrained(tmp_path)
+    model = ViTForImageClassification.from_pretrained(tmp_path)
+    assert QuantformerForImageClassification.from_full_precision(model).image_processor is None
+    ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(tmp_path)
+    quantized = QuantformerForImageClassification.from_full_precision(model)
+    assert quantized.image_processor.size["height"] == IMAGE_SIZE
+    quantized.calibrate(make_batches()).save_pretrained(tmp_path / "quantized")
+    classify = pipeline("image-classification", model=str(tmp_path / "quantized"), device="cpu")
+    assert len(classify(Image.new("RGB", (20, 30)), top_k=1)) == 1

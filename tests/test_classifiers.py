@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, make_full_precision, make_quantized
+from conftest import IMAGE_SIZE, NUM_LABELS, make_full_precision, make_quantized
 from timm_checkpoints import VIT, make_timm_model, save_torch
 from transformers import ViTForImageClassification, ViTImageProcessor, ViTModel
 
@@ -122,3 +122,13 @@ def test_a_model_of_gray_images_is_refused(tmp_path):
         load(source, *NAMES)
     with pytest.raises(ValueError, match="backbone_config takes images of 1 channels"):
         build_full_precision({"num_channels": 1}, data_of(*NAMES))
+
+
+def test_an_architecture_is_for_a_file(tmp_path):
+    folder = save(tmp_path / "source", make_full_precision())
+    told = ModelArguments(model_name_or_path=folder, architecture="vit_tiny_patch16_224")
+    data = data_of(*(f"LABEL_{index}" for index in range(NUM_LABELS)))
+    with pytest.raises(TypeError, match="architecture is for a single file"):
+        load_classifier(folder, data, told)
+    # A later stage starts from the folder of an earlier one, and is told the same.
+    load_classifier(save(tmp_path / "stage", make_full_precision()), data, told)

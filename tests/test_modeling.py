@@ -263,6 +263,7 @@ def test_other_image_sizes_run_with_interpolated_positions():
         ({"activation_bits": 1}, r"activation_bits is 1: choose 2 to 8 \(1 bit is for weights only\)"),
         ({"bit_width": 16}, "weight_bits is 16"),
         ({"attention_bits": 1}, "attention_bits is 1"),
+        ({"layer_bits": [1]}, r"layer_bits is \[1\]: give a dictionary, or pairs"),
         ({"layer_bits": {"classifier": 12}}, r"layer_bits\['classifier'\] is 12"),
         ({"layer_bits": {"classifier": {"bits": 4}}}, "has the key 'bits': choose from weight_bits, activation_bits"),
         ({"layer_bits": {"vit.layers.7.mlp.fc1": 4}}, "matches no layer: did you mean 'vit.layers"),
@@ -386,3 +387,10 @@ def test_an_unpacked_model_is_in_the_mode_that_the_packed_one_was_in():
 def test_a_reconstructed_model_is_in_the_mode_that_it_was_in():
     for training in (True, False):
         assert make_quantized("vit").train(training).reconstruct(make_batches(1)).training == training
+
+
+@pytest.mark.parametrize(("given", "said"), [({}, "missing"), ({"pixel_values": "a.png"}, "a str")])
+def test_a_call_without_images_says_what_is_missing(given, said):
+    for model in (make_quantized(), make_quantized("vit", "finetune").pack()):
+        with pytest.raises(TypeError, match=f"pixel_values is {said}: give a tensor"):
+            model(**given)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_batches, make_full_precision, make_quantized
 from trainers import ALL_LOSSES, dataset, logged, make_trainer
-from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
+from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from quantformer_hf import (
     QuantformerForImageClassification,
@@ -15,6 +15,7 @@ from quantformer_hf import (
 )
 from quantformer_hf.losses import logit_distillation
 from quantformer_hf.metrics import compute_metrics, rank_and_loss
+from quantformer_hf.modeling_quantformer import StageError
 from quantformer_hf.quantize import blocks
 
 
@@ -43,6 +44,24 @@ def test_the_best_model_in_full_precision_is_that_of_its_checkpoint(tmp_path):
     trainer.train()
     best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint).state_dict()
     assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_model_does_not_teach_itself(tmp_path):
+    model = make_quantized()
+    with pytest.raises(ValueError, match="the teacher is the model itself"):
+        make_trainer(tmp_path, model, model, distillation_weight=1.0)
+
+
+def test_arguments_of_trainer_itself_are_named(tmp_path):
+    with pytest.raises(TypeError, match="args is a TrainingArguments: give QuantformerTrainingArguments"):
+        QuantformerTrainer(model=make_quantized(), args=TrainingArguments(str(tmp_path), report_to="none"))
+
+
+def test_integer_codes_are_not_trained_by_trainer_itself_either(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+    trainer = Trainer(model=make_quantized("vit", "finetune").pack(), args=arguments, train_dataset=dataset())
+    with pytest.raises(StageError, match=r"cannot be trained: run model\.unpack\(\) first"):
+        trainer.train()
 
 
 def test_integer_codes_are_not_trained(tmp_path):
