@@ -30,6 +30,7 @@ TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "
 
 #: What parts of parameter names say about a model that transformers' ViT, DeiT and Swin cannot hold.
 UNSUPPORTED_NAMES = {
+    "patch_embed.backbone.": "a convolutional stem",
     "norm_pre.": "a norm before the blocks",
     "reg_token": "register tokens",
     "fc_norm.": "its last norm after the pooling",

@@ -1,6 +1,7 @@
 """Where images and labels come from: data sets of `datasets`, their splits, columns and classes."""
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from timm.data import create_transform
 from .columns import check_all_labelled, find_column, with_classes, with_images
 from .configuration_quantformer import nearest
 
+
+logger = logging.getLogger(__name__)
 
 #: What the evaluation's split is looked for as, in this order.
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test")
@@ -229,6 +232,11 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
         # Training looks at each label as it comes: without it, as in calibration alone, none is needed.
         drawn = "" if arguments.max_eval_samples is None else "what is drawn of "
         check_all_labelled(validation, label_column, f"{drawn}the split {eval_split!r}", "eval_split")
+    held_out = f"what is held out of {arguments.train_split!r}"
+    logger.info(
+        f"images to train on: {'none' if train is None else repr(arguments.train_split)}; to evaluate on:"
+        f" {held_out if eval_split is None else repr(eval_split)} (of the splits {', '.join(map(str, splits))})"
+    )
     return ImageData(
         train, validation, image_column, label_column, label_names, train_samples, arguments.shuffle_buffer_size
     )

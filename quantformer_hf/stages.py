@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
-from .arguments import PUSH_ARGUMENTS, RUN_STAGES, SEARCH_ARGUMENTS, RunArguments, StageArguments, defaults
+from .arguments import PUSH_ARGUMENTS, SEARCH_ARGUMENTS, RunArguments, StageArguments, defaults
 from .checkpointing import flush_tree, newest_checkpoint, write_durably, writing
 from .classifiers import build_full_precision, is_quantized, load_classifier
 from .configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig
@@ -241,8 +241,8 @@ class StageRun:
             return Built(*build_full_precision(arguments.backbone_config, data))
         if self.source is None:
             raise ValueError(
-                f"the stage '{self.stage}' starts from a checkpoint: give --model_name_or_path, or begin with an earlier"
-                f" stage ({', '.join(RUN_STAGES)})"
+                f"the stage '{self.stage}' starts from a checkpoint: give --model_name_or_path, or put the stage"
+                f" 'full_precision' before it"
             )
         may_be_new = arguments.ignore_mismatched_sizes and self.arguments.trains_classifier(is_quantized(self.source))
         model, processor = load_classifier(self.source, data, replace(arguments, ignore_mismatched_sizes=may_be_new))

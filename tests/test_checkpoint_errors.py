@@ -80,6 +80,12 @@ BAD_FILES = {
         ),
         "it has a norm before the blocks, which transformers' ViT, DeiT and Swin do not have",
     ),
+    "hybrid": (
+        lambda path: save_torch(
+            path / "vit_tiny_r_s16_p8_224.pth", timm.create_model("vit_tiny_r_s16_p8_224", depth=1).state_dict()
+        ),
+        "it has a convolutional stem, which transformers' ViT, DeiT and Swin do not have",
+    ),
     "average pooling": (
         lambda path: save_torch(
             path / "vit_medium_patch16_gap_256.pth",
