@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedConfig,
@@ -128,7 +127,7 @@ def _load(name: str, arguments: ModelArguments, **classes: Any) -> tuple[PreTrai
     if is_quantized(name):
         model = AutoModelForImageClassification.from_pretrained(name, **classes)
         logger.info(f"{name}: quantformer checkpoint of the stage '{model.config.stage}'")
-        return model, AutoImageProcessor.from_pretrained(name)
+        return model, model.image_processor
     checkpoint = load_full_precision(
         name,
         # Of the folders that stages leave it says nothing.

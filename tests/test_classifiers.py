@@ -132,3 +132,10 @@ def test_an_architecture_is_for_a_file(tmp_path):
         load_classifier(folder, data, told)
     # A later stage starts from the folder of an earlier one, and is told the same.
     load_classifier(save(tmp_path / "stage", make_full_precision()), data, told)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_checkpoint_without_a_processor_says_what_to_save(quantized, tmp_path):
+    (make_quantized("vit", "finetune") if quantized else make_full_precision()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no image processor: save one beside it"):
+        load(str(tmp_path), *(f"LABEL_{index}" for index in range(NUM_LABELS)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoints import load_full_precision
+from ..classifiers import is_quantized
 from ..kernels import operators
 from ..kernels.library import library
 from ..layers import QuantLinear
@@ -176,6 +177,10 @@ def run(arguments: Any) -> None:
         raise ValueError(f"rounds is {arguments.rounds}: choose at least 1")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {arguments.device}, and torch finds no GPU: leave it out to measure on the CPU")
+    if is_quantized(arguments.model):
+        raise ValueError(
+            f"{arguments.model} is quantized already: name the full-precision model, which is measured at each width"
+        )
     model = load_full_precision(arguments.model).model
     # Now, and not after minutes of measuring.
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import instruction_sets, make_full_precision
+from conftest import instruction_sets, make_full_precision, make_quantized
 from test_cost import config_of
 
 from quantformer_hf.__main__ import main
@@ -140,3 +140,10 @@ def test_the_whole_model_is_timed_with_its_class_token(tmp_path, monkeypatch):
     main(["measure-latency", str(tmp_path / "model"), *flags, "--class_token_bits", "8"])
     main(["measure-latency", str(tmp_path / "model"), *flags])
     assert timed == [8, None]
+
+
+def test_a_quantized_model_has_no_other_widths_to_measure(tmp_path):
+    make_quantized("vit", "finetune").pack().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="is quantized already: name the full-precision model"):
+        main(["measure-latency", str(tmp_path / "model"), "--output", str(tmp_path / "latency.csv")])
+    assert not (tmp_path / "latency.csv").exists()
