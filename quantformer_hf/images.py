@@ -1,6 +1,7 @@
 """Rows of a data set as tensors, in training, calibration and evaluation."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -92,6 +93,12 @@ def undecoded(rows: Dataset, data: ImageData) -> Dataset:
     )
 
 
+def place(rows: Dataset | IterableDataset, index: int) -> str:
+    """What a message calls the image `index` of `rows`: by its number in the split that they were drawn from."""
+    drawn = getattr(rows, "_indices", None)
+    return f"image {index if drawn is None else drawn.column(0)[index].as_py()}"
+
+
 def evaluation_rows(
     images: list[PILImage.Image | None], labels: list[int], origins: list[str], processor: BaseImageProcessor
 ) -> list[dict[str, Any]]:
@@ -170,7 +177,7 @@ class TransformedImages(torch.utils.data.Dataset):
         cells, labels = rows[self.image_column], rows[self.label_column]
         images = [decode(cell) for cell in cells]
         if self.augment is None:
-            origins = [origin(cell, f"image {draw.index}") for cell, draw in zip(cells, draws, strict=True)]
+            origins = [origin(cell, place(self.rows, draw.index)) for cell, draw in zip(cells, draws, strict=True)]
             for label, name in zip(labels, origins, strict=True):
                 check_labelled(label, name, self.label_column, "eval_split")
             return evaluation_rows(images, labels, origins, self.processor)
@@ -181,14 +188,14 @@ class TransformedImages(torch.utils.data.Dataset):
 
     def _training_row(self, draw: Draw, cell: dict, image: PILImage.Image | None, label: int) -> dict[str, Any]:
         key = (self.seed, draw.epoch, draw.index, draw.copy)
-        name, bad_images = origin(cell, f"image {draw.index}"), []
+        name, bad_images = origin(cell, place(self.rows, draw.index)), []
         if image is None:
             bad_images.append(name)
             generator = np.random.default_rng(key)
             for index in map(int, generator.integers(len(self.rows), size=REPLACEMENTS)):
                 row = self.rows[index]
                 image, label = decode(row[self.image_column]), row[self.label_column]
-                name = origin(row[self.image_column], f"image {index}")
+                name = origin(row[self.image_column], place(self.rows, index))
                 if image is not None:
                     break
                 bad_images.append(name)
@@ -224,9 +231,9 @@ def calibration_batches(
             raise ValueError("balance_classes draws images at will, which a stream cannot: leave out one of both")
         rows = rows.select(by_turns(range(len(rows)), rows[data.label_column][:]))
     chosen = first(rows, samples)
-    for number, rows in enumerate(chosen.iter(batch_size)):
+    for start, rows in zip(itertools.count(step=batch_size), chosen.iter(batch_size)):
         cells = rows[data.image_column]
-        origins = [origin(cell, f"image {number * batch_size + i}") for i, cell in enumerate(cells)]
+        origins = [origin(cell, place(chosen, start + i)) for i, cell in enumerate(cells)]
         found = evaluation_rows([decode(cell) for cell in cells], rows[data.label_column], origins, processor)
         tally.add(len(found), [name for row in found for name in row.get("bad_images", ())])
         good = [row["pixel_values"] for row in found if "bad_images" not in row]

@@ -119,6 +119,24 @@ def test_a_bad_image_keeps_its_place_in_evaluation_and_does_not_count(tmp_path):
     assert rows[1]["pixel_values"].shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_an_image_without_a_path_is_named_by_its_number_in_the_split(drawn):
+    good = io.BytesIO()
+    PILImage.new("RGB", (20, 24)).save(good, format="PNG")
+    bad = 17
+    cells = [{"bytes": b"none" if i == bad else good.getvalue(), "path": None} for i in range(40)]
+    features = Features({"image": Image(), "label": ClassLabel(NUM_LABELS)})
+    rows = Dataset.from_dict({"image": cells, "label": [0] * len(cells)}, features=features)
+    if drawn:
+        rows = rows.train_test_split(0.25, seed=0)["train"].shuffle(seed=1).select(range(30))
+    data = ImageData(rows, rows, "image", "label", list(map(str, range(NUM_LABELS))), len(rows), 10)
+    for images in (training_images(data), TransformedImages(rows, data, PROCESSOR)):
+        found = [name for row in images.__getitems__(range(len(rows))) for name in row.get("bad_images", ())]
+        assert set(found) == {f"image {bad}"}
+    with pytest.raises(BadImageError, match=rf"image {bad}\b"):
+        list(calibration_batches(data, PROCESSOR, samples=30, batch_size=4, seed=0, on_bad_image="error"))
+
+
 def test_calibration_leaves_bad_images_out(tmp_path, caplog):
     data = write_images(tmp_path, 101, {4})
     with caplog.at_level(logging.WARNING):
