@@ -100,10 +100,6 @@ class ModelArguments:
             "help": "Training images to which scales and weights are refitted, before any training (reconstruction.py)."
         },
     )
-    reconstruction_steps: int = field(
-        default=0,
-        metadata={"help": "Steps of 32 of these images, by gradient, for each block as a whole (block_refit.py)."},
-    )
     bit_width: int | None = field(default=None, metadata={"help": "Sets weight_bits and activation_bits."})
     weight_bits: int | None = field(default=None, metadata={"help": "Weights of the linears of the blocks."})
     activation_bits: int | None = field(default=None, metadata={"help": "Inputs of the linears of the blocks."})
@@ -139,14 +135,8 @@ class ModelArguments:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name} is not JSON ({error}): {value}") from error
-        for name in ("reconstruction_samples", "reconstruction_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose 0 (off) or more")
-        if self.reconstruction_steps > 0 and self.reconstruction_samples == 0:
-            raise ValueError(
-                f"reconstruction_steps is {self.reconstruction_steps}, and there are no images for them: give"
-                f" --reconstruction_samples"
-            )
+        if self.reconstruction_samples < 0:
+            raise ValueError(f"reconstruction_samples is {self.reconstruction_samples}: choose 0 (off) or more")
         if isinstance(self.stages, str):
             # One in a file, without brackets.
             self.stages = [self.stages]

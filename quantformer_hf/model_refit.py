@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .block_refit import BlockRefit, entering
 from .classifier_refit import refit_classifier
 from .estimate import free_bytes, mebibytes
 from .image_batches import Batches, pixel_values_in
@@ -29,10 +28,10 @@ IMAGES_AT_ONCE = 32
 HELD_OUTPUTS = 5
 
 
-def reconstruct(model: nn.Module, batches: Batches, block_steps: int = 0) -> None:
+def reconstruct(model: nn.Module, batches: Batches) -> None:
     """Refit the block linears, the scales of their inputs, and the classifier, to the quantized model's activations.
 
-    By `reconstruction.py`, with `block_steps` by `block_refit.py` after that, and by `classifier_refit.py`.
+    By `reconstruction.py` and `classifier_refit.py`.
 
     Raises:
         TypeError, ValueError: as `pixel_values_in`; no batch at all, or values that are not finite; a model that was made
@@ -54,16 +53,10 @@ def reconstruct(model: nn.Module, batches: Batches, block_steps: int = 0) -> Non
             raise ValueError("no batch to reconstruct from: give model.reconstruct() batches of images")
         if not all(pixel_values.isfinite().all() for pixel_values in images):
             raise ValueError("a batch to reconstruct from has pixel_values that are not finite: leave those images out")
-        sizes = {tuple(pixel_values.shape[2:]) for pixel_values in images}
-        if block_steps > 0 and len(sizes) > 1:
-            raise ValueError(
-                f"images to reconstruct from are of {len(sizes)} sizes, which are trained on together with block_steps: give"
-                f" those of one size, or block_steps 0"
-            )
-        _reconstruct(model, images, block_steps)
+        _reconstruct(model, images)
 
 
-def _reconstruct(model: nn.Module, batches: list[Tensor], block_steps: int) -> None:
+def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
     readers, streams, heads = reading_layers(model), writing_streams(model), classifiers(model)
     off = functools.partial(full_precision, model)
     training = model.training
@@ -73,15 +66,10 @@ def _reconstruct(model: nn.Module, batches: list[Tensor], block_steps: int) -> N
             watched = progress(batches, "Weighing tokens, batches")
             weights, logits = zip(*(token_weights(model, batch, readers) for batch in watched), strict=True)
         _warn_of_too_little_memory(batches, weights, readers)
-        # Of the model as it is in full precision, before its weights change.
-        by_block = BlockRefit(model, batches) if block_steps > 0 and readers else None
         # What the quantizers put out is looked at.
         with torch.no_grad(), fake_quantized():
             try:
                 features = reconstruct_layers(model, batches, readers, streams, weights, off, heads)
-                if by_block is not None:
-                    by_block.run(block_steps)
-                    features = entering(model, batches, heads)
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"{error}\nreconstruct() holds hidden states of all {sum(map(len, batches))} images: give it fewer"

@@ -264,7 +264,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         note_change(self.config)
         return self
 
-    def reconstruct(self, batches: Batches, block_steps: int = 0) -> Self:
+    def reconstruct(self, batches: Batches) -> Self:
         """Refit scales, weights and the classifier, layer by layer, to the quantized model's activations, without training.
 
         It may follow `calibrate`, `begin_search` or `freeze_groups`, and changes no stage. Layers whose weight quantizer
@@ -273,7 +273,6 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
         Args:
             batches: as in `calibrate`. The presets take 256 images (`ptq`) and 1,024 (`lightning`, `best`).
-            block_steps: of 32 images, by gradient, for each block as a whole after its layers (`block_refit.py`).
 
         Raises:
             StageError: not calibrated, or packed.
@@ -284,7 +283,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             raise StageError("reconstruct() needs a calibrated model: run model.calibrate(batches) first")
         if self.config.stage == "packed":
             raise StageError("reconstruct() changes weights, and the model is packed: run model.unpack() first")
-        reconstruct(self, batches, block_steps)
+        reconstruct(self, batches)
         note_change(self.config)
         return self
 

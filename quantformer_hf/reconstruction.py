@@ -33,24 +33,24 @@ Readers = Mapping[GroupActivationQuantizer, Sequence[nn.Linear]]
 Streams = Mapping[GroupActivationQuantizer, tuple[Place, Place]]
 
 
-def output_information(
-    model: nn.Module, pixel_values: Tensor, modules: Sequence[nn.Module]
-) -> tuple[list[Tensor], Tensor]:
-    """`‖∂ log p(y)/∂(output)‖²` of each module, for each of its rows, `(..., rows)`; and the logits, float32.
+def token_weights(
+    model: nn.Module, pixel_values: Tensor, readers: Readers
+) -> tuple[dict[GroupActivationQuantizer, Tensor], Tensor]:
+    """How much each row that a quantizer sees matters: `‖∂ log p(y)/∂(outputs of its readers)‖`, `(rows,)`, of mean one.
 
-    y is drawn from the model's own prediction, so that no labels are needed.
+    y is drawn from the model's own prediction, so that no labels are needed. The logits are returned beside them, float32.
 
     Args:
         model: an image classifier in full precision.
         pixel_values: `(batch, channels, height, width)`.
-        modules: each of which runs once.
+        readers: the linears that read what each quantizer puts out.
     """
-    outputs: dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, _: tuple, output: Tensor | tuple) -> None:
-        outputs[module] = output[0] if isinstance(output, tuple) else output
-
-    handles = [module.register_forward_hook(keep) for module in modules]
+    outputs: dict[GroupActivationQuantizer, list[Tensor]] = {quantizer: [] for quantizer in readers}
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, quantizer=quantizer: outputs[quantizer].append(output))
+        for quantizer, layers in readers.items()
+        for layer in layers
+    ]
     try:
         with torch.enable_grad():
             logits = model(pixel_values=pixel_values).logits.float()
@@ -58,38 +58,18 @@ def output_information(
             generator = torch.Generator().manual_seed(0)
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
             loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-            gradients = torch.autograd.grad(loss, [outputs[module] for module in modules]) if modules else ()
+            flat = [output for group in outputs.values() for output in group]
+            gradients = iter(torch.autograd.grad(loss, flat) if flat else ())
     finally:
         for handle in handles:
             handle.remove()
-    return [gradient.float().square().sum(-1) for gradient in gradients], logits.detach()
-
-
-def relative_weights(information: Tensor) -> Tensor:
-    """How much rows of that much information count: of mean one, and of its shape."""
-    weight = information.pow(TOKEN_WEIGHT_POWER)
-    # A model that is certain of all images has no gradient left to tell tokens by.
-    return weight / weight.mean() if weight.mean() > 0 else torch.ones_like(weight)
-
-
-def token_weights(
-    model: nn.Module, pixel_values: Tensor, readers: Readers
-) -> tuple[dict[GroupActivationQuantizer, Tensor], Tensor]:
-    """How much each row that a quantizer sees matters: `‖∂ log p(y)/∂(outputs of its readers)‖`, `(rows,)`, of mean one.
-
-    The logits are returned beside them, float32. `output_information` has the arguments.
-
-    Args:
-        readers: the linears that read what each quantizer puts out.
-    """
-    layers = [layer for group in readers.values() for layer in group]
-    found, logits = output_information(model, pixel_values, layers)
-    of_layer = dict(zip(layers, found, strict=True))
-    weights = {
-        quantizer: relative_weights(sum(of_layer[layer].flatten() for layer in group))
-        for quantizer, group in readers.items()
-    }
-    return weights, logits
+    weights = {}
+    for quantizer, group in outputs.items():
+        information = sum(next(gradients).float().square().sum(-1).flatten() for _ in group)
+        weight = information.pow(TOKEN_WEIGHT_POWER)
+        # A model that is certain of all images has no gradient left to tell tokens by.
+        weights[quantizer] = weight / weight.mean() if weight.mean() > 0 else torch.ones_like(weight)
+    return weights, logits.detach()
 
 
 class Seen(NamedTuple):

@@ -44,7 +44,6 @@ RECIPE_ARGUMENTS = (
     "block_gradient_scale",
     "calibration_samples",
     "reconstruction_samples",
-    "reconstruction_steps",
     "centre_channels",
     "rotate_channels",
     "crop_scale",

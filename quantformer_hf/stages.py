@@ -62,13 +62,7 @@ NEUTRAL_ARGUMENTS = {
 
 
 #: How a model in full precision becomes a quantized one, beside `QUANTIZATION_ARGUMENTS`.
-CALIBRATION_ARGUMENTS = (
-    "calibration_samples",
-    "reconstruction_samples",
-    "reconstruction_steps",
-    "centre_channels",
-    "rotate_channels",
-)
+CALIBRATION_ARGUMENTS = ("calibration_samples", "reconstruction_samples", "centre_channels", "rotate_channels")
 
 #: Arguments that are paths of what is read.
 READ_PATHS = ("model_name_or_path", "teacher_name_or_path", "layer_bits", "latency_table", "dataset_dir")
@@ -296,7 +290,7 @@ class StageRun:
             elif model.config.stage != "finetune":
                 model.freeze_groups()
         if not quantized and self.stage != "allocate" and arguments.reconstruction_samples > 0:
-            model.reconstruct(batches(samples=arguments.reconstruction_samples), arguments.reconstruction_steps)
+            model.reconstruct(batches(samples=arguments.reconstruction_samples))
         return model
 
     def _check_follows(self, config: QuantformerConfig) -> None:
