@@ -22,7 +22,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -332,8 +332,8 @@ def imagenet_class_names() -> list[str]:
 def timm_image_processor(pretrained_cfg: Mapping[str, Any], image_size: int) -> BaseImageProcessor:
     """What timm's evaluation does to an image: resize the shorter edge to ⌊image_size / crop_pct⌋, crop, normalise.
 
-    It resizes by torchvision, as what `AutoImageProcessor` loads with the model and `pipeline` uses: where timm resizes by
-    PIL, a pixel of some hundred differs by one or two of 255 levels.
+    It resizes by PIL, as timm does; loaded again by `AutoImageProcessor`, the class resizes by torchvision, which
+    differs by one or two of 255 levels in a pixel of some hundred.
 
     Raises:
         ValueError: a crop mode or interpolation that the class does not have.
@@ -344,7 +344,7 @@ def timm_image_processor(pretrained_cfg: Mapping[str, Any], image_size: int) -> 
             f"its preprocessing has crop_mode {config['crop_mode']!r} and interpolation {config['interpolation']!r}:"
             f" expected 'center' and one of {', '.join(Resampling.__members__).lower()}"
         )
-    return CLIPImageProcessor(
+    return CLIPImageProcessorPil(
         size={"shortest_edge": math.floor(image_size / config["crop_pct"])},
         crop_size={"height": image_size, "width": image_size},
         resample=Resampling[config["interpolation"].upper()],

@@ -69,7 +69,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         **kwargs,
     ):
         check_training_arguments(args)
-        if teacher is model:
+        if teacher is not None and teacher is model:
             raise ValueError("the teacher is the model itself: give the full-precision one that it was made from")
         if args.unused_gpus > 0:
             gpus = args.unused_gpus + 1

@@ -1,9 +1,10 @@
 """Bars of what takes minutes."""
 
 import pytest
-from conftest import make_batches, make_quantized
+from conftest import make_batches, make_full_precision
 from transformers.utils import logging
 
+from quantformer_hf import QuantformerForImageClassification
 from quantformer_hf.progress import progress
 
 
@@ -33,7 +34,8 @@ def test_they_are_turned_off_as_those_of_transformers(without_bars, capfd):
 
 
 def test_what_takes_minutes_has_bars(capfd):
-    make_quantized("vit", "finetune").reconstruct(make_batches())
+    model = QuantformerForImageClassification.from_full_precision(make_full_precision())
+    model.calibrate(make_batches()).begin_search(4).freeze_groups().reconstruct(make_batches())
     said = capfd.readouterr().err
     for name in ("Calibrating, batches", "Weighing tokens, batches", "Refitting, inputs of layers"):
         assert f"{name}: " in said

@@ -86,11 +86,12 @@ class AllocationStage(StageRun):
         data = load_image_data(self.arguments.data, training.seed)
         if data.train is None:
             raise ValueError(f"the data set has no split {self.arguments.data.train_split!r}: name one by train_split")
-        model, processor, teacher, full_precision = self._build_model(data)
+        built = self._build_model(data)
+        model, processor, teacher = built.model, built.processor, built.teacher
         self._begin()
         space = SearchSpace.of(model.config, told.candidate_bits)
         if table is None and any(budget.unit == MILLISECONDS for budget in budgets):
-            table = self._measured_latency(full_precision, model.config)
+            table = self._measured_latency(built.full_precision, model.config)
         costs = CostModel(model.config, space, table)
         budgets = [budget_in_numbers(budget, model.config, table) for budget in budgets]
         check_budgets(costs, budgets)
