@@ -74,14 +74,14 @@ def replaced_together(folder: Path, stale: str) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft, complete = folder / DRAFT, folder / COMPLETE
-    # What saves that were killed have left: this one replaces all of it.
-    for left in (draft, complete):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
         flush_tree(draft)
         names = [path.name for path in draft.iterdir()]
+        # What a save that was killed has left is of use until this one is on the disk.
+        shutil.rmtree(complete, ignore_errors=True)
         draft.rename(complete)
         flush(folder)
         for path in folder.iterdir():

@@ -194,8 +194,8 @@ def find_image_processor(name: str, location: dict) -> BaseImageProcessor | None
     except ValueError as error:
         # No reason not to load the model.
         logger.warning(
-            f"the image processor of {name} is none of transformers' own ({first_sentence(error)}): set"
-            f" model.image_processor to have it saved and pushed with the model"
+            f"the image processor of {name} is left out ({first_sentence(error)}): set model.image_processor to have one"
+            f" saved and pushed with the model"
         )
         return None
 

@@ -215,9 +215,9 @@ class StageRun:
             if not isinstance(model, QuantformerPreTrainedModel) and PartialState().is_main_process:
                 write_model_card(self.folder, model.config, history)
             trainer.save_state()
-            self._write(results)
             if PartialState().is_main_process:
                 self._start.remove()
+            self._write(results)
         return results
 
     def _announce(self, trainer: QuantformerTrainer, teacher: PreTrainedModel | None) -> None:
