@@ -32,8 +32,9 @@ from quantformer_hf.modeling_quantformer import StageError, build_backbone
 from quantformer_hf.pretrained import QuantformerPreTrainedModel
 from quantformer_hf.report import format_table, megabytes, weights_on_disk
 from quantformer_hf.run_history import history_in
+from quantformer_hf.stage_folders import PACKED_FOLDER, check_nothing_needed_is_deleted
 from quantformer_hf.stage_trainer import evaluating_trainer
-from quantformer_hf.stages import PACKED_FOLDER, StageRun, check_nothing_needed_is_deleted
+from quantformer_hf.stages import StageRun
 
 
 #: Held-out images that the end of a run classifies through `pipeline`.
@@ -149,7 +150,7 @@ def evaluate_checkpoint(name: str, arguments: StageArguments) -> dict[str, float
     """Load `name` as any user would and return its top-1 and top-5 accuracy on the validation images."""
     data = load_image_data(arguments.data, arguments.training.seed)
     # A new classifier would have learnt nothing.
-    model, processor = load_classifier(name, data, replace(arguments.model, ignore_mismatched_sizes=False))
+    model, processor, data = load_classifier(name, data, replace(arguments.model, ignore_mismatched_sizes=False))
     if isinstance(model, QuantformerPreTrainedModel):
         check_same_quantization(model.backbone, model.config, arguments.typed_quantization(), name)
     trainer = evaluating_trainer(model, arguments.training, data, with_crop(processor, arguments.data.crop_pct))

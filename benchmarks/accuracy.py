@@ -253,7 +253,7 @@ def measure(folder: Path, flags: list[str]) -> dict:
     """What the table says of a finished run, from the models that it saved."""
     told = RunArguments(flags).for_stage(None)
     data = load_image_data(told.data, told.training.seed)
-    teacher, processor = load_classifier(told.model.model_name_or_path, data, told.model)
+    teacher, processor, data = load_classifier(told.model.model_name_or_path, data, told.model)
     teacher.set_attn_implementation(ATTENTION_IMPLEMENTATION)
     images = TransformedImages(data.validation, data, with_crop(processor, told.data.crop_pct))
     labels = torch.tensor(data.validation[data.label_column])

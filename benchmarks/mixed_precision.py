@@ -138,7 +138,7 @@ def subject(arguments: argparse.Namespace, common: list[str]) -> tuple[Quantform
     """The calibrated model, as a run makes it, and what gives calibration images."""
     told = RunArguments([*common, "--output_dir", "unused"]).for_stage("finetune")
     data = load_image_data(told.data, told.training.seed)
-    full_precision, processor = load_classifier(told.model.model_name_or_path, data, told.model)
+    full_precision, processor, data = load_classifier(told.model.model_name_or_path, data, told.model)
     batches = partial(
         calibration_batches,
         data,

@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import (
     AutoConfig,
@@ -19,6 +19,7 @@ from .backbone_layers import pair
 from .bad_images import MODE
 from .checkpoint_files import shortened
 from .checkpoints import load_full_precision
+from .class_names import numbers_among, share_a_name
 from .class_token import CLASS_TOKENS
 from .configuration_quantformer import QuantformerConfig
 from .data import ImageData
@@ -28,25 +29,45 @@ from .images import processor_size
 logger = logging.getLogger(__name__)
 
 
-def load_classifier(
-    name: str, data: ImageData, arguments: ModelArguments
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """An image classifier with the classes of the data set, in full precision (of any form) or quantized, and its processor.
+class Classifier(NamedTuple):
+    """A model, and images to show it.
 
-    Where the checkpoint's own names say nothing (`LABEL_0`, ...), it gets those of the data set. Where most are others, they
-    and the classifier stay, for the same classes may have other names (ImageNet's "tench, Tinca tinca" is n01440764 as
-    well): a warning says so. With `ignore_mismatched_sizes`, after which it is trained by labels, it gets the data set's.
+    Attributes:
+        model: in full precision or quantized.
+        processor: of its images.
+        data: the data set, its classes numbered as the model's.
+    """
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    data: ImageData
+
+
+def load_classifier(name: str, data: ImageData, arguments: ModelArguments) -> Classifier:
+    """An image classifier for the classes of the data set, in full precision (of any form) or quantized.
+
+    Where all classes of the data set are found among the checkpoint's by their names (`class_names.numbers_among`), they get
+    its numbers, in whatever order they are and however many others it has. Where the checkpoint's names say nothing
+    (`LABEL_0`, ...), it gets those of the data set. Where most are others, they and the classifier stay, for the same
+    classes may have names in two languages: a warning says so. With `ignore_mismatched_sizes`, after which it is trained by
+    labels, it gets the data set's.
 
     Raises:
-        ValueError: another number of classes, and no leave to make a new classifier; the same ones in another order; no
-            image processor, or one that makes images of another size than the model takes; a model of gray images.
+        ValueError: another number of classes, which are not all found among its own, and no leave to make a new classifier;
+            no image processor, or one that makes images of another size than the model takes; a model of gray images.
     """
     may_be_new = arguments.ignore_mismatched_sizes
     asked = {"num_labels": len(data.label_names), "ignore_mismatched_sizes": True} if may_be_new else {}
     model, processor = _load(name, arguments, **asked)
-    if model.config.num_labels != len(data.label_names):
+    own = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    numbers = numbers_among(own, data.label_names)
+    if numbers is not None and numbers != list(range(len(own))):
+        example = _told(numbers[0], own[numbers[0]], data.label_names[0])
+        logger.info(f"the data set's {len(numbers)} classes are numbered as the {len(own)} of {name} ({example})")
+        data = data.numbered_as(own, numbers)
+    if len(own) != len(data.label_names):
         raise ValueError(
-            f"{name} has {model.config.num_labels} classes and the data set {len(data.label_names)}: give"
+            f"{name} has {len(own)} classes and the data set {len(data.label_names)}, not all by names of the former: give"
             f" --ignore_mismatched_sizes for a new classifier, and a stage that trains it by labels, such as"
             f" --stages full_precision finetune --full_precision.num_train_epochs 5"
         )
@@ -62,7 +83,7 @@ def load_classifier(
             f"{name} takes images of {taken[0]} x {taken[1]}, and its {type(processor).__name__} makes {made[0]} x"
             f" {made[1]}: correct its preprocessor_config.json, or give --image_size {made[0]} for a model of that size"
         )
-    return model, processor
+    return Classifier(model, processor, data)
 
 
 def is_quantized(name: str) -> bool:
@@ -81,12 +102,7 @@ def is_quantized(name: str) -> bool:
 def _agree_on_names(name: str, model: PreTrainedModel, data: ImageData, takes_names: bool) -> None:
     own, wanted = [model.config.id2label[index] for index in range(model.config.num_labels)], data.label_names
     pairs = [(i, a, b) for i, (a, b) in enumerate(zip(own, wanted, strict=True)) if a != b]
-    if pairs and sorted(own) == sorted(wanted):
-        raise ValueError(
-            f"{name} and the data set have the same classes in another order ({_told(*pairs[0])}): number those of the data"
-            f" set as id2label of the model does"
-        )
-    differing = [_told(*pair) for pair in pairs if not _share_a_name(*pair[1:])]
+    differing = [_told(*pair) for pair in pairs if not share_a_name(*pair[1:])]
     nameless = own == [f"LABEL_{index}" for index in range(len(own))]
     # Where most agree, others are spelled otherwise.
     if 2 * len(differing) > len(own) and not nameless:
@@ -112,11 +128,6 @@ def _check_channels(name: str, config: PreTrainedConfig) -> None:
 
 def _told(index: int, own: str, wanted: str) -> str:
     return f"class {index} is {own!r} and {wanted!r}"
-
-
-def _share_a_name(own: str, wanted: str) -> bool:
-    """Whether one has a name of the other: ImageNet's are lists of them, such as "tench, Tinca tinca"."""
-    return not {name.lower() for name in own.split(", ")}.isdisjoint(wanted.lower().split(", "))
 
 
 def _stock_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 
-from .columns import check_all_labelled, find_column, with_classes, with_images
+from .columns import check_all_labelled, find_column, with_classes, with_images, with_numbers
 from .configuration_quantformer import nearest
 
 
@@ -160,6 +160,14 @@ class ImageData:
     label_names: list[str]
     train_samples: int | None
     shuffle_buffer_size: int
+
+    def numbered_as(self, names: list[str], numbers: list[int]) -> "ImageData":
+        """The same images with labels among `names`, where the class i is `numbers[i]`."""
+
+        def renumbered(rows: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:
+            return None if rows is None else with_numbers(rows, self.label_column, self.image_column, numbers)
+
+        return replace(self, train=renumbered(self.train), validation=renumbered(self.validation), label_names=names)
 
 
 def load_digits_dataset() -> DatasetDict:

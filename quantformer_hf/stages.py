@@ -5,8 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
-from .arguments import PUSH_ARGUMENTS, SEARCH_ARGUMENTS, RunArguments, StageArguments, defaults
+from .arguments import PUSH_ARGUMENTS, SEARCH_ARGUMENTS, StageArguments, defaults
 from .checkpointing import flush_tree, newest_checkpoint, write_durably, writing
 from .classifiers import build_full_precision, is_quantized, load_classifier
 from .configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig
@@ -28,6 +26,7 @@ from .model_card import write_model_card
 from .modeling_quantformer import QuantformerForImageClassification
 from .pretrained import QuantformerPreTrainedModel
 from .run_history import STAGE_FILE, history_in, record_of
+from .stage_folders import PACKED_FOLDER, READ_PATHS, delete_folder
 from .stage_start import StageStart
 from .stage_trainer import evaluating_trainer, training_trainer
 from .teachers import check_image_size, check_teacher, renormalize
@@ -64,12 +63,6 @@ NEUTRAL_ARGUMENTS = {
 #: How a model in full precision becomes a quantized one, beside `QUANTIZATION_ARGUMENTS`.
 CALIBRATION_ARGUMENTS = ("calibration_samples", "reconstruction_samples", "centre_channels", "rotate_channels")
 
-#: Arguments that are paths of what is read.
-READ_PATHS = ("model_name_or_path", "teacher_name_or_path", "layer_bits", "latency_table", "dataset_dir")
-
-#: Beside the folders of the stages, the model of the last one as integer codes.
-PACKED_FOLDER = "packed"
-
 
 class Built(NamedTuple):
     """What a stage works with.
@@ -77,6 +70,7 @@ class Built(NamedTuple):
     Attributes:
         model: what it trains.
         processor: of the images, also of those that the teacher sees.
+        data: the images, their classes numbered as the model's.
         teacher: where the stage starts in full precision, or some loss needs one.
         full_precision: what a quantized model was made of.
         is_start: whether the model was kept by an earlier run of the stage.
@@ -84,6 +78,7 @@ class Built(NamedTuple):
 
     model: PreTrainedModel
     processor: BaseImageProcessor
+    data: ImageData
     teacher: PreTrainedModel | None = None
     full_precision: PreTrainedModel | None = None
     is_start: bool = False
@@ -185,7 +180,7 @@ class StageRun:
         data = load_image_data(arguments.data, training.seed)
         if data.train is None:
             raise ValueError(f"the data set has no split {arguments.data.train_split!r}: name one by train_split")
-        model, processor, teacher, full_precision, is_start = self._build_model(data)
+        model, processor, data, teacher, full_precision, is_start = self._build_model(data)
         self._begin()
         history = history_in(self.source) or getattr(model.config, "run_history", None) or []
         results = self._start.results() if is_start else {}
@@ -238,21 +233,22 @@ class StageRun:
     def _build_model(self, data: ImageData) -> Built:
         arguments = self.arguments.model
         if self.source is None and self.stage == "full_precision":
-            return Built(*build_full_precision(arguments.backbone_config, data))
+            return Built(*build_full_precision(arguments.backbone_config, data), data)
         if self.source is None:
             raise ValueError(
                 f"the stage '{self.stage}' starts from a checkpoint: give --model_name_or_path, or put the stage"
                 f" 'full_precision' before it"
             )
         may_be_new = arguments.ignore_mismatched_sizes and self.arguments.trains_classifier(is_quantized(self.source))
-        model, processor = load_classifier(self.source, data, replace(arguments, ignore_mismatched_sizes=may_be_new))
+        told = replace(arguments, ignore_mismatched_sizes=may_be_new)
+        model, processor, data = load_classifier(self.source, data, told)
         processor = with_crop(processor, self.arguments.data.crop_pct)
         quantized = isinstance(model, QuantformerPreTrainedModel)
         if quantized:
             self._check_follows(model.config)
             check_same_quantization(model.backbone, model.config, self.arguments.typed_quantization(), self.source)
         if self.stage == "full_precision":
-            return Built(model, processor)
+            return Built(model, processor, data)
         full_precision = None if quantized else model
         teacher = full_precision
         if self.arguments.training.needs_teacher:
@@ -262,7 +258,7 @@ class StageRun:
             check_teacher(model, teacher, self.arguments.training)
         start = self._start.load() if self.arguments.trains and not arguments.overwrite_output_dir else None
         model = start or self._quantized(model, self._calibration_batches(data, processor))
-        return Built(model, processor, teacher, full_precision, is_start=start is not None)
+        return Built(model, processor, data, teacher, full_precision, is_start=start is not None)
 
     def _quantized(self, model: PreTrainedModel, batches: functools.partial) -> QuantformerPreTrainedModel:
         """What the stage trains, of a model in full precision or of an earlier stage.
@@ -335,9 +331,15 @@ class StageRun:
         if name is None:
             raise ValueError("the model does not remember its full-precision checkpoint: give --teacher_name_or_path")
         try:
-            teacher, own = load_classifier(name, data, replace(arguments, ignore_mismatched_sizes=False))
+            told = replace(arguments, ignore_mismatched_sizes=False)
+            teacher, own, numbered = load_classifier(name, data, told)
         except OSError as error:
             raise ValueError(f"the teacher {name!r} cannot be loaded: give --teacher_name_or_path ({error})") from error
+        if numbered is not data:
+            raise ValueError(
+                f"the teacher {name!r} has the classes of the model in another order, or more of them: give one of the same"
+                f" classes by --teacher_name_or_path"
+            )
         check_image_size(model, teacher)
         renormalize(teacher, processor, own)
         return teacher
@@ -368,26 +370,3 @@ def _plainly(name: str, value: Any) -> Any:
     if name in READ_PATHS and isinstance(value, str):
         return json.loads(value) if value.lstrip().startswith("{") else os.path.normpath(value)
     return value
-
-
-def delete_folder(folder: Path) -> None:
-    """Remove what an earlier run left, if it did."""
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process and folder.exists():
-        shutil.rmtree(folder)
-    PartialState().wait_for_everyone()
-
-
-def check_nothing_needed_is_deleted(run: RunArguments, stages: Sequence[str], output_dir: Path) -> None:
-    """Raise ValueError where one of `stages` reads what `--overwrite_output_dir` would delete before."""
-    folders = [(output_dir / name).resolve() for name in (*stages, PACKED_FOLDER)]
-    for stage in stages:
-        given = run.for_stage(stage).given
-        for name in READ_PATHS:
-            value = given.get(name)
-            is_path = isinstance(value, str) and not value.lstrip().startswith("{")
-            if is_path and any(Path(value).resolve().is_relative_to(folder) for folder in folders):
-                raise ValueError(
-                    f"{name} is {value}, which --overwrite_output_dir would delete: choose another --output_dir, or leave it"
-                    f" out"
-                )

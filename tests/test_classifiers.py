@@ -5,12 +5,17 @@ import logging
 import pytest
 import torch
 from conftest import IMAGE_SIZE, NUM_LABELS, make_full_precision, make_quantized
+from datasets import ClassLabel, Dataset, Features, Image
+from timm.data import ImageNetInfo
 from timm_checkpoints import VIT, make_timm_model, save_torch
 from transformers import ViTForImageClassification, ViTImageProcessor, ViTModel
 
 from quantformer_hf.arguments import ModelArguments
+from quantformer_hf.checkpoints import imagenet_class_names
+from quantformer_hf.class_names import numbers_among
 from quantformer_hf.classifiers import build_full_precision, load_classifier
 from quantformer_hf.data import ImageData
+from quantformer_hf.images import undecoded
 
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
@@ -95,11 +100,72 @@ def test_a_name_in_common_is_enough_and_some_may_be_spelled_otherwise(tmp_path, 
 def test_another_number_of_classes_is_new_on_request_and_has_the_names_of_the_data_set(tmp_path):
     source = save(tmp_path, make_full_precision(), NAMES)
     assert names_of(load(source, "yes", "no", new=True)) == ["yes", "no"]
-    with pytest.raises(ValueError, match="has 5 classes and the data set 2: give --ignore_mismatched_sizes"):
+    with pytest.raises(ValueError, match="data set 2, not all by names of the former: give --ignore_mismatched_sizes"):
         load(source, "yes", "no")
+    with pytest.raises(ValueError, match="has 5 classes and the data set 2, not all by names of the former"):
+        load(source, "cat", "no")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("make", [make_full_precision, make_quantized])
+def test_classes_in_another_order_or_not_all_there_get_the_numbers_of_the_checkpoint(make, streaming, tmp_path, caplog):
+    model = make()
+    source = save(tmp_path, model, NAMES)
+    with caplog.at_level(logging.INFO, "quantformer_hf"):
+        loaded = load_classifier(source, images_of("dog", "bee", streaming=streaming), ModelArguments())
+    assert "the data set's 2 classes are numbered as the 5 of" in caplog.text
+    assert loaded.data.label_names == NAMES == names_of(loaded.model)
+    # Images without a class stay as they are.
+    for rows in (loaded.data.train, loaded.data.validation):
+        assert [row["label"] for row in undecoded(rows, loaded.data)] == [3, 1, 1, -1, None]
+        assert [row["image"]["bytes"] for row in undecoded(rows, loaded.data)] == [bytes([i]) for i in range(5)]
     for new in (False, True):
-        with pytest.raises(ValueError, match=r"in another order \(class 0 is 'ant' and 'elk'\)"):
-            load(source, *reversed(NAMES), new=new)
+        loaded = load_classifier(source, data_of(*reversed(NAMES)), ModelArguments(ignore_mismatched_sizes=new))
+        assert loaded.data.label_names == NAMES == names_of(loaded.model)
+        assert all(torch.equal(tensor, loaded.model.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def images_of(*names, streaming):
+    """Five images that nobody could read, two of them without a class."""
+    features = Features({"image": Image(), "label": ClassLabel(names=list(names))})
+    columns = {
+        "image": [{"bytes": bytes([i]), "path": None} for i in range(5)],
+        "label": [0, 1, 1, -1, None],
+    }
+    rows = Dataset.from_dict(columns, features=features)
+    if streaming:
+        rows = rows.to_iterable_dataset(2)
+    return ImageData(rows, rows, "image", "label", list(names), 5, 10)
+
+
+IMAGENET = imagenet_class_names()
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "numbers"),
+    [
+        (NAMES, ["Cat", "ANT"], [2, 0]),
+        (["Ant, emmet", "bee", "bee, drone"], ["emmet", "drone"], [0, 2]),
+        # A whole name before a part of another one, and a part of two for neither.
+        (["ant", "bee", "bee, drone"], ["bee"], [1]),
+        (["ant, drone", "bee, drone"], ["drone"], None),
+        (["ant", "bee, drone"], ["bee", "drone"], None),
+        (["LABEL_0", "LABEL_1"], ["ant", "bee"], None),
+        (IMAGENET, ["n03445777", "n01440764"], [574, 0]),
+        # Names of the hub's imagenette; and the two cranes, that have the same word and other numbers.
+        (IMAGENET, ["tench", "English springer", "chain saw", "church"], [0, 217, 491, 497]),
+        (IMAGENET, ["crane"], None),
+        (IMAGENET, ["n02012849", "n03126707"], [134, 517]),
+        (["crane" if name.startswith("crane:") else name for name in IMAGENET], ["n02012849", "n03126707"], [134, 517]),
+    ],
+)
+def test_classes_are_found_by_any_name_that_no_other_has(own, names, numbers):
+    assert numbers_among(own, names) == numbers
+
+
+def test_imagenet_by_its_numbers_stays_in_its_order():
+    assert numbers_among(IMAGENET, ImageNetInfo().label_names()) == list(range(1000))
+    assert numbers_among(ImageNetInfo().label_descriptions(), ImageNetInfo().label_names()) == list(range(1000))
 
 
 @pytest.mark.parametrize("make", [make_full_precision, make_quantized])

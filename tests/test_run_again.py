@@ -264,15 +264,31 @@ def test_results_of_earlier_commands_stay(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_classes_in_another_order_are_refused(finished, tmp_path):
-    model = AutoModelForImageClassification.from_pretrained(finished / "full_precision")
-    names = [model.config.id2label[index] for index in range(10)]
-    model.config.id2label = dict(enumerate(reversed(names)))
+def test_a_checkpoint_with_its_classes_in_another_order_is_as_right_and_no_teacher_beside_one_without(
+    finished, tmp_path
+):
+    folder = tmp_path / "reversed"
+    shutil.copytree(finished / "full_precision", folder)
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    model.config.id2label = {index: str(9 - index) for index in range(10)}
     model.config.label2id = {name: index for index, name in model.config.id2label.items()}
-    shutil.copytree(finished / "full_precision", tmp_path / "reversed")
-    model.save_pretrained(tmp_path / "reversed")
-    stderr = again(tmp_path / "out", "--stages", "--do_eval", "--model_name_or_path", tmp_path / "reversed", code=1)
-    assert "the same classes in another order (class 0 is '9' and '0')" in stderr
+    with torch.no_grad():
+        for tensor in (model.classifier.weight, model.classifier.bias):
+            tensor.copy_(tensor.flip(0))
+    model.save_pretrained(folder)
+    measured = []
+    for name in (finished / "full_precision", folder):
+        again(tmp_path / "out", "--stages", "--do_eval", "--model_name_or_path", name)
+        measured.append(json.loads((tmp_path / "out" / "eval_results.json").read_text()))
+    assert measured[0] == measured[1]
+    assert measured[0]["eval_top5_accuracy"] > 0.3
+    flags = ["--stages", "finetune", "--model_name_or_path", finished / "search", "--teacher_name_or_path", folder]
+    stderr = again(tmp_path / "out", *flags, code=1)
+    assert "has the classes of the model in another order" in stderr
+    again(tmp_path / "out", *flags[:2], "--model_name_or_path", folder)
+    assert results_of(tmp_path / "out")["full_precision_accuracy"] == measured[0]["eval_accuracy"]
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "packed").config
+    assert config.id2label == model.config.id2label
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ class AllocationStage(StageRun):
         if data.train is None:
             raise ValueError(f"the data set has no split {self.arguments.data.train_split!r}: name one by train_split")
         built = self._build_model(data)
-        model, processor, teacher = built.model, built.processor, built.teacher
+        model, processor, data, teacher = built.model, built.processor, built.data, built.teacher
         self._begin()
         space = SearchSpace.of(model.config, told.candidate_bits)
         if table is None and any(budget.unit == MILLISECONDS for budget in budgets):
