@@ -30,9 +30,15 @@ def find_column(features: Features, role: str, name: str | None, kind: type) -> 
         return name
     found = [column for column, feature in features.items() if isinstance(feature, kind)]
     if len(found) != 1:
+        # What `datasets` makes of a folder without folders of classes in each split, or with a single one.
+        folder = list(features) == ["image"]
         raise ValueError(
-            f"the data set has {len(found)} columns of the type {kind.__name__} among {', '.join(features)}: name one by"
-            f" {role}_column"
+            f"the data set has {len(found)} columns of the type {kind.__name__} among {', '.join(features)}: "
+            + (
+                "put its images into folders of two or more classes, in each split"
+                if folder
+                else f"name one by {role}_column"
+            )
         )
     return found[0]
 

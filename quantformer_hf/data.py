@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import (
@@ -17,6 +18,7 @@ from datasets import (
     IterableDatasetDict,
     load_dataset,
 )
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -258,17 +260,43 @@ def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
             shards = {name: rows.to_iterable_dataset(STREAM_SHARDS) for name, rows in splits.items()}
             splits = IterableDatasetDict(shards)
     elif arguments.dataset_name is not None:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name, streaming=streaming)
+        splits = _read(arguments.dataset_name, arguments.dataset_config_name, streaming=streaming)
     elif arguments.data_files is not None:
-        splits = load_dataset("parquet", data_files=arguments.data_files, streaming=streaming)
+        splits = _read("parquet", data_files=arguments.data_files, streaming=streaming)
     else:
         if not Path(arguments.dataset_dir).is_dir():
             raise FileNotFoundError(f"dataset_dir {arguments.dataset_dir!r} is not a folder")
-        splits = load_dataset(str(arguments.dataset_dir), streaming=streaming)
+        _check_split_folders(Path(arguments.dataset_dir))
+        splits = _read(str(arguments.dataset_dir), streaming=streaming)
     # A stream without a description of its columns has to be looked into.
     if streaming and any(rows.features is None for rows in splits.values()):
         splits = IterableDatasetDict({name: rows._resolve_features() for name, rows in splits.items()})
     return splits
+
+
+def _check_split_folders(folder: Path) -> None:
+    """Raise ValueError for folders of splits in capitals: `datasets` takes all of them together for the training images."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name != path.name.lower() and path.name.lower() in ("train", *EVAL_SPLITS):
+            raise ValueError(
+                f"{path} is not read as the split {path.name.lower()!r}, for its capital letters: rename it to that, in the"
+                f" other splits too"
+            )
+
+
+def _read(name: str, *args: Any, **kwargs: Any) -> DatasetDict | IterableDatasetDict:
+    """As `load_dataset`, whose error does not say what is wrong with the files."""
+    try:
+        return load_dataset(name, *args, **kwargs)
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        # Its last line says why, those before it what the columns are.
+        why = str(cause).strip().rpartition("\n")[2]
+        raise ValueError(
+            f"the data set {kwargs.get('data_files', name)} cannot be read ({type(cause).__name__}: {why}): a folder holds"
+            f" either images (train/<class>/<file>, val/<class>/<file>) or parquet files of the same columns"
+            f" (train-*.parquet, test-*.parquet)"
+        ) from error
 
 
 def _hold_out(

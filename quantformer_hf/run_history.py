@@ -108,6 +108,21 @@ def record_of(stage: str, told: dict[str, Any], results: dict[str, float]) -> di
     }
 
 
+def read_stage_file(path: Path) -> dict[str, Any]:
+    """What a stage was told, its results (None where it is not complete) and the digest of what it started from.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, which says what the stage was told, is damaged ({error}): give another folder, or"
+            f" --overwrite_output_dir to make that stage anew"
+        ) from error
+
+
 def history_in(folder: str | Path | None) -> list[dict[str, Any]]:
     """The records of the stages that led to the model in `folder`: its `stage.json`, and those before it.
 
@@ -116,7 +131,7 @@ def history_in(folder: str | Path | None) -> list[dict[str, Any]]:
     records, seen = [], set()
     while folder is not None and folder not in seen and (Path(folder) / STAGE_FILE).is_file():
         seen.add(folder)
-        written = json.loads((Path(folder) / STAGE_FILE).read_text())
+        written = read_stage_file(Path(folder) / STAGE_FILE)
         if written["results"] is None:
             break
         told = written["arguments"]

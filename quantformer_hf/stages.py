@@ -25,7 +25,7 @@ from .mixed_precision.allocation_file import BitAllocation
 from .model_card import write_model_card
 from .modeling_quantformer import QuantformerForImageClassification
 from .pretrained import QuantformerPreTrainedModel
-from .run_history import STAGE_FILE, history_in, record_of
+from .run_history import STAGE_FILE, history_in, read_stage_file, record_of
 from .stage_folders import PACKED_FOLDER, READ_PATHS, delete_folder
 from .stage_start import StageStart
 from .stage_trainer import evaluating_trainer, training_trainer
@@ -126,7 +126,7 @@ class StageRun:
         path = self.folder / STAGE_FILE
         if self.arguments.model.overwrite_output_dir or not path.exists():
             return None
-        earlier = json.loads(path.read_text())
+        earlier = read_stage_file(path)
         if earlier["results"] is None and newest_checkpoint(self.folder) is None:
             # It came to nothing that another command could spoil.
             return None

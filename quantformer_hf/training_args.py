@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .bad_images import BAD_IMAGE_POLICIES
 
@@ -134,6 +136,12 @@ class QuantformerTrainingArguments(TrainingArguments):
         if self.hub_token is not None:
             raise ValueError(
                 "hub_token would be written to training_args.bin, which is pushed: set HF_TOKEN, or `hf auth login`"
+            )
+        # Of flyte transformers does not say.
+        absent = {*self.report_to} & {*INTEGRATION_TO_CALLBACK} - {*get_available_reporting_integrations(), "flyte"}
+        if absent:
+            raise ValueError(
+                f"report_to names {', '.join(sorted(absent))}, not installed here: install it, or leave it out"
             )
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):

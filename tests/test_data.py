@@ -112,6 +112,28 @@ def test_columns_and_splits_that_are_not_there_are_named(columns, arguments, mes
         load_image_data(DataArguments(dataset_dir=str(tmp_path), **arguments), seed=0)
 
 
+def test_a_folder_without_classes_or_with_other_names_says_how_it_should_be(tmp_path):
+    one, flat, other = (tmp_path / name for name in ("one", "flat", "other"))
+    write_images(one, classes=("cat",))
+    write_images(flat, splits=("train",))
+    (flat / "train" / "cat").rename(flat / "val")
+    for folder in (one, flat):
+        with pytest.raises(ValueError, match="put its images into folders of two or more classes, in each split"):
+            load_image_data(DataArguments(dataset_dir=str(folder)), seed=0)
+    write_images(other, splits=("train", "Validation"))
+    with pytest.raises(ValueError, match="Validation is not read as the split 'validation', for its capital letters"):
+        load_image_data(DataArguments(dataset_dir=str(other)), seed=0)
+
+
+def test_files_that_do_not_fit_together_are_told(tmp_path):
+    write_parquet(tmp_path, ["image", "label"])
+    write_parquet(tmp_path, ["image", "caption"], "train-1")
+    with pytest.raises(
+        ValueError, match=r"\(CastError: because column names don.t match\): .* parquet files of the same"
+    ):
+        load_image_data(DataArguments(dataset_dir=str(tmp_path)), seed=0)
+
+
 def test_a_missing_folder_is_named():
     with pytest.raises(FileNotFoundError, match="no-such-folder"):
         load_image_data(DataArguments(dataset_dir="no-such-folder"), seed=0)

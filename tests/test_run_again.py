@@ -292,6 +292,16 @@ def test_a_checkpoint_with_its_classes_in_another_order_is_as_right_and_no_teach
 
 
 @pytest.mark.slow
+def test_what_a_stage_was_told_is_named_where_it_is_damaged_and_made_anew_on_request(out):
+    told = out / "finetune" / "stage.json"
+    told.write_text(told.read_text()[:50])
+    flags = ["--stages", "finetune", "--model_name_or_path", out / "search"]
+    assert f"{told}, which says what the stage was told, is damaged" in again(out, *flags, code=1)
+    again(out, *flags, "--overwrite_output_dir")
+    assert json.loads(told.read_text())["results"]
+
+
+@pytest.mark.slow
 def test_a_new_classifier_that_nothing_would_train_is_refused(finished, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(
         finished / "full_precision", num_labels=3, ignore_mismatched_sizes=True

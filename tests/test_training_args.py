@@ -70,6 +70,7 @@ def test_arguments_come_back_from_what_was_written_of_them(tmp_path):
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0: choose 1 or more"),
         ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0: choose 0"),
         ({"pnorm": 0.5}, "pnorm is '0.5'"),
+        ({"report_to": ["tensorboard", "neptune"]}, "report_to names neptune, not installed here"),
         ({"distillation_temperature": 0.0}, "distillation_temperature is 0.0"),
         ({"search_steps": 10, "max_steps": 10}, "leave steps to finetune after it"),
     ],
