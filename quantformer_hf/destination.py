@@ -1,10 +1,15 @@
 """Where on the hub the model of a run goes, when the run is over."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from huggingface_hub import HfApi
+
+# Of the library that the hub's client is built on, which changed with its second version.
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 from .classifiers import is_quantized
@@ -50,14 +55,32 @@ class Destination:
 
         Raises:
             HfHubHTTPError: nobody is logged in, or may not write there.
+            OSError: the hub cannot be reached.
         """
-        return replace(self, name=HfApi().create_repo(self.name, private=self.private, exist_ok=True).repo_id)
+        with _reaching_the_hub("leave out --push_to_hub, and give it to the same command later"):
+            return replace(self, name=HfApi().create_repo(self.name, private=self.private, exist_ok=True).repo_id)
 
     def push(self, folder: str) -> None:
-        """The model of `folder`, its card and its image processor, and no path of this machine."""
-        if is_quantized(folder):
-            AutoModelForImageClassification.from_pretrained(folder).push_to_hub(self.name, revision=self.revision)
-        else:
-            HfApi().upload_folder(
-                repo_id=self.name, folder_path=folder, revision=self.revision, allow_patterns=FULL_PRECISION_FILES
-            )
+        """The model of `folder`, its card and its image processor, and no path of this machine.
+
+        Raises:
+            OSError: the hub cannot be reached, or does not take it.
+        """
+        with _reaching_the_hub(f"the model is in {folder}; the same command pushes it later"):
+            if is_quantized(folder):
+                AutoModelForImageClassification.from_pretrained(folder).push_to_hub(self.name, revision=self.revision)
+            else:
+                HfApi().upload_folder(
+                    repo_id=self.name, folder_path=folder, revision=self.revision, allow_patterns=FULL_PRECISION_FILES
+                )
+
+
+@contextlib.contextmanager
+def _reaching_the_hub(way_out: str) -> Iterator[None]:
+    """What the hub answers stays as it is, and OSError; that nobody answers becomes one."""
+    try:
+        yield
+    except HfHubHTTPError:
+        raise
+    except HTTPError as error:
+        raise OSError(f"the hub cannot be reached ({type(error).__name__}: {error}): {way_out}") from error

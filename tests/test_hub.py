@@ -155,6 +155,19 @@ def test_a_model_in_full_precision_is_pushed_with_its_own_card_and_without_its_s
 
 
 @pytest.mark.parametrize("quantized", [True, False])
+def test_a_hub_that_does_not_answer_is_told_before_the_run_and_after_it(hub, tmp_path, quantized, monkeypatch):
+    (make_model() if quantized else make_full_precision("vit")).save_pretrained(tmp_path)
+    destination = Destination(NAME).created()
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=nowhere, token=TOKEN))
+    with pytest.raises(OSError, match=r"cannot be reached \(ConnectError: .*leave out --push_to_hub"):
+        destination.created()
+    with pytest.raises(OSError, match=f"cannot be reached .*the model is in {tmp_path}; the same command pushes it"):
+        destination.push(str(tmp_path))
+
+
+@pytest.mark.parametrize("quantized", [True, False])
 def test_a_model_goes_to_the_branch_that_is_named_of_a_repository_that_may_be_there(hub, tmp_path, quantized):
     (make_model() if quantized else make_full_precision("vit")).save_pretrained(tmp_path)
     destination = Destination(NAME, private=True, revision="other").created()
