@@ -135,14 +135,17 @@ def _stock_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _load(name: str, arguments: ModelArguments, **classes: Any) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
+    # Of the folders that stages leave it says nothing.
+    architecture = arguments.architecture if name == arguments.model_name_or_path or Path(name).is_file() else None
     if is_quantized(name):
+        if architecture is not None:
+            raise ValueError(f"architecture is {architecture}, and {name} is quantized and says its own: leave it out")
         model = AutoModelForImageClassification.from_pretrained(name, **classes)
         logger.info(f"{name}: quantformer checkpoint of the stage '{model.config.stage}'")
         return model, model.image_processor
     checkpoint = load_full_precision(
         name,
-        # Of the folders that stages leave it says nothing.
-        architecture=arguments.architecture if name == arguments.model_name_or_path or Path(name).is_file() else None,
+        architecture=architecture,
         image_size=arguments.image_size,
         window_size=arguments.window_size,
         **classes,

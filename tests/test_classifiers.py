@@ -85,6 +85,13 @@ def test_other_names_are_told_and_the_flag_says_whose_count(make, new, tmp_path,
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_quantized_checkpoint_says_its_own_architecture(tmp_path):
+    source, told = save(tmp_path, make_quantized(), NAMES), {"architecture": "vit_tiny_patch16_224"}
+    with pytest.raises(ValueError, match="is quantized and says its own: leave it out"):
+        load_classifier(source, data_of(*NAMES), ModelArguments(model_name_or_path=source, **told))
+    load_classifier(source, data_of(*NAMES), ModelArguments(model_name_or_path="what_it_was_made_of", **told))
+
+
 def test_a_swin_takes_images_of_another_size(tmp_path):
     source = save(tmp_path, make_full_precision("swin"), NAMES, size={"height": 24, "width": 24})
     assert names_of(load(source, *NAMES)) == NAMES
