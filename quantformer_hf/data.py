@@ -215,6 +215,8 @@ def load_image_data(arguments: DataArguments, seed: int) -> ImageData:
     splits = {name: with_images(rows, image_column, name) for name, rows in splits.items()}
     train = splits.get(arguments.train_split)
     label_names = splits[used[0]].features[label_column].names
+    if len(label_names) < 2:
+        raise ValueError(f"the column {label_column!r} knows {len(label_names)} class: a classifier needs two at least")
     if eval_split is None:
         if not arguments.streaming:
             check_all_labelled(train, label_column, f"the split {arguments.train_split!r}", "train_split")

@@ -104,6 +104,7 @@ def test_samples_are_limited(tmp_path):
         (["image", "thumbnail", "label"], {}, "2 columns of the type Image .* name one by image_column"),
         (["image", "caption"], {}, "0 columns of the type ClassLabel .* name one by label_column"),
         (["image", "label"], {"eval_split": "validaton"}, "no split 'validaton'"),
+        (["image", "coarse"], {}, "the column 'coarse' knows 1 class: a classifier needs two at least"),
     ],
 )
 def test_columns_and_splits_that_are_not_there_are_named(columns, arguments, message, tmp_path):
