@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .spaced import spaced
+
 
 def _check_same_depth(student: Sequence[Tensor], teacher: Sequence[Tensor], what: str) -> None:
     if len(student) != len(teacher):
@@ -143,5 +145,4 @@ def evenly_spaced_rows(maps: Tensor, images: int, rows_per_image: int) -> Tensor
         rows_per_image: at most; fewer where an image has not so many.
     """
     rows = maps.detach().float().reshape(images, -1, maps.shape[-1])
-    step = max(1, rows.shape[1] // rows_per_image)
-    return rows[:, ::step][:, :rows_per_image].reshape(-1, maps.shape[-1])
+    return rows[:, spaced(rows.shape[1], rows_per_image).to(rows.device)].reshape(-1, maps.shape[-1])

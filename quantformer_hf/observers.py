@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .spaced import spaced, spaced_places
+
 
 #: Probabilities of the quantiles that are kept, dense in the tails, where clipping is decided: 0.0003 to 0.9997.
 QUANTILES = torch.linspace(-8, 8, 33).sigmoid()
@@ -33,7 +35,7 @@ def weighted_sample(parts: Sequence[Tensor], weights: Tensor, most_rows: int = 4
         weights: of the rows of all parts, one part after the other, `(rows,)`; not negative, of a positive sum.
     """
     ends = weights.double().cumsum(0)
-    places = (torch.arange(most_rows, dtype=torch.float64, device=weights.device) + 0.5) * (ends[-1] / most_rows)
+    places = spaced_places(most_rows).to(weights.device) * (ends[-1] / most_rows)
     chosen = torch.searchsorted(ends, places).clamp_max(len(weights) - 1)
     drawn, first = [], 0
     for rows in parts:
@@ -48,7 +50,7 @@ class Observer:
     Args:
         channels: columns to keep apart; 1 pools the whole tensor.
         rows_per_batch: how many rows of each batch are kept.
-        most_rows: when more have gathered, every other one is dropped.
+        most_rows: when more have gathered, every other one is dropped, and of later batches half as many are taken.
     """
 
     def __init__(self, channels: int, rows_per_batch: int = 512, most_rows: int = 4096):
@@ -57,16 +59,17 @@ class Observer:
         self.rows_per_batch = rows_per_batch * many
         self.most_rows = most_rows * many
         self.batches: list[Tensor] = []
+        self.thinned = 1
 
     def add(self, x: Tensor) -> None:
         """Take rows of `x`, of any shape whose last dimension is a multiple of `channels`."""
         rows = x.detach().reshape(-1, self.channels)
-        step = max(1, rows.shape[0] // self.rows_per_batch)
-        # An odd step does not fall in with the (even or square) number of tokens.
-        step += step > 1 and step % 2 == 0
-        self.batches.append(rows[::step].float().clone())
+        # As many as are left of a batch that came before.
+        taken = max(1, min(len(rows), self.rows_per_batch) // self.thinned)
+        self.batches.append(rows[spaced(len(rows), taken).to(rows.device)].float())
         if sum(len(batch) for batch in self.batches) > self.most_rows:
-            self.batches = [batch[::2].clone() for batch in self.batches]
+            self.batches = [torch.cat(self.batches)[::2].clone()]
+            self.thinned *= 2
 
     def quantiles(self) -> Tensor:
         """`(channels, quantiles)`, float32, at the probabilities `QUANTILES`.

@@ -46,6 +46,30 @@ def test_observer_keeps_a_bounded_number_of_rows_and_finds_the_quantiles():
     assert median.abs()[1] < 1.0
 
 
+@pytest.mark.parametrize("images", [1, 8, 32, 128, 512])
+@pytest.mark.parametrize("windows", [1, 16, 64])
+@pytest.mark.parametrize("tokens", [49, 64, 196, 197, 198, 577])
+def test_an_observer_sees_all_places_of_images_and_of_windows(tokens, windows, images):
+    places = torch.arange(tokens, dtype=torch.uint8 if tokens < 256 else torch.int16).repeat(images * windows)
+    observer = Observer(64)
+    observer.add(places[:, None].expand(-1, 64))
+    seen = observer.batches[0][:, 0].unique()
+    # A third of them, where as many were drawn, and never some alone.
+    assert len(seen) >= 0.3 * min(tokens, len(observer.batches[0]))
+    assert seen.diff().max() <= tokens / 12
+
+
+def test_an_observer_weighs_all_batches_alike():
+    observer = Observer(64, rows_per_batch=64, most_rows=256)
+    for batch in range(64):
+        observer.add(torch.full((1000, 64), float(batch)))
+    held = torch.cat(observer.batches)[:, 0]
+    assert len(held) <= observer.most_rows
+    counts = held.long().bincount(minlength=64)
+    assert counts.min() >= 1
+    assert counts.max() <= 4
+
+
 def test_an_observer_without_data_says_so():
     with pytest.raises(RuntimeError, match="no calibration batch reached it"):
         Observer(2).quantiles()
