@@ -19,9 +19,10 @@ EMA_FILE = "ema.safetensors"
 class EmaCallback(QuantformerCallback):
     """Keeps timm's `ModelEmaV3` of the model: `ema = decay * ema + (1 - decay) * weights` after each optimizer step.
 
-    Evaluations see the average, and so does whoever gets the model after training. Checkpoints hold the trained weights,
-    from which training goes on, and the average in a file of its own. Frozen groups make another function of the same
-    numbers, so that the average starts anew there.
+    Of scales magnitudes are averaged, which alone count: the sign of one may change while it is trained. Evaluations see
+    the average, and so does whoever gets the model after training. Checkpoints hold the trained weights, from which
+    training goes on, and the average in a file of its own. Frozen groups make another function of the same numbers, so
+    that the average starts anew there.
 
     Args:
         decay: in (0, 1), 0.99996 in DeiT.
@@ -33,7 +34,8 @@ class EmaCallback(QuantformerCallback):
 
     def start(self, model: nn.Module) -> None:
         """Begin with the weights as they are."""
-        self.average = ModelEmaV3(model, decay=self.decay)
+        with _magnitudes(model):
+            self.average = ModelEmaV3(model, decay=self.decay)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # A resumed run has loaded its average already. One that begins again may find that of a run that broke off.
@@ -44,7 +46,8 @@ class EmaCallback(QuantformerCallback):
         self.start(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.average.update(model)
+        with _magnitudes(model):
+            self.average.update(model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         model.load_state_dict(self.average.module.state_dict())
@@ -80,3 +83,18 @@ class EmaCallback(QuantformerCallback):
         self.start(model)
         with torch.no_grad():
             self.average.module.load_state_dict(load_file(path, device=str(next(model.parameters()).device)))
+
+
+@contextlib.contextmanager
+def _magnitudes(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block, no scale of a quantizer is negative."""
+    with torch.no_grad():
+        scales = [tensor for name, tensor in model.named_parameters() if name.endswith(".scale")]
+        signs = [tensor.sign() for tensor in scales]
+        for tensor, sign in zip(scales, signs, strict=True):
+            tensor.mul_(sign)
+        try:
+            yield
+        finally:
+            for tensor, sign in zip(scales, signs, strict=True):
+                tensor.mul_(sign)

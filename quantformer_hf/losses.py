@@ -42,10 +42,10 @@ def attention_rank_consistency(
     _check_same_depth(student_maps, teacher_maps, "attention blocks")
     distances = []
     for student, teacher, degree in zip(student_maps, teacher_maps, degrees.unbind(), strict=True):
-        sharpened = teacher.detach().float().pow(degree)
-        similarity = F.cosine_similarity(
-            student.float().reshape(batch_size, -1), sharpened.reshape(batch_size, -1), dim=1
-        )
+        taught = teacher.detach().float().reshape(batch_size, -1)
+        # Powers of probabilities that are small throughout would underflow; n takes any factor back.
+        sharpened = (taught / taught.amax(1, keepdim=True)).pow(degree)
+        similarity = F.cosine_similarity(student.float().reshape(batch_size, -1), sharpened, dim=1)
         # ‖a - b‖² = 2 - 2 a·b for unit vectors.
         distances.append(2 - 2 * similarity.mean())
     return torch.stack(distances).mean()

@@ -8,6 +8,9 @@ from torch import nn
 from .weight_quantizers import WeightQuantizer
 
 
+#: Of a group: that its learning rate follows from no other.
+OWN_RATE = "has_own_rate"
+
 #: The fewest bits at which weights move at the learning rate itself.
 FULL_RATE_BITS = 4
 
@@ -17,7 +20,7 @@ def move_to_own_group(
 ) -> None:
     """Give `parameters` a learning rate of their own, and no weight decay."""
     _take_out(optimizer, {id(parameter) for parameter in parameters})
-    optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": 0.0})
+    optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": 0.0, OWN_RATE: True})
 
 
 def move_by_bits(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:

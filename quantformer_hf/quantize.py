@@ -177,7 +177,7 @@ def group_quantizers(model: nn.Module) -> list[GroupActivationQuantizer]:
 
 
 def widest_inputs(model: nn.Module) -> int:
-    """The most bits of what any linear of the blocks reads, a class token with bits of its own aside."""
+    """The most bits of what any linear of the blocks reads quantized, a class token with bits of its own aside."""
     bits = [quantizer.grid.bits for quantizer in searched_quantizers(model)]
     return max(bits, default=FULL_PRECISION_BITS)
 

@@ -44,7 +44,7 @@ class ActivationQuantizer(nn.Module):
     Where the grid has a knee, the nearest of its levels is taken instead (`ops/levels.py`).
 
     The gradients of both are scaled by `1 / sqrt(n * qmax)`, n the number of elements of one sample that share them
-    (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+    (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576); where Swin's blocks see windows one by one, each is a sample.
 
     Args:
         bits: 2 to 8.

@@ -1,12 +1,13 @@
 """Scales and weights refitted to calibration data, layer by layer, without training.
 
-Each quantizer of activations is fitted to what reaches it through the quantized layers before it. Then each linear that
-reads it is to give on these quantized inputs what the full-precision one gives on its own: a regression with a strong pull
-to the old weight (`regression.py`), then rounding column by column, where the columns not yet rounded make up for those
-that are (GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). A linear that writes to the
-residual stream is to make up for what the stream beside it lacks as well: errors would otherwise add up from block to
-block. Tokens count by how much the model's output depends on them (FIMA-Q, arXiv 2506.11543, weighs errors by the Fisher
-information): without that the few tokens with huge values, which cannot be met, spoil the fit of all others.
+Each quantizer of what a block linear reads is fitted to what reaches it through the quantized layers before it. Then
+each linear that reads it is to give on these quantized inputs what the full-precision one gives on its own: a
+regression with a strong pull to the old weight (`regression.py`), then rounding column by column, where the columns
+not yet rounded make up for those that are (GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv
+2504.02692). A linear that writes to the residual stream is to make up for what the stream beside it lacks as well:
+errors would otherwise add up from block to block. Tokens count by how much the model's output depends on them (FIMA-Q,
+arXiv 2506.11543, weighs errors by the Fisher information): without that the few tokens with huge values, which cannot
+be met, spoil the fit of all others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,10 +47,12 @@ def token_weights(
         readers: the linears that read what each quantizer puts out.
     """
     outputs: dict[GroupActivationQuantizer, list[Tensor]] = {quantizer: [] for quantizer in readers}
+
+    def keep(quantizer: GroupActivationQuantizer) -> Callable[[nn.Module, tuple, Tensor], None]:
+        return lambda _, __, output: outputs[quantizer].append(with_gradient(output))
+
     handles = [
-        layer.register_forward_hook(lambda _, __, output, quantizer=quantizer: outputs[quantizer].append(output))
-        for quantizer, layers in readers.items()
-        for layer in layers
+        layer.register_forward_hook(keep(quantizer)) for quantizer, layers in readers.items() for layer in layers
     ]
     try:
         with torch.enable_grad():
@@ -70,6 +73,11 @@ def token_weights(
         # A model that is certain of all images has no gradient left to tell tokens by.
         weights[quantizer] = weight / weight.mean() if weight.mean() > 0 else torch.ones_like(weight)
     return weights, logits.detach()
+
+
+def with_gradient(output: Tensor) -> Tensor:
+    """The same tensor, which has a gradient even where no parameter before it has."""
+    return output if output.requires_grad else output.requires_grad_()
 
 
 class Seen(NamedTuple):

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import BaseImageProcessor, PreTrainedModel, get_scheduler
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
 from .callbacks import AnnealAssignmentCallback, FreezeGroupsCallback
@@ -31,6 +30,7 @@ from .pretrained import QuantformerPreTrainedModel
 from .quantize import blocks, searched_quantizers
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .resumable_trainer import ResumableTrainer
+from .schedule import schedule_with_freeze
 from .stochastic_depth import stochastic_depth
 from .teachers import check_teacher, hidden_states_for
 from .training_args import QuantformerTrainingArguments, check_training_arguments
@@ -100,6 +100,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._last_shares: dict[str, Tensor] = {}
+        self._last_terms: dict[str, Tensor] = {}
 
     def train(self, *args, **kwargs):
         """As in Trainer.
@@ -157,8 +158,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         quantized = self._quantized_model()
         if not model.training or quantized is None:
             loss, outputs = self._task_loss(model, inputs)
-            if model.training:
-                self._check_finite(loss, {"task": loss})
+            self._last_terms = {"task": loss.detach()}
             return (loss, outputs) if return_outputs else loss
         capture = capture_attention if self.args.aux_weight > 0 else lambda model: contextlib.nullcontext([])
         wants_features = self.args.feature_weight > 0
@@ -190,7 +190,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             terms["assignment"] = self.args.dm_weight * assignment_entropy(probabilities)
         terms |= self._more_terms()
         loss = torch.stack(list(terms.values())).sum()
-        self._check_finite(loss, terms)
+        self._last_terms = {name: term.detach() for name, term in terms.items()}
         self._record(terms, quantized)
         return (loss, outputs) if return_outputs else loss
 
@@ -234,6 +234,17 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
             degrees.lerp_(torch.stack(found).to(degrees), DEGREE_MOMENTUM)
         # The loss must not see the change that the next step makes in place.
         return degrees.clone()
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """As in Trainer.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        loss = super().training_step(*args, **kwargs)
+        # Where Trainer looks at it too: to wait for the device between the forward and the backward pass takes time.
+        self._check_finite(loss, self._last_terms)
+        return loss
 
     def _check_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
         if not torch.isfinite(loss):
@@ -353,30 +364,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         if self.lr_scheduler is not None or self.args.search_steps <= 0:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
-        search_steps = self.args.search_steps
-        if search_steps >= num_training_steps:
-            raise ValueError(
-                f"search_steps is {search_steps}, and the training has {num_training_steps}: leave steps to finetune after"
-                f" it, or set search_steps to -1"
-            )
-        phases = []
-        for steps in (search_steps, max(1, num_training_steps - search_steps)):
-            scheduler = get_scheduler(
-                self.args.lr_scheduler_type,
-                optimizer=optimizer,
-                num_warmup_steps=self.args.get_warmup_steps(steps),
-                num_training_steps=steps,
-                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
-            )
-            phases.append(scheduler.lr_lambdas[0])
-        search_factor, finetune_factor = phases
-        after = self.args.finetune_learning_rate
-        ratio = 1.0 if after is None else after / self.args.learning_rate
-
-        def factor(step: int) -> float:
-            return search_factor(step) if step < search_steps else ratio * finetune_factor(step - search_steps)
-
-        self.lr_scheduler = LambdaLR(optimizer, factor)
+        self.lr_scheduler = schedule_with_freeze(optimizer, self.args, num_training_steps)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

@@ -106,6 +106,25 @@ def test_evaluation_during_training_sees_the_average():
     assert torch.allclose(model.classifier.bias, before["classifier.bias"] + 1)
 
 
+def test_of_scales_magnitudes_are_averaged():
+    model, callback = make_quantized("vit"), EmaCallback(0.5)
+    name = "backbone.classifier.weight_quantizer.scale"
+    before = model.get_parameter(name).clone()
+    with torch.no_grad():
+        model.get_parameter(name).mul_(-1)
+    callback.start(model)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(-3)
+    callback.on_step_end(None, None, None, model=model)
+    assert torch.allclose(callback.average.module.get_parameter(name), 2 * before)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(-1)
+    callback.on_step_end(None, None, None, model=model)
+    assert torch.allclose(callback.average.module.get_parameter(name), 2.5 * before)
+    # What is trained keeps its sign, with which the optimizer's moments go.
+    assert torch.equal(model.get_parameter(name), -3 * before)
+
+
 def test_a_run_that_begins_again_begins_its_average_anew():
     model, callback, state = make_quantized("vit"), EmaCallback(0.5), TrainerState()
     # By a run that broke off.

@@ -35,6 +35,16 @@ def test_attention_loss_by_hand():
     assert loss.item() == pytest.approx(expected / 2, abs=1e-6)
 
 
+@pytest.mark.parametrize("degree", [1.0, 5.0, 16.0])
+@pytest.mark.parametrize("tokens", [16, 577])
+def test_attention_loss_of_flat_maps_does_not_underflow(tokens, degree):
+    student, teacher = (torch.randn(2, 3, tokens, tokens).softmax(-1) for _ in range(2))
+    own, taught = student.double().flatten(1), teacher.double().flatten(1).pow(degree)
+    expected = (2 - 2 * (own * taught).sum(1) / (own.norm(dim=1) * taught.norm(dim=1))).mean()
+    found = attention_rank_consistency([student], [teacher], torch.tensor([degree]), 2)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
 def test_attention_loss_lies_between_zero_and_two():
     disjoint = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
     disjoint[0][..., 0], disjoint[1][..., 1] = 1, 1

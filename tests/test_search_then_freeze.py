@@ -65,6 +65,22 @@ def test_both_schedules_warm_up_and_have_the_settings_of_the_run(tmp_path):
     assert [1e3 * rates[0] for rates in recorder.rates] == pytest.approx(expected, abs=1e-3)
 
 
+def test_scales_keep_a_rate_of_their_own_and_both_schedules_end_at_the_rate_that_is_told(tmp_path):
+    recorder = Recorder()
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}}
+    arguments = {"max_steps": 1000, "search_steps": 400, "finetune_learning_rate": 5e-4, "scale_learning_rate": 1e-5}
+    trainer = make_trainer(tmp_path, make_quantized("vit", "search"), callbacks=[recorder], **arguments, **schedule)
+    trainer.create_optimizer_and_scheduler(1000)
+    rates = []
+    for _ in range(1000):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    weights, scales = ([row[index] for row in rates] for index in (0, -2))
+    assert [weights[step] for step in (0, 399, 400, 999)] == pytest.approx([1e-3, 1e-4, 5e-4, 1e-4], rel=1e-2)
+    assert [scales[step] for step in (0, 400)] == pytest.approx([1e-5, 1e-5])
+
+
 def test_processes_do_not_wait_for_gradients_that_a_freeze_takes_away(tmp_path):
     for steps in (-1, 2):
         trainer = make_trainer(tmp_path, make_quantized("vit", "search"), max_steps=4, search_steps=steps)

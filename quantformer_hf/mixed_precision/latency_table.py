@@ -83,8 +83,8 @@ class LatencyTable:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a column or the line `rest` is missing, something is no number, a time is negative, or a linear has
-                two of them.
+            ValueError: a column or the line `rest` is missing, something is no number, a time is negative, or a linear or
+                the rest has two of them.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no latency table {path}: make one by measure-latency")
@@ -105,6 +105,8 @@ class LatencyTable:
                     if not 0 <= time < float("inf"):
                         raise ValueError(f"the time {time}")
                     if row["rows"] == REST:
+                        if rest not in (None, time):
+                            raise ValueError("another time for the rest: keep one of them")
                         rest = time
                         continue
                     key = LatencyKey(*(int(row[column]) for column in KEY_COLUMNS))

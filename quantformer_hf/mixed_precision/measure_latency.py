@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints import load_full_precision
 from ..classifiers import is_quantized
+from ..configuration_quantformer import QuantformerConfig
 from ..kernels import operators
 from ..kernels.library import library
 from ..layers import QuantLinear
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 #: Bits at which the whole model is timed, to find what its linears do not explain.
 REFERENCE_BITS = 4
+
+#: What a time rests on beside the widths of the linears.
+TIMED_SETTINGS = ("num_groups", "class_token_bits", "attention_bits", "embedding_bits", "classifier_bits")
 
 #: Rounds that are not timed, before those that are.
 WARM_UP = 3
@@ -91,28 +95,25 @@ def median_milliseconds(functions: Mapping[Any, Callable[[], Any]], rounds: int)
 def measure_latency(
     model: PreTrainedModel,
     candidates: tuple[int, ...] = CANDIDATE_BITS,
-    num_groups: int = 8,
     rounds: int = ROUNDS,
     device: str = "cpu",
-    class_token_bits: int | None = None,
+    **settings: int | None,
 ) -> LatencyTable:
     """Time each shape of linear in `model` for one image at each pair of widths, and what else a forward pass takes.
 
     Each linear quantizes its own input, and has its weights as in a block of a packed model. The rest is the time of the
     whole packed model at `REFERENCE_BITS`, less the times of its linears there; zero if they, measured alone, take longer
-    than all together. So what a class token with bits of its own takes is counted there.
+    than all together. So what attention products and a class token with bits of its own take is counted there.
 
     Args:
         model: full-precision image classifier.
         candidates: bits; activations leave out 1.
-        num_groups: of the inputs' quantizers.
         rounds: times that each is run; their median counts.
         device: to measure on.
-        class_token_bits: as in `QuantformerConfig`.
+        settings: arguments of `QuantformerConfig` among `TIMED_SETTINGS`.
     """
-    quantized = QuantformerForImageClassification.from_full_precision(
-        model, bit_width=REFERENCE_BITS, num_groups=num_groups, class_token_bits=class_token_bits
-    )
+    quantized = QuantformerForImageClassification.from_full_precision(model, bit_width=REFERENCE_BITS, **settings)
+    num_groups = quantized.config.num_groups
     space = SearchSpace.of(quantized.config, candidates)
     costs = CostModel(quantized.config, space)
 
@@ -164,8 +165,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="full-precision checkpoint in any form that run_quantformer.py takes")
     parser.add_argument("--output", default="latency.csv", help="the file to write (default: %(default)s)")
     parser.add_argument("--candidate_bits", type=int, nargs="+", default=list(CANDIDATE_BITS), help="widths to measure")
-    parser.add_argument("--num_groups", type=int, default=8, help="groups of channels (default: %(default)s)")
-    parser.add_argument("--class_token_bits", type=int, help="of the models that the budgets are for (default: none)")
+    for name in TIMED_SETTINGS:
+        default = getattr(QuantformerConfig(), name)
+        parser.add_argument(f"--{name}", type=int, default=default, help="of the models (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each, of which the median counts")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
@@ -185,8 +187,8 @@ def run(arguments: Any) -> None:
     # Now, and not after minutes of measuring.
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.output).touch()
-    settings = arguments.num_groups, arguments.rounds, arguments.device, arguments.class_token_bits
-    table = measure_latency(model, candidates, *settings)
+    settings = {name: getattr(arguments, name) for name in TIMED_SETTINGS}
+    table = measure_latency(model, candidates, arguments.rounds, arguments.device, **settings)
     table.write(arguments.output)
     rows = [[*str(key).rsplit(", ", 1), f"{time:.3f}"] for key, time in table.times.items()]
     rows.append(["everything else in the model", "", f"{table.rest:.3f}"])

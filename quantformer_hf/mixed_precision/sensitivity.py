@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..progress import progress
 from ..quantize import full_precision
+from ..reconstruction import with_gradient
 from .candidates import Candidates
 from .search_space import SearchSpace
 from .solver import Losses
@@ -91,7 +92,7 @@ def backward_passes(
 
     def keep_output(name: str) -> Callable:
         def keep(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-            outputs[name] = output
+            outputs[name] = with_gradient(output)
 
         return keep
 

@@ -26,7 +26,7 @@ from .budget import BIT_OPERATIONS, MILLISECONDS, UniformBudget, format_cost
 from .budget_search import BudgetSearch, check_budgets, check_refinement
 from .cost import CostModel, budget_in_numbers
 from .latency_table import LatencyTable
-from .measure_latency import measure_latency
+from .measure_latency import TIMED_SETTINGS, measure_latency
 from .pictures import BITS_PICTURE, FRONT_PICTURE, draw_bits, draw_front
 from .search_space import SearchSpace, Widths
 from .solver import Losses
@@ -123,7 +123,7 @@ class AllocationStage(StageRun):
         logger.info("measuring linears on this machine's CPU; --latency_table takes the table of another one")
         table = None
         if PartialState().is_main_process:
-            settings = {"num_groups": config.num_groups, "class_token_bits": config.class_token_bits}
+            settings = {name: getattr(config, name) for name in TIMED_SETTINGS}
             named = [budget for budget in told.budgets() if isinstance(budget, UniformBudget)]
             bits = {bits for b in named if b.unit == MILLISECONDS for bits in (b.weight_bits, b.activation_bits)}
             table = measure_latency(full_precision, tuple(sorted(bits.union(told.candidate_bits))), **settings)

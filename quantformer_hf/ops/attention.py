@@ -105,7 +105,7 @@ def quantized_attention(
     """`P = softmax(Q(q) Q(k)ᵀ * scaling + mask)`, `Q(P) Q(v)`, Q as in `fake_quantize_groups` with one group.
 
     Keeps q, k, v and P, and makes their quantized forms again in the backward pass. Gradients of scales and offsets are
-    scaled as LSQ does, by `1 / sqrt(n * qmax)`, n the elements of one sample.
+    scaled as LSQ does, by `1 / sqrt(n * qmax)`, n the elements of one sample (a window, in Swin).
 
     Args:
         query, key, value: `(batch, heads, tokens, head_dim)`.

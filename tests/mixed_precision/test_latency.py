@@ -94,6 +94,7 @@ def test_a_table_is_written_to_the_last_digit_that_counts(tmp_path):
         (HEADER + "17,32,32,4,two,2,1\n", "line 2, is no measurement"),
         (HEADER + "17,32,32,4,2,2,1\n", "no line whose rows is 'rest'"),
         (HEADER + "17,32,32,4,2,2,1\n17,32,32,4,2,2,3\n", "line 3, .*another time for 17 rows"),
+        (HEADER + "rest,,,,,,5\nrest,,,,,,1\n", "line 3, .*another time for the rest: keep one"),
         ("\x80\x00", "lacks the column"),
     ],
 )
@@ -127,19 +128,19 @@ def test_what_cannot_be_written_or_measured_is_said_before_anything_is_measured(
             main(["measure-latency", str(tmp_path / "model"), "--device", "cuda"])
 
 
-def test_the_whole_model_is_timed_with_its_class_token(tmp_path, monkeypatch):
+def test_the_whole_model_is_timed_with_its_other_bits(tmp_path, monkeypatch):
     timed = []
 
     def packed(model, *arguments):
-        timed.append(model.config.class_token_bits)
+        timed.append((model.config.class_token_bits, model.config.attention_bits))
         return _packed(model, *arguments)
 
     monkeypatch.setattr("quantformer_hf.mixed_precision.measure_latency._packed", packed)
     make_full_precision("vit").save_pretrained(tmp_path / "model")
     flags = ["--candidate_bits", "2", "--rounds", "1", "--output", str(tmp_path / "latency.csv")]
-    main(["measure-latency", str(tmp_path / "model"), *flags, "--class_token_bits", "8"])
+    main(["measure-latency", str(tmp_path / "model"), *flags, "--class_token_bits", "8", "--attention_bits", "32"])
     main(["measure-latency", str(tmp_path / "model"), *flags])
-    assert timed == [8, None]
+    assert timed == [(8, 32), (None, 8)]
 
 
 def test_a_quantized_model_has_no_other_widths_to_measure(tmp_path):
