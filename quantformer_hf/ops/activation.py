@@ -5,14 +5,13 @@ one compiled kernel, so that no copy per group is ever in memory. What makes the
 inside the function, which then keeps the input of that alone.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .compiling import compiled
 from .levels import nearest_level
+from .mixture import mixture_kernels
 from .scales import positive, positive_backward
 
 
@@ -125,57 +124,21 @@ def fake_quantize_groups(
     return _FakeQuantizeGroups.apply(x, scale, offset, index, qmax, knee, gradient_scale, producer)
 
 
-@functools.cache
-def _mixture_kernels(num_groups: int, knee: int | None):
-    """Forward and backward with the loop over `num_groups` unrolled."""
-
-    @compiled
-    def forward(x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: int) -> Tensor:
-        wide = x.to(scale.dtype)
-        mixture = torch.zeros_like(wide)
-        for g in range(num_groups):
-            codes = nearest_level((wide - offset[g]) * (1 / scale[g]), qmax, knee)
-            mixture = mixture + probabilities[g] * (codes * scale[g] + offset[g])
-        return mixture.to(x.dtype)
-
-    @compiled
-    def backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, probabilities: Tensor, qmax: int):
-        wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
-        passed = torch.zeros_like(wide)
-        grad_scale, grad_offset, grad_probabilities = [], [], []
-        for g in range(num_groups):
-            position = (wide - offset[g]) * (1 / scale[g])
-            inside = (position >= 0) & (position <= qmax)
-            codes = nearest_level(position, qmax, knee)
-            passed = passed + torch.where(inside, probabilities[g], 0.0)
-            grad_probabilities.append((grad * (codes * scale[g] + offset[g])).sum(0))
-            grad_scale.append((grad * torch.where(inside, codes - position, codes)).sum(0))
-            grad_offset.append(torch.where(inside, 0.0, grad).sum(0))
-        return (
-            (grad * passed).to(x.dtype),
-            torch.stack(grad_scale),
-            torch.stack(grad_offset),
-            torch.stack(grad_probabilities),
-        )
-
-    return forward, backward
-
-
 class _FakeQuantizeMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, offset, probabilities, qmax, knee, gradient_scale, producer):
         ctx.save_for_backward(x, scale, offset, probabilities)
         ctx.arguments = qmax, knee, gradient_scale, producer
         made = PRODUCERS[producer][0](x).reshape(-1, x.shape[-1])
-        kernel, _ = _mixture_kernels(scale.numel(), knee)
-        return kernel(made, positive(scale), offset, probabilities, qmax).view(x.shape)
+        kernel, _ = mixture_kernels(scale.numel())
+        return kernel(made, positive(scale), offset, probabilities, qmax, knee).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
         qmax, knee, gradient_scale, producer = ctx.arguments
         produce, produce_backward = PRODUCERS[producer]
         x, scale, offset, probabilities = ctx.saved_tensors
-        _, kernel = _mixture_kernels(scale.numel(), knee)
+        _, kernel = mixture_kernels(scale.numel())
         grad_made, by_scale, by_offset, grad_probabilities = kernel(
             grad.reshape(-1, x.shape[-1]),
             produce(x).reshape(-1, x.shape[-1]),
@@ -183,6 +146,7 @@ class _FakeQuantizeMixture(torch.autograd.Function):
             offset,
             probabilities,
             qmax,
+            knee,
         )
         # The kernel leaves one sum a group and channel; the chain rule weighs each by its probability.
         return (
