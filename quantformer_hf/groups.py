@@ -92,7 +92,7 @@ def channel_mass(importance: Tensor) -> Tensor:
 
 def channel_errors(quantiles: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
     """Mean squared error of each channel under each quantizer: `(groups, channels)`, from `(channels, quantiles)`."""
-    scale, offset = scale.view(-1, 1, 1), offset.view(-1, 1, 1)
+    quantiles, scale, offset = quantiles.float(), scale.float().view(-1, 1, 1), offset.float().view(-1, 1, 1)
     codes = grid.nearest((quantiles - offset) / scale)
     return (quantiles - codes * scale - offset).square() @ QUANTILE_WEIGHTS.to(quantiles.device)
 

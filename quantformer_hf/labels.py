@@ -1,7 +1,10 @@
 """Labels of images, and those that are none."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 
 #: Label of a row that no loss and no metric is to count: what PyTorch's cross-entropy ignores.
@@ -11,6 +14,28 @@ IGNORED_LABEL = -100
 def one_class_an_image(config: PreTrainedConfig) -> bool:
     """Whether softmax is for its logits: each image is of one class, and not of several, and no number is asked for."""
     return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: PreTrainedConfig) -> Tensor:
+    """The cross-entropy; for several classes an image, or a number, what transformers takes for them.
+
+    As there, labels in floating point are of several classes where the config does not say, and it says so from then on.
+
+    Args:
+        logits: `(batch, classes)`.
+        labels: `(batch,)` or `(batch, 1)` integers, or what `problem_type` asks for.
+
+    Raises:
+        ValueError: a label that is no class.
+    """
+    if not one_class_an_image(config) or (labels.is_floating_point() and config.problem_type is None):
+        return ForSequenceClassificationLoss(labels, logits, config)
+    if not labels.is_floating_point():
+        labels = labels.view(-1)
+        # On an accelerator this look would stop the pipeline each step: there the data collator looks. Nor does a graph.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(labels, config.num_labels)
+    return F.cross_entropy(logits, labels)
 
 
 def check_labels(labels: Tensor, num_labels: int) -> None:

@@ -5,7 +5,6 @@ import logging
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     DeiTForImageClassification,
@@ -29,7 +28,7 @@ from .configuration_quantformer import (
     check_quantization_arguments,
 )
 from .image_batches import Batches, check_given
-from .labels import check_labels, one_class_an_image
+from .labels import classification_loss
 from .model_refit import reconstruct
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
@@ -126,7 +125,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             pixel_values: `(batch, channels, height, width)`.
                 Of an image with a value that is not finite, which quantizers would take for another one, logits are NaN
                 (in an exported graph they are not).
-            labels: `(batch,)`, class indices. With them, `loss` is the cross-entropy, or what `problem_type` asks for.
+            labels: `(batch,)`, class indices, or what `problem_type` asks for. With them, there is a `loss`
+                (`labels.classification_loss`).
             interpolate_pos_encoding: for images of another size than the model was made for.
 
         Raises:
@@ -152,7 +152,9 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
                 flat = pixel_values.flatten(1)
                 finite = flat.amin(1, keepdim=True).isfinite() & flat.amax(1, keepdim=True).isfinite()
                 logits = logits.masked_fill(~finite.to(logits.device), torch.nan)
-        loss = None if labels is None else self._loss(logits.float(), labels)
+        if labels is not None and self.config.stage == "packed" and self.training and torch.is_grad_enabled():
+            raise StageError("integer codes cannot be trained: run model.unpack() first")
+        loss = None if labels is None else classification_loss(logits.float(), labels, self.config)
         result = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
         return result.to_tuple() if return_dict is False else result
 
@@ -167,17 +169,6 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             return self.backbone(
                 pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
             )
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy; for several labels an image, or a number, what transformers takes for them."""
-        if self.config.stage == "packed" and self.training and torch.is_grad_enabled():
-            raise StageError("integer codes cannot be trained: run model.unpack() first")
-        if not one_class_an_image(self.config):
-            return self.backbone.loss_function(labels, logits, self.config)
-        # On an accelerator this look would stop the pipeline each step: there the data collator looks.
-        if labels.device.type == "cpu":
-            check_labels(labels, self.num_labels)
-        return F.cross_entropy(logits, labels)
 
     @classmethod
     def from_full_precision(cls, model: PreTrainedModel | str, **kwargs) -> Self:
@@ -197,6 +188,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
             ValueError: a quantization argument that cannot be.
         """
         arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in QUANTIZATION_ARGUMENTS}
+        # Of what torch.compile has made.
+        model = getattr(model, "_orig_mod", model)
         if isinstance(model, nn.Module):
             check_quantization_arguments(kwargs)
             processor = image_processor_of(model)
@@ -208,7 +201,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         if isinstance(model, QuantformerPreTrainedModel):
             raise TypeError("the model is quantized already: load it with from_pretrained")
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in BACKBONES or not hasattr(model, "num_labels"):
+        if model_type not in BACKBONES or not getattr(model, "num_labels", 0):
             raise TypeError(
                 f"{type(model).__name__} is not supported: give an image classifier of transformers, of one of"
                 f" {', '.join(BACKBONES)}, or the name of a model of timm in its place"
@@ -266,6 +259,8 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
 
     def reconstruct(self, batches: Batches) -> Self:
         """Refit scales, weights and the classifier, layer by layer, to the quantized model's activations, without training.
+
+        Parameters that are frozen (`requires_grad`) are refitted as the others.
 
         It may follow `calibrate`, `begin_search` or `freeze_groups`, and changes no stage. Layers whose weight quantizer
         is neither `lsq` nor `lsq_shifted` keep their weights, and channels stay in their groups. A classifier whose
@@ -337,7 +332,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         return self.eval()
 
     def unpack(self) -> Self:
-        """Go back to the stage `finetune`, to train on: the weights are the centres of their levels.
+        """Go back to the stage `finetune`, to train on: the weights are the centres of their levels, and all are trainable.
 
         Raises:
             StageError: not in the stage `packed`.

@@ -82,14 +82,21 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         beside its place and flushed first: a crash while saving leaves what was there before.
 
         Raises:
-            ValueError: a `variant` of a packed model.
+            ValueError: a `variant` or the `save_original_format` of a packed model; layers that were replaced by others.
         """
+        if self.config.stage == "packed" and kwargs.get("save_original_format"):
+            raise ValueError("save_original_format is True, and packed models have one layout alone: leave it out")
         if self.config.stage == "packed" and kwargs.get("variant"):
             raise ValueError(
                 f"variant is {kwargs['variant']!r}, and variants share one config.json, which says the bits of packed codes:"
                 f" save each packed model in a folder, or push it as a revision, of its own"
             )
         kwargs.setdefault("save_original_format", False)
+        if not torch.equal(self.bit_widths.cpu(), self.expected_bit_widths()):
+            raise ValueError(
+                "layers were replaced by others than the config names, and nobody could load them: for a new classifier,"
+                " load the model by from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True)"
+            )
         if not is_main_process:
             super().save_pretrained(save_directory, False, state_dict, **kwargs)
             return
@@ -114,7 +121,8 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         Raises:
             TypeError: a `bit_width`, which is that of the checkpoint.
             FileNotFoundError: a shard is missing.
-            ValueError: the files are damaged, or do not hold the model that the config describes.
+            ValueError: the files are damaged, or do not hold the model that the config describes; a `device_map` that
+                offloads.
         """
         name = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
@@ -131,7 +139,7 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             told = {key: kwargs[key] for key in ("weight_quantizer", "twin_levels") if key in kwargs}
             check_model_type(config or name, cls.config_class.get_config_dict(config or name, **location)[0])
             config = cls.config_class.from_pretrained(config or name, **location, **told)
-        if config.stage == "packed":
+        if config.stage == "packed" and name is not None:
             check_packed_files(name, config, **location)
         elif name is not None and os.path.isdir(name):
             # What is wrong with a file, transformers does not say.
@@ -147,11 +155,22 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             if isinstance(getattr(layer, "weight_quantizer", None), LSQWeightQuantizer):
                 layer.weight_quantizer.calibrate(layer.weight)
         model.check_bit_widths(str(name))
+        _check_not_offloaded(model)
         quantize.check_group_indices(model, str(name))
         if config.stage == "packed":
             pack.prepare_inference(model)
         model.image_processor = find_image_processor(name, location)
         return (model, info) if wants_info else model
+
+
+def _check_not_offloaded(model: nn.Module) -> None:
+    """Raise ValueError where accelerate would bring in the tensors of one module at a time: quantizers read each other's."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in devices or (len(devices) > 1 and "cpu" in devices):
+        raise ValueError(
+            f"device_map puts parts of the model on {', '.join(sorted(devices))}, and quantized models are not offloaded:"
+            f" give one device, such as device_map='cpu'"
+        )
 
 
 def _of_other_shapes(info: dict) -> list[str]:

@@ -229,8 +229,10 @@ class GroupActivationQuantizer(ActivationQuantizer):
                 delattr(self, name)
         groups = 1 if stage == "pretrain" else num_groups
         if self.scale.numel() != groups:
-            self.scale = nn.Parameter(torch.ones(groups, device=device))
-            self.offset = nn.Parameter(torch.zeros(groups, device=device))
+            # What somebody has frozen stays so.
+            trains = self.scale.requires_grad
+            self.scale = nn.Parameter(torch.ones(groups, device=device), requires_grad=trains)
+            self.offset = nn.Parameter(torch.zeros(groups, device=device), requires_grad=trains)
         self._make_assignment(stage, groups)
         self.stage = stage
 
@@ -240,7 +242,8 @@ class GroupActivationQuantizer(ActivationQuantizer):
         if stage == "pretrain":
             self.register_buffer("channel_quantiles", torch.zeros(self.channels, len(QUANTILES), device=device))
         elif stage == "search":
-            self.assignment_logits = nn.Parameter(torch.zeros(groups, self.channels, device=device))
+            logits = torch.zeros(groups, self.channels, device=device)
+            self.assignment_logits = nn.Parameter(logits, requires_grad=self.scale.requires_grad)
         else:
             self.register_buffer("group_index", torch.zeros(self.channels, dtype=torch.uint8, device=device))
 
@@ -354,8 +357,9 @@ class GroupActivationQuantizer(ActivationQuantizer):
         """`refit` with `members` `(groups, channels)`: how much of each channel belongs to each group."""
         inhabited = members.sum(1) > 0
         mass = (members * channel_mass(importance)).unsqueeze(2) * QUANTILE_WEIGHTS.to(quantiles.device)
-        values, mass = quantiles.flatten(), mass.flatten(1)
-        scale, offset = self.scale.clone(), self.offset.clone()
+        values, mass = quantiles.float().flatten(), mass.flatten(1)
+        # Whatever the model was cast to.
+        scale, offset = self.scale.float().clone(), self.offset.float().clone()
         scale[inhabited], offset[inhabited] = fit_affine(values, mass[inhabited], self.grid)
         self.scale.copy_(scale)
         if self.in_multiples:

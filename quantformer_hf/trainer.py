@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention import ATTENTION_IMPLEMENTATION, capture_attention
+from .augmentation import Collator
 from .callbacks import AnnealAssignmentCallback, FreezeGroupsCallback
 from .image_trainer import ImageTrainer
 from .labels import one_class_an_image
@@ -32,7 +33,7 @@ from .quantizers import ActivationQuantizer, WeightQuantizer
 from .resumable_trainer import ResumableTrainer
 from .schedule import schedule_with_freeze
 from .stochastic_depth import stochastic_depth
-from .teachers import check_teacher, hidden_states_for
+from .teachers import check_is_teacher, check_teacher, hidden_states_for
 from .training_args import QuantformerTrainingArguments, check_training_arguments
 
 
@@ -69,8 +70,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         **kwargs,
     ):
         check_training_arguments(args)
-        if teacher is not None and teacher is model:
-            raise ValueError("the teacher is the model itself: give the full-precision one that it was made from")
+        check_is_teacher(teacher, model)
         if args.unused_gpus > 0:
             gpus = args.unused_gpus + 1
             logger.warning(
@@ -205,13 +205,28 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         classifiers takes none at all.
         """
         labels = inputs.get("labels")
-        mixed = labels is not None and labels.ndim == 2 and one_class_an_image(self.model.config)
+        if labels is None and model.training and self.args.task_weight == 0:
+            # From the teacher alone.
+            outputs = model(**inputs)
+            return outputs.logits.new_zeros(()), outputs
+        if labels is None and model.training:
+            raise ValueError(
+                f"the training images have no labels, and task_weight is {self.args.task_weight}: set it to 0 to learn from"
+                f" the teacher alone"
+            )
+        mixed = labels is not None and self._are_mixed(labels)
         if labels is None or (self._model_takes_labels and not mixed):
             return super().compute_loss(model, inputs, return_outputs=True)
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         # Those of a mixed batch are smooth already.
         smoothing = 0.0 if mixed else self.args.label_smoothing_factor
         return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing), outputs
+
+    def _are_mixed(self, labels: Tensor) -> bool:
+        """Whether these are shares of classes, one of which an image has. Others may be of several classes an image."""
+        config, collator = self.model.config, self.data_collator
+        told = config.problem_type is not None or (isinstance(collator, Collator) and collator.mixup is not None)
+        return labels.is_floating_point() and labels.ndim == 2 and one_class_an_image(config) and told
 
     def _concentration_degrees(
         self,
@@ -267,8 +282,7 @@ class QuantformerTrainer(ResumableTrainer, ImageTrainer):
         self._term_count += 1
         # Sharded parameters are not what the graph holds: no gradient could be taken with respect to them. Nor can that of a
         # single term where a block is computed again by a backward pass of its own.
-        reenters = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        every = 0 if self._is_sharded() or reenters else self.args.gradient_share_steps
+        every = 0 if self._is_sharded() or self.args.reenters else self.args.gradient_share_steps
         if len(terms) > 1 and every > 0 and self.state.global_step % every == 0 and self.accelerator.sync_gradients:
             self._last_shares = self._gradient_shares(terms, quantized)
 

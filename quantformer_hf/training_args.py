@@ -163,6 +163,11 @@ class QuantformerTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}: choose 0 (off) or more, and less than 1"
             )
+        if self.aux_weight > 0 and self.gradient_checkpointing and self.reenters:
+            raise ValueError(
+                "use_reentrant of gradient_checkpointing_kwargs leaves the attention maps without a gradient, which"
+                " aux_weight needs: set it to False"
+            )
         if not 1e-6 <= self.assignment_temperature <= 1:
             raise ValueError(f"assignment_temperature is {self.assignment_temperature}: choose from 1e-6 to 1")
         if self.assignment_temperature < 1 and self.ema_decay > 0:
@@ -234,6 +239,11 @@ class QuantformerTrainingArguments(TrainingArguments):
     def unused_gpus(self) -> int:
         """How many GPUs this process leaves alone."""
         return max(super().n_gpu - 1, 0)
+
+    @property
+    def reenters(self) -> bool:
+        """Whether blocks that are computed again have a backward pass of their own."""
+        return bool((self.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
 
     @property
     def needs_teacher(self) -> bool:
