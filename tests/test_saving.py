@@ -141,6 +141,39 @@ def test_arguments_may_be_given_as_to_any_model_of_transformers(tmp_path):
     assert torch.equal(loaded.backbone.classifier.bias, state["backbone.classifier.bias"])
 
 
+def test_a_packed_model_has_one_layout(tmp_path):
+    model = make_quantized("vit", "finetune").pack()
+    with pytest.raises(ValueError, match="save_original_format is True, and packed models have one layout alone"):
+        model.save_pretrained(tmp_path / "other", save_original_format=True)
+    made = QuantformerForImageClassification.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(made(make_batches()[0]).logits, model(make_batches()[0]).logits)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "packed"])
+def test_a_layer_of_somebody_elses_is_not_saved_as_ours(stage, tmp_path):
+    model = make_quantized("vit", "finetune")
+    if stage == "packed":
+        model.pack()
+    model.backbone.classifier = torch.nn.Linear(model.backbone.classifier.in_features, 7)
+    with pytest.raises(ValueError, match=r"layers were replaced .* ignore_mismatched_sizes=True"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["finetune", "packed"])
+def test_parts_of_a_model_are_not_offloaded(stage, tmp_path):
+    model = make_quantized("vit", "finetune")
+    (model.pack() if stage == "packed" else model).save_pretrained(tmp_path)
+    sizes = {
+        "device_map": "auto",
+        "max_memory": {"cpu": model.get_memory_footprint() // 2},
+        "offload_folder": str(tmp_path / "off"),
+    }
+    with pytest.raises(ValueError, match=r"parts of the model on (cpu, )?disk, and quantized models are not offloaded"):
+        QuantformerForImageClassification.from_pretrained(tmp_path, **sizes)
+    QuantformerForImageClassification.from_pretrained(tmp_path, device_map="auto")(make_batches()[0])
+
+
 def test_a_packed_model_has_no_variants(tmp_path):
     with pytest.raises(ValueError, match=r"variant is 'w4', and variants share one config\.json"):
         make_quantized(stage="finetune").pack().save_pretrained(tmp_path / "model", variant="w4")

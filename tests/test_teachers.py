@@ -90,6 +90,12 @@ def test_a_teacher_sees_images_as_it_was_trained_on_them(deviation):
         torch.testing.assert_close(teacher(pixel_values=normalized(given)).logits, expected)
 
 
+def test_what_is_no_model_of_transformers_says_how_it_becomes_one(tmp_path):
+    for teacher in ("vit_tiny_patch16_224", torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=f"the teacher is a {type(teacher).__name__}: .*load_full_precision"):
+            make_trainer(tmp_path, make_quantized(), teacher)
+
+
 def test_a_teacher_of_another_image_size_is_refused_by_name():
     student = make_quantized()
     check_image_size(student, make_full_precision())

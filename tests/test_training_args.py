@@ -72,6 +72,14 @@ def test_arguments_come_back_from_what_was_written_of_them(tmp_path):
         ({"pnorm": 0.5}, "pnorm is '0.5'"),
         ({"report_to": ["tensorboard", "neptune"]}, "report_to names neptune, not installed here"),
         ({"distillation_temperature": 0.0}, "distillation_temperature is 0.0"),
+        (
+            {
+                "aux_weight": 1.0,
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+            },
+            "use_reentrant of .* leaves the attention maps without a gradient",
+        ),
         ({"search_steps": 10, "max_steps": 10}, "leave steps to finetune after it"),
     ],
 )
