@@ -256,7 +256,7 @@ def measure(folder: Path, flags: list[str]) -> dict:
     teacher, processor, data = load_classifier(told.model.model_name_or_path, data, told.model)
     teacher.set_attn_implementation(ATTENTION_IMPLEMENTATION)
     images = TransformedImages(data.validation, data, with_crop(processor, told.data.crop_pct))
-    labels = torch.tensor(data.validation[data.label_column])
+    labels = torch.tensor(images.labels)
 
     # All runs of a folder have the same teacher and images.
     remembered = folder.parent / "full_precision_logits.pt"

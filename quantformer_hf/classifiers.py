@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def load_classifier(name: str, data: ImageData, arguments: ModelArguments) -> Cl
     if numbers is not None and numbers != list(range(len(own))):
         example = _told(numbers[0], own[numbers[0]], data.label_names[0])
         logger.info(f"the data set's {len(numbers)} classes are numbered as the {len(own)} of {name} ({example})")
-        data = data.numbered_as(own, numbers)
+        data = replace(data, label_names=own, numbers=numbers)
     if len(own) != len(data.label_names):
         raise ValueError(
             f"{name} has {len(own)} classes and the data set {len(data.label_names)}, not all by names of the former: give"

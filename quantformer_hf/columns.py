@@ -91,27 +91,11 @@ def with_classes(splits: DatasetDict | IterableDatasetDict, column: str, used: l
     index = {value: i for i, value in enumerate(values)}
 
     def cast(rows: Dataset) -> Dataset:
-        return _with_labels(rows, column, [index.get(value) for value in rows[column][:]], classes)
+        # Not `cast_column`, which writes all images anew.
+        labels = [index.get(value) for value in rows[column][:]]
+        return rows.remove_columns(column).add_column(column, labels, feature=classes)
 
     return {name: cast(splits[name]) if name in alike else splits[name] for name in used}
-
-
-def with_numbers(
-    rows: Dataset | IterableDataset, column: str, image_column: str, numbers: list[int]
-) -> Dataset | IterableDataset:
-    """The rows with `numbers[label]` for each label in `column`, a number without names; those without a class stay so."""
-    number = dict(enumerate(numbers))
-    if not isinstance(rows, IterableDataset):
-        return _with_labels(rows, column, [number.get(label, label) for label in rows[column][:]], Value("int64"))
-    # A row of a stream goes through Python whole: its image as bytes, of which a bad one is no error yet.
-    rows = rows.cast_column(image_column, Image(decode=False))
-    features = Features(rows.features | {column: Value("int64")})
-    return rows.map(lambda label: {column: number.get(label, label)}, input_columns=column, features=features)
-
-
-def _with_labels(rows: Dataset, column: str, labels: list[int | None], feature: ClassLabel | Value) -> Dataset:
-    # Not `cast_column` or `map`, which write all images anew.
-    return rows.remove_columns(column).add_column(column, labels, feature=feature)
 
 
 def check_all_labelled(rows: Dataset, column: str, where: str, argument: str) -> None:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 
-from .columns import check_all_labelled, find_column, with_classes, with_images, with_numbers
+from .columns import check_all_labelled, find_column, with_classes, with_images
 from .configuration_quantformer import nearest
 
 
@@ -153,6 +153,7 @@ class ImageData:
     Attributes:
         train_samples: images of an epoch, where it is known.
         shuffle_buffer_size: of a stream.
+        numbers: of the classes that the label column knows, among `label_names`, where these are others.
     """
 
     train: Dataset | IterableDataset | None
@@ -162,14 +163,19 @@ class ImageData:
     label_names: list[str]
     train_samples: int | None
     shuffle_buffer_size: int
+    numbers: list[int] | None = None
 
-    def numbered_as(self, names: list[str], numbers: list[int]) -> "ImageData":
-        """The same images with labels among `names`, where the class i is `numbers[i]`."""
+    def class_of(self, label: int | None) -> int | None:
+        """The number, among `label_names`, of what a row has in its label column; a row without a class has none.
 
-        def renumbered(rows: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:
-            return None if rows is None else with_numbers(rows, self.label_column, self.image_column, numbers)
-
-        return replace(self, train=renumbered(self.train), validation=renumbered(self.validation), label_names=names)
+        Raises:
+            ValueError: a label that is no class.
+        """
+        if self.numbers is None or label is None or label < 0:
+            return label
+        if label >= len(self.numbers):
+            raise ValueError(f"label {label} in {self.label_column!r} is outside of its {len(self.numbers)} classes")
+        return self.numbers[label]
 
 
 def load_digits_dataset() -> DatasetDict:

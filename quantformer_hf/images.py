@@ -148,6 +148,7 @@ class TransformedImages(torch.utils.data.Dataset):
     ):
         self.rows = undecoded(rows, data)
         self.image_column, self.label_column = data.image_column, data.label_column
+        self.class_of = data.class_of
         self.processor = processor
         self.augment = augment
         self.seed = seed
@@ -158,7 +159,7 @@ class TransformedImages(torch.utils.data.Dataset):
     @property
     def labels(self) -> list[int]:
         """The class of each row."""
-        return self.rows[self.label_column][:]
+        return [self.class_of(label) for label in self.rows[self.label_column][:]]
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
         return self.__getitems__([draw])[0]
@@ -174,7 +175,7 @@ class TransformedImages(torch.utils.data.Dataset):
         """
         draws = [draw if isinstance(draw, Draw) else Draw(draw) for draw in draws]
         rows = self.rows[[draw.index for draw in draws]]
-        cells, labels = rows[self.image_column], rows[self.label_column]
+        cells, labels = rows[self.image_column], [self.class_of(label) for label in rows[self.label_column]]
         images = [decode(cell) for cell in cells]
         if self.augment is None:
             origins = [origin(cell, place(self.rows, draw.index)) for cell, draw in zip(cells, draws, strict=True)]
@@ -194,7 +195,7 @@ class TransformedImages(torch.utils.data.Dataset):
             generator = np.random.default_rng(key)
             for index in map(int, generator.integers(len(self.rows), size=REPLACEMENTS)):
                 row = self.rows[index]
-                image, label = decode(row[self.image_column]), row[self.label_column]
+                image, label = decode(row[self.image_column]), self.class_of(row[self.label_column])
                 name = origin(row[self.image_column], place(self.rows, index))
                 if image is not None:
                     break

@@ -39,6 +39,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
     def __init__(self, data: ImageData, batch_size: int, num_processes: int, process_index: int):
         self.image_column, self.label_column = data.image_column, data.label_column
+        self.class_of = data.class_of
         self.batch_size = batch_size
         self.num_processes = num_processes
         self.process_index = process_index
@@ -122,7 +123,7 @@ class StreamedTrainingImages(StreamedImages):
         for position in range(rows_to_make):
             key = (self.seed, epoch, position, reader)
             for number, row in rows:
-                cell, label = row[self.image_column], row[self.label_column]
+                cell, label = row[self.image_column], self.class_of(row[self.label_column])
                 image, name = decode(cell), origin(cell, f"image {number} of reader {reader}")
                 if image is not None:
                     break
@@ -188,10 +189,10 @@ class StreamedEvaluationImages(StreamedImages):
                 start = (step * self.num_processes + self.process_index) * self.batch_size
                 cells = found[self.image_column]
                 origins = [origin(cell, f"image {start + i}") for i, cell in enumerate(cells)]
-                for label, name in zip(found[self.label_column], origins, strict=True):
+                labels = [self.class_of(label) for label in found[self.label_column]]
+                for label, name in zip(labels, origins, strict=True):
                     check_labelled(label, name, self.label_column, "eval_split")
-                images = [decode(cell) for cell in cells]
-                rows = evaluation_rows(images, found[self.label_column], origins, self.processor)
+                rows = evaluation_rows([decode(cell) for cell in cells], labels, origins, self.processor)
             yield from rows
             filling = {
                 "pixel_values": torch.zeros(3, *processor_size(self.processor)),

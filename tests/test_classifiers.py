@@ -1,11 +1,13 @@
 """The classifier that a stage starts from, and the classes of the data set."""
 
+import itertools
 import logging
 
 import pytest
 import torch
 from conftest import IMAGE_SIZE, NUM_LABELS, make_full_precision, make_quantized
 from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
 from timm.data import ImageNetInfo
 from timm_checkpoints import VIT, make_timm_model, save_torch
 from transformers import ViTForImageClassification, ViTImageProcessor, ViTModel
@@ -15,7 +17,9 @@ from quantformer_hf.checkpoints import imagenet_class_names
 from quantformer_hf.class_names import numbers_among
 from quantformer_hf.classifiers import build_full_precision, load_classifier
 from quantformer_hf.data import ImageData
-from quantformer_hf.images import undecoded
+from quantformer_hf.images import TransformedImages
+from quantformer_hf.labels import IGNORED_LABEL
+from quantformer_hf.streaming import StreamedEvaluationImages, StreamedTrainingImages
 
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
@@ -113,36 +117,49 @@ def test_another_number_of_classes_is_new_on_request_and_has_the_names_of_the_da
         load(source, "cat", "no")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("make", [make_full_precision, make_quantized])
-def test_classes_in_another_order_or_not_all_there_get_the_numbers_of_the_checkpoint(make, streaming, tmp_path, caplog):
+def test_classes_in_another_order_or_not_all_there_get_the_numbers_of_the_checkpoint(make, tmp_path, caplog):
     model = make()
     source = save(tmp_path, model, NAMES)
     with caplog.at_level(logging.INFO, "quantformer_hf"):
-        loaded = load_classifier(source, images_of("dog", "bee", streaming=streaming), ModelArguments())
+        loaded = load_classifier(source, data_of("dog", "bee"), ModelArguments())
     assert "the data set's 2 classes are numbered as the 5 of" in caplog.text
     assert loaded.data.label_names == NAMES == names_of(loaded.model)
-    # Images without a class stay as they are.
-    for rows in (loaded.data.train, loaded.data.validation):
-        assert [row["label"] for row in undecoded(rows, loaded.data)] == [3, 1, 1, -1, None]
-        assert [row["image"]["bytes"] for row in undecoded(rows, loaded.data)] == [bytes([i]) for i in range(5)]
+    # Rows without a class stay such.
+    assert [loaded.data.class_of(label) for label in (0, 1, -1, IGNORED_LABEL, None)] == [3, 1, -1, IGNORED_LABEL, None]
+    with pytest.raises(ValueError, match="label 2 in 'label' is outside of its 2 classes"):
+        loaded.data.class_of(2)
     for new in (False, True):
         loaded = load_classifier(source, data_of(*reversed(NAMES)), ModelArguments(ignore_mismatched_sizes=new))
         assert loaded.data.label_names == NAMES == names_of(loaded.model)
         assert all(torch.equal(tensor, loaded.model.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def images_of(*names, streaming):
-    """Five images that nobody could read, two of them without a class."""
-    features = Features({"image": Image(), "label": ClassLabel(names=list(names))})
-    columns = {
-        "image": [{"bytes": bytes([i]), "path": None} for i in range(5)],
-        "label": [0, 1, 1, -1, None],
-    }
-    rows = Dataset.from_dict(columns, features=features)
-    if streaming:
-        rows = rows.to_iterable_dataset(2)
-    return ImageData(rows, rows, "image", "label", list(names), 5, 10)
+@pytest.mark.parametrize("bad", [(), (1,)])
+def test_images_are_read_with_the_numbers_of_the_checkpoint(bad):
+    features = Features({"image": Image(), "label": ClassLabel(names=["dog", "bee"])})
+    pictures = [{"bytes": b"none", "path": None} if i in bad else PILImage.new("RGB", (4, 4)) for i in range(4)]
+    rows = Dataset.from_dict({"image": pictures, "label": [0, 1, 1, 0]}, features=features)
+    processor = ViTImageProcessor(size={"height": 4, "width": 4})
+    of = {"image_column": "image", "label_column": "label", "train_samples": 4, "shuffle_buffer_size": 1}
+    numbers = {"label_names": NAMES, "numbers": [3, 1]}
+    data = ImageData(rows, rows, **of, **numbers)
+    stream = ImageData(rows.to_iterable_dataset(1), rows.to_iterable_dataset(1), **of, **numbers)
+    place = {"batch_size": 4, "num_processes": 1, "process_index": 0}
+
+    def augment(image, key):
+        return torch.zeros(3, 4, 4)
+
+    evaluated = TransformedImages(data.validation, data, processor)
+    assert evaluated.labels == [3, 1, 1, 3]
+    for images in (evaluated, StreamedEvaluationImages(stream, processor, **place)):
+        expected = [IGNORED_LABEL if i in bad else label for i, label in enumerate([3, 1, 1, 3])]
+        assert [row["labels"] for row in images] == expected
+    for images in (
+        TransformedImages(data.train, data, processor, augment),
+        StreamedTrainingImages(stream, augment, 0, **place),
+    ):
+        assert {row["labels"] for row in itertools.islice(images, 4)} == {3, 1}
 
 
 IMAGENET = imagenet_class_names()
