@@ -80,6 +80,8 @@ def run_stages() -> None:
             f"budget is {' '.join(arguments.allocation.budget)}, and the stage 'allocate', which keeps to it, is not among"
             f" the stages ({', '.join(arguments.model.stages)}): add it to --stages, or leave out --budget"
         )
+    elif arguments.allocation.budget:
+        getLogger("quantformer_hf").warning("--budget is for the stage 'allocate': --layer_bits is taken as it is")
     if destination is not None and PartialState().is_main_process:
         destination = destination.created()
     source = arguments.model.model_name_or_path
@@ -205,6 +207,10 @@ if __name__ == "__main__":
         getLogger("quantformer_hf").setLevel(INFO)
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, StageError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, StageError) as error:
         # Bad input: the message says the way out, and a traceback would bury it.
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the newest checkpoint of its stage", file=sys.stderr)
+        # As shells tell of SIGINT.
+        sys.exit(130)

@@ -37,8 +37,22 @@ WHOLE_RUN = {"preset", "stages", "model_name_or_path", "output_dir", "overwrite_
 #: Arguments of Trainer by which a run would end without its accuracy, and what they are otherwise.
 EVALUATION = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}
 
+#: What an evaluation measures.
+METRICS = ("accuracy", "top5_accuracy", "loss")
+
 #: What `--preset` may name: the files of `presets/`.
 PRESETS = ("ptq", "lightning", "best")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that is there twice, YAML would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep) for key, _ in node.value]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 @dataclass
@@ -185,6 +199,16 @@ class StageArguments:
                 f"resume_from_checkpoint is {training.resume_from_checkpoint!r}: the same command goes on by itself, from"
                 f" the newest whole checkpoint of its stage; leave it out"
             )
+        if training.do_train is False and "do_train" in self.typed:
+            raise ValueError(
+                "do_train is False, and stages train: leave it out, and give --stages --do_eval to evaluate alone, or"
+                " --num_train_epochs 0 for stages without a step"
+            )
+        if training.do_predict:
+            raise ValueError("do_predict has nothing to predict here: leave it out, and give --do_eval to evaluate")
+        metric = training.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in METRICS:
+            raise ValueError(f"metric_for_best_model is {metric!r}: choose one of {', '.join(METRICS)}")
         for name, needed in EVALUATION.items():
             if getattr(training, name) != needed:
                 raise ValueError(f"{name} is {not needed}, and a run measures accuracy after each stage: leave it out")
@@ -275,7 +299,7 @@ class RunArguments:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
         try:
-            content = yaml.safe_load(path.read_text()) or {}
+            content = yaml.load(path.read_text(), _UniqueKeys) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(content, dict):

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from .checkpoint_files import first_sentence, read_state_dict, shortened
 from .checkpoint_layouts import TRANSFORMERS_CLASSES, is_official_swin, to_timm_layout
 
+
+logger = logging.getLogger(__name__)
 
 #: Names of timm's models that are looked for in the names of files.
 TIMM_NAMES = ("vit_*", "deit*", "swin_*")
@@ -119,7 +122,14 @@ def read_timm_file(path: Path, architecture: str | None) -> TimmWeights:
     elif "depth" in arguments:
         # Nothing in a ViT tells its heads; they have 64 channels in all published sizes up to large.
         same_width = named.embed_dim == arguments["embed_dim"]
-        arguments["num_heads"] = named.blocks[0].attn.num_heads if same_width else arguments["embed_dim"] // 64
+        heads = named.blocks[0].attn.num_heads if same_width else max(1, arguments["embed_dim"] // 64)
+        arguments["num_heads"] = heads
+        if not same_width or _num_blocks(named) != arguments["depth"]:
+            logger.warning(
+                f"{path} does not tell how many attention heads its blocks have: {heads} are taken, as its width of"
+                f" {arguments['embed_dim']} has elsewhere; with others it would be another model: then load it by timm, and"
+                f" save it in the layout of transformers"
+            )
     model = build_timm_model(name, **arguments)
     details = name.partition(".")[0]
     if model.embed_dim != named.embed_dim or _num_blocks(model) != _num_blocks(named):
@@ -267,6 +277,8 @@ def timm_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
                 f"its {name} has the shape {tuple(state_dict[name].shape)}: expected {dimensions} dimensions; get the file"
                 f" again"
             )
+    if 0 in projection.shape:
+        raise ValueError(f"its patch embedding has the shape {tuple(projection.shape)}: expected no dimension of 0")
     arguments = {
         "embed_dim": projection.shape[0],
         "in_chans": projection.shape[1],

@@ -181,9 +181,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    if sizes(checkpoint).items() >= manifest["files"].items():
-        return manifest
-    return None
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    return manifest if isinstance(listed, dict) and sizes(checkpoint).items() >= listed.items() else None
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -19,7 +19,6 @@ from PIL.Image import Resampling
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, resolve_data_config
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     CLIPImageProcessorPil,
@@ -46,6 +45,7 @@ from .checkpoint_timm import (
     read_timm_folder,
     registered_name,
 )
+from .image_processors import find_image_processor
 
 
 logger = logging.getLogger(__name__)
@@ -219,11 +219,7 @@ def _load_transformers(
         raise ValueError(f"transformers cannot read it: {first_sentence(error)}") from None
     _check_loading_info(info, ignore_mismatched_sizes)
 
-    hub_arguments = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, **hub_arguments)
-    except OSError:
-        processor = None
+    processor = find_image_processor(name, {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS})
     if any(sizes.values()):
         config, state_dict = deepcopy(model.config), model.state_dict()
         resize_tables(state_dict, config, **sizes)

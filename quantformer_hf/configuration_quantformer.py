@@ -103,6 +103,8 @@ class QuantformerConfig(PreTrainedConfig):
             _check_choice("backbone_config.model_type", model_type, BACKBONES)
             self.backbone_config = AutoConfig.for_model(model_type, **backbone)
         _check_choice("backbone_config.model_type", self.backbone_config.model_type, BACKBONES)
+        if sum(getattr(self.backbone_config, "depths", None) or [self.backbone_config.num_hidden_layers]) < 1:
+            raise ValueError("backbone_config has no block to quantize: choose num_hidden_layers of 1 or more")
         _check_choice("stage", self.stage, STAGES)
         _check_choice("weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
         if self.stage == "packed" and self.packing_layout != LAYOUT_VERSION:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spaced import spaced
+from .spaced import step_between
 
 
 def _check_same_depth(student: Sequence[Tensor], teacher: Sequence[Tensor], what: str) -> None:
@@ -136,13 +136,14 @@ def entropy_matching_degree(
 
 @torch.no_grad()
 def evenly_spaced_rows(maps: Tensor, images: int, rows_per_image: int) -> Tensor:
-    """Rows of attention maps, as many from each image wherever it is processed: `(images * rows_per_image, tokens)`.
+    """Rows of attention maps, as many from each image wherever it is processed, `(rows, tokens)`.
 
     Args:
         maps: attention probabilities, `(batch, heads, tokens, tokens)`; Swin's batch counts windows, those of one image
             together.
         images: number of images in the batch.
-        rows_per_image: at most; fewer where an image has not so many.
+        rows_per_image: at most.
     """
     rows = maps.detach().float().reshape(images, -1, maps.shape[-1])
-    return rows[:, spaced(rows.shape[1], rows_per_image).to(rows.device)].reshape(-1, maps.shape[-1])
+    step = step_between(rows.shape[1], rows_per_image)
+    return rows[:, ::step][:, :rows_per_image].reshape(-1, maps.shape[-1])

@@ -6,16 +6,19 @@ is its own.
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from .backbone_layers import describe_backbone, pair
+from .checkpoint_files import first_sentence
 from .checkpoint_reader import CheckpointReader
 from .configuration_quantformer import QuantformerConfig
 from .expected_tensors import layer_bits
@@ -24,6 +27,8 @@ from .inspect_checkpoint import full_precision_bytes
 from .report import megabytes, weights_on_disk
 from .run_history import DIGITS, RECIPE_ARGUMENTS, UNRECORDED, hub_id, is_current, note_change
 
+
+logger = logging.getLogger(__name__)
 
 PAPER_TITLE = "Quantformer: Learning Extremely Low-Precision Vision Transformers"
 PAPER_DOI = "10.1109/TPAMI.2022.3229313"
@@ -73,9 +78,11 @@ def write_model_card(
             `MARK`, is kept as it is; license, language and tags of another are taken over.
     """
     replaces = Path(folder) / REPOCARD_NAME if replaces is None else Path(replaces)
-    before = ModelCard.load(replaces, ignore_metadata_errors=True) if replaces.is_file() else None
-    if before is not None and MARK not in before.text and MARK_OF_TRANSFORMERS not in before.text:
-        return
+    if replaces.is_file():
+        text = replaces.read_text(encoding="utf-8", errors="replace")
+        if MARK not in text and MARK_OF_TRANSFORMERS not in text:
+            return
+    before = _card_in(replaces)
     card = make_model_card(folder, config, history, repo_id)
     if before is not None:
         kept = {name: before.data.get(name) for name in KEPT_METADATA}
@@ -86,10 +93,23 @@ def write_model_card(
 def add_to_model_card(folder: str | Path, tags: str | Iterable[str] | None = None, **metadata: Any) -> None:
     """Add tags, and other metadata that is not None (`license`, `language`), to the card in `folder`, if there is one."""
     path = Path(folder) / REPOCARD_NAME
-    if path.is_file():
-        card = ModelCard.load(path, ignore_metadata_errors=True)
+    card = _card_in(path)
+    if card is not None:
         _add_metadata(card, [tags] if isinstance(tags, str) else tags or (), **metadata)
         card.save(path)
+
+
+def _card_in(path: Path) -> ModelCard | None:
+    """None where there is none, or one that nobody can read: no reason not to save a model."""
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning(
+            f"{path} cannot be read as a model card ({first_sentence(error)}), and nothing is taken over from it"
+        )
+        return None
 
 
 def _add_metadata(card: ModelCard, tags: Iterable[str], **metadata: Any) -> None:

@@ -28,11 +28,12 @@ from .configuration_quantformer import (
     check_quantization_arguments,
 )
 from .image_batches import Batches, check_given
+from .image_processors import image_processor_of
 from .labels import classification_loss
 from .model_refit import reconstruct
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, LAYOUT_VERSION
-from .pretrained import QuantformerPreTrainedModel, image_processor_of
+from .pretrained import QuantformerPreTrainedModel
 from .rotation import UNROTATED_BITS, rotate_stream
 from .run_history import note_change
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .spaced import spaced, spaced_places
+from .spaced import step_between
 
 
 #: Probabilities of the quantiles that are kept, dense in the tails, where clipping is decided: 0.0003 to 0.9997.
@@ -35,7 +35,7 @@ def weighted_sample(parts: Sequence[Tensor], weights: Tensor, most_rows: int = 4
         weights: of the rows of all parts, one part after the other, `(rows,)`; not negative, of a positive sum.
     """
     ends = weights.double().cumsum(0)
-    places = spaced_places(most_rows).to(weights.device) * (ends[-1] / most_rows)
+    places = (torch.arange(most_rows, dtype=torch.float64, device=weights.device) + 0.5) * (ends[-1] / most_rows)
     chosen = torch.searchsorted(ends, places).clamp_max(len(weights) - 1)
     drawn, first = [], 0
     for rows in parts:
@@ -65,8 +65,8 @@ class Observer:
         """Take rows of `x`, of any shape whose last dimension is a multiple of `channels`."""
         rows = x.detach().reshape(-1, self.channels)
         # As many as are left of a batch that came before.
-        taken = max(1, min(len(rows), self.rows_per_batch) // self.thinned)
-        self.batches.append(rows[spaced(len(rows), taken).to(rows.device)].float())
+        most = max(1, min(len(rows), self.rows_per_batch) // self.thinned)
+        self.batches.append(rows[:: step_between(len(rows), most)].float().clone())
         if sum(len(batch) for batch in self.batches) > self.most_rows:
             self.batches = [torch.cat(self.batches)[::2].clone()]
             self.thinned *= 2

@@ -104,6 +104,9 @@ class PackedMlp(OneJob):
 class PackedAttention(OneJob):
     """Attention of codes, from q, k and v to the output projection."""
 
+    #: Attributes that its job is made from.
+    SIZED_BY = ("scaling", "num_attention_heads", "head_dim")
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +124,8 @@ class PackedAttention(OneJob):
         set_sizes(job, batch, tokens)
         mask = self._mask(attention_mask, batch)
         if mask is not None:
-            mask = mask.float().contiguous().expand(batch, self.num_attention_heads, tokens, tokens)
+            # The keys of a query lie side by side, whatever the mask is broadcast from.
+            mask = operators.rows_of(mask.float().expand(batch, self.num_attention_heads, tokens, tokens))
             job.scores.mask, job.scores.mask_strides = mask.data_ptr(), mask.stride()[:3]
         job.output.y = output.data_ptr()
         kernels = library()
@@ -140,6 +144,9 @@ class PackedAttention(OneJob):
             or self.__dict__.get("captured_attention") is not None
             or self.config._attn_implementation != ATTENTION_IMPLEMENTATION
         )
+
+    def looked_at(self) -> tuple:
+        return tuple(getattr(self, name) for name in self.SIZED_BY)
 
     def prepare(self, channels: ChannelPlan) -> Prepared | None:
         operands = getattr(self, "operands", None)
@@ -199,4 +206,4 @@ def _check_positions(codes: Tensor, channels: ChannelPlan) -> None:
 
 
 def _output(codes: Tensor, outputs: int) -> Tensor:
-    return torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32)
+    return torch.empty((*codes.shape[:-1], outputs), dtype=torch.float32, device="cpu")

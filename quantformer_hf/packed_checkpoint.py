@@ -25,6 +25,9 @@ LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token"
 #: What the backbone's config alone says of how tensors are read: their names and shapes would be the same.
 UNSEEN_FIELDS = ("num_attention_heads", "num_heads", "hidden_act", "layer_norm_eps", "patch_size", "num_channels")
 
+#: As well, in files since 2026-12: the grid of patches.
+LATER_FIELDS = ("image_size",)
+
 
 def digest_of_state(state: dict[str, Tensor], config: QuantformerConfig) -> Tensor:
     """The digest of a packed model's tensors, without the one that holds it, and of what alone says how to read them.
@@ -35,11 +38,12 @@ def digest_of_state(state: dict[str, Tensor], config: QuantformerConfig) -> Tens
     return digest([name for name in state if name != DIGEST_NAME], state.__getitem__, _readings(config)[0])
 
 
-def _readings(config: QuantformerConfig) -> tuple[str, str]:
-    """What alone says how to read the tensors, and as much of it as files from before 2026-12 took into their digests."""
+def _readings(config: QuantformerConfig) -> tuple[str, ...]:
+    """What alone says how to read the tensors, and as much of it as older files took into their digests."""
     grids = f"{config.weight_quantizer}{', twin_levels' if config.twin_levels else ''}"
     backbone = {name: getattr(config.backbone_config, name, None) for name in UNSEEN_FIELDS}
-    return json.dumps([grids, config.whole_multiples, backbone]), grids
+    more = backbone | {name: getattr(config.backbone_config, name, None) for name in LATER_FIELDS}
+    return *(json.dumps([grids, config.whole_multiples, fields]) for fields in (more, backbone)), grids
 
 
 def check_packed_files(name: str | os.PathLike, config: QuantformerConfig, **location: Any) -> None:
@@ -68,7 +72,7 @@ def check_packed_files(name: str | os.PathLike, config: QuantformerConfig, **loc
 
         names, told = checkpoint.tensors.keys() - {DIGEST_NAME}, tensor_of(DIGEST_NAME)
         if not any(torch.equal(digest(names, tensor_of, reading), told) for reading in _readings(config)):
-            fields = ", ".join(("weight_quantizer", "twin_levels", "whole_multiples", *UNSEEN_FIELDS))
+            fields = ", ".join(("weight_quantizer", "twin_levels", "whole_multiples", *UNSEEN_FIELDS, *LATER_FIELDS))
             raise ValueError(
                 f"the packed checkpoint '{name}' is damaged: its tensors, or one of {fields} in its config.json, are not"
                 f" those that were saved; {repair}"

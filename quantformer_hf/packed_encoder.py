@@ -96,7 +96,7 @@ class PackedBlock(OneJob):
         return job, (before, after, attention[1], mlp[1])
 
     def looked_at(self) -> tuple:
-        return self.layernorm_before.eps, self.layernorm_after.eps
+        return self.layernorm_before.eps, self.layernorm_after.eps, *self.attention.looked_at()
 
     def has_own_parts(self) -> bool:
         """Whether nobody has put something else in the place of what its job stands for."""

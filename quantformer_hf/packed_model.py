@@ -99,7 +99,7 @@ class ModelJob:
         """
         if not kernels_take(pixel_values) or pixel_values.dim() != 4 or pixel_values.dtype != torch.float32:
             return None
-        if type(backbone) not in _TAKEN or backbone.training or is_heard(backbone) or pixel_values.is_neg():
+        if type(backbone) not in _TAKEN or backbone.training or is_heard(backbone):
             return None
         # Whoever wants more than the logits gets it from the modules.
         if any(value is not None and value is not False for value in kwargs.values()):
@@ -270,6 +270,7 @@ class _Steps:
                 raise _NotHere
             places.append(block.place(*geometry))
             self.look_at(block, *block.PLACED_BY)
+            self.look_at(block.attention, *block.attention.SIZED_BY)
             self.look_at(block.layernorm_before, "eps")
             self.look_at(block.layernorm_after, "eps")
             self.attention.append(block.attention)

@@ -8,21 +8,20 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from . import pack, quantize
-from .checkpoint_files import first_sentence, shortened
+from .checkpoint_files import shortened
 from .checkpoint_layouts import is_classifier
 from .checkpoint_reader import CheckpointReader
 from .checkpointing import replaced_together
 from .configuration_quantformer import QuantformerConfig, check_attention_implementation, check_model_type
+from .image_processors import find_image_processor
 from .model_card import ModelCardMixin, write_model_card
 from .packed_checkpoint import DIGEST_NAME, LOCATION_ARGUMENTS, check_packed_files, digest_of_state
 from .packed_layers import PackedWeight
 from .quantizers import ActivationQuantizer, GroupActivationQuantizer, LSQWeightQuantizer
-from .run_history import hub_id
 
 
 logger = logging.getLogger(__name__)
@@ -139,8 +138,14 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             told = {key: kwargs[key] for key in ("weight_quantizer", "twin_levels") if key in kwargs}
             check_model_type(config or name, cls.config_class.get_config_dict(config or name, **location)[0])
             config = cls.config_class.from_pretrained(config or name, **location, **told)
-        if config.stage == "packed" and name is not None:
-            check_packed_files(name, config, **location)
+        if config.stage == "packed":
+            if kwargs.get("variant") is not None or kwargs.get("use_safetensors") is False:
+                raise ValueError(
+                    "a packed model is in model.safetensors, whose digest is compared: leave out variant and"
+                    " use_safetensors=False"
+                )
+            if name is not None:
+                check_packed_files(name, config, **location)
         elif name is not None and os.path.isdir(name):
             # What is wrong with a file, transformers does not say.
             CheckpointReader.find(name, **location)
@@ -200,26 +205,3 @@ def _check_fits(name: str, info: dict, packed: bool, new_classifier: bool) -> No
             f"the checkpoint '{name}' is packed, and a new classifier has to be trained: load it with its own classes,"
             f" unpack() and save it, and start from there"
         )
-
-
-def find_image_processor(name: str, location: dict) -> BaseImageProcessor | None:
-    """What was saved beside the model, so that it travels on wherever the model is saved or pushed next."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(name, IMAGE_PROCESSOR_NAME, **location, **quiet) is None:
-        return None
-    try:
-        # Code of its own would be asked for on a terminal.
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **location)
-    except ValueError as error:
-        # No reason not to load the model.
-        logger.warning(
-            f"the image processor of {name} is left out ({first_sentence(error)}): set model.image_processor to have one"
-            f" saved and pushed with the model"
-        )
-        return None
-
-
-def image_processor_of(model: nn.Module) -> BaseImageProcessor | None:
-    """What lies beside the checkpoint in the layout of transformers that `model` was loaded from, if it was from one."""
-    name = getattr(model, "name_or_path", None)
-    return find_image_processor(name, {}) if name and (os.path.isdir(name) or hub_id(name)) else None

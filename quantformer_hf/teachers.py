@@ -25,7 +25,9 @@ ALIKE = {
 
 def check_is_teacher(teacher: Any, student: PreTrainedModel) -> None:
     """Raise TypeError or ValueError unless `teacher` is a model of transformers, and another one, or None."""
-    if teacher is not None and not isinstance(teacher, PreTrainedModel):
+    if teacher is None:
+        return
+    if not isinstance(teacher, PreTrainedModel):
         raise TypeError(
             f"the teacher is a {type(teacher).__name__}: give a model of transformers; those of timm, and other"
             f" checkpoints, are made such by quantformer_hf.checkpoints.load_full_precision(name).model"

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -175,6 +176,7 @@ class QuantformerTrainingArguments(TrainingArguments):
                 f"assignment_temperature is {self.assignment_temperature}, and ema_decay would average assignments of all"
                 f" temperatures: set the former to 1, or the latter to 0 in the search (--search.ema_decay 0)"
             )
+        self._check_schedule()
         if not 0 < self.learning_rate_per_bit < float("inf"):
             raise ValueError(f"learning_rate_per_bit is {self.learning_rate_per_bit}: choose more than 0; 1 is off")
         if self.search_steps == 0:
@@ -229,6 +231,17 @@ class QuantformerTrainingArguments(TrainingArguments):
                 f"search_steps is {self.search_steps}, and max_steps {self.max_steps}: leave steps to finetune after it,"
                 f" or set search_steps to -1"
             )
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError for a schedule that lacks a setting: it is made after minutes of calibration."""
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.learning_rate or 1.0)
+        kind, told = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        try:
+            get_scheduler(kind, optimizer, 0, num_training_steps=10, scheduler_specific_kwargs=dict(told or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_type is {getattr(kind, 'value', kind)} with lr_scheduler_kwargs {told}: {error}"
+            ) from error
 
     @property
     def n_gpu(self) -> int:

@@ -131,10 +131,11 @@ def test_adaptive_degree_stays_within_its_range():
 
 
 def test_the_rows_looked_at_do_not_depend_on_how_images_are_spread():
-    windows = torch.rand(4 * 3, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    windows = torch.rand(4 * 3, 2, 6, 6, generator=torch.Generator().manual_seed(0))
     together = evenly_spaced_rows(windows, images=4, rows_per_image=7)
     apart = torch.cat([evenly_spaced_rows(part, images=2, rows_per_image=7) for part in windows.split(6)])
-    assert together.shape == (4 * 7, 5)
+    # Every fifth of 36, so that all places in a window are seen.
+    assert together.shape == (4 * 7, 6)
     assert torch.equal(together, apart)
 
 

@@ -1,9 +1,15 @@
 """What a kernel of the CPU reads, it reads without looking: refuse tensors that are not what it is told."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..packing import packed_width
+from .reference import largest_weight
+
+
+LARGEST_INT32 = 2**31 - 1
 
 
 def check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias) -> None:
@@ -31,6 +37,23 @@ def check_source(source: Tensor | None, channels: int) -> None:
     least, most = (end.item() for end in source.aminmax())
     if least < 0 or most > channels:
         raise ValueError(f"the order of the channels has numbers from {least} to {most}: they are 0 to {channels}")
+
+
+def reason_against_sums(
+    group_ends: Sequence[int], largest: int, largest_code: int, multiplier: int, addend: int
+) -> str | None:
+    """Why the sums of a group may not fit into the 32 bits in which kernels add up, or None where they do."""
+    longest = max(end - start for start, end in zip((0, *group_ends[:-1]), group_ends, strict=True))
+    if longest * largest * largest_weight(largest_code, multiplier, addend) > LARGEST_INT32:
+        return f"the sums of a group of {longest} channels may not fit into 32 bits"
+    return None
+
+
+def check_sums(group_ends: Sequence[int], largest: int, largest_code: int, multiplier: int, addend: int) -> None:
+    """Raise ValueError where they may not."""
+    reason = reason_against_sums(group_ends, largest, largest_code, multiplier, addend)
+    if reason is not None:
+        raise ValueError(f"{reason}: quantize the layer to fewer bits, or leave it in floating point (32)")
 
 
 def check_float32(*tensors: Tensor) -> None:

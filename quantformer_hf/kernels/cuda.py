@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .checks import reason_against_sums
 from .library import switched_off
 
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 #: Of the oldest devices whose tensor cores triton drives with signed bytes.
 LEAST_CAPABILITY = (8, 0)
 #: What the sums of a group stay within.
-LARGEST_INT32 = 2**31 - 1
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def triton_kernels() -> ModuleType | None:
 def reason_against(weight: "WeightPlan", channels: "ChannelPlan | TokenPlan", device: torch.device) -> str | None:
     """Why the Triton kernels do not serve a layer, or some tokens of it, on a CUDA device, or None where they do."""
     integers = weight.largest_code, weight.multiplier, weight.addend
-    reasons = (_reason_against_sums(part.group_ends, part.largest, *integers) for part in channels.parts)
+    reasons = (reason_against_sums(part.group_ends, part.largest, *integers) for part in channels.parts)
     return reason_against_device(device) or next(filter(None, reasons), None)
 
 
@@ -59,15 +59,6 @@ def reason_against_device(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"compute capability {capability}: the Triton kernels need {LEAST_CAPABILITY}"
-    return None
-
-
-def _reason_against_sums(
-    group_ends: Sequence[int], largest: int, largest_code: int, multiplier: int, addend: int
-) -> str | None:
-    longest = max(end - start for start, end in zip((0, *group_ends[:-1]), group_ends, strict=True))
-    if longest * largest * reference.largest_weight(largest_code, multiplier, addend) > LARGEST_INT32:
-        return f"the sums of a group of {longest} channels may not fit into 32 bits"
     return None
 
 
@@ -128,7 +119,7 @@ def multiply(
         and reason_against_device(codes.device) is None
         # Merged sums are less than 2^24.
         and (
-            multiples is not None or _reason_against_sums(group_ends, largest, largest_code, multiplier, addend) is None
+            multiples is not None or reason_against_sums(group_ends, largest, largest_code, multiplier, addend) is None
         )
     )
     integers = largest_code, multiplier, addend

@@ -15,7 +15,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from . import cuda, reference
-from .checks import check_float32, check_product, check_source
+from .checks import check_float32, check_product, check_source, check_sums
 from .library import AttentionMix, AttentionProbabilities, Codes, LayerNorm, Norm, Product, check, library
 from .merging import merged_groups
 
@@ -54,6 +54,8 @@ def nobody_listens(x: Tensor) -> bool:
         type(x) is Tensor
         and x.is_cpu
         and not is_compiling()
+        # A kernel would read it without its sign.
+        and not x.is_neg()
         and peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
         and not _len_torch_dispatch_stack()
@@ -111,7 +113,7 @@ def run_quantize(prepared: Codes, x: Tensor, norm: LayerNorm | None = None) -> T
     job = Codes.from_buffer_copy(prepared)
     if x.shape[-1] != job.channels:
         raise ValueError(f"there are scales and offsets for {job.channels} channels, and the input has {x.shape[-1]}")
-    codes = torch.empty((*rows, job.positions), dtype=torch.uint8)
+    codes = torch.empty((*rows, job.positions), dtype=torch.uint8, device="cpu")
     job.x, job.rows, job.codes = x.data_ptr(), rows.numel(), codes.data_ptr()
     job.image_rows = x.shape[-2] if job.first_rows else 0
     if norm is not None:
@@ -221,6 +223,7 @@ def prepare_multiply(
     check_float32(group_scales, scale, bias)
     check_product(weight, columns, bits, positions, group_ends, group_scales, scale, bias)
     check_source(source, columns)
+    check_sums(group_ends, largest, largest_code, multiplier, addend)
     largest_weight = reference.largest_weight(largest_code, multiplier, addend)
     integers = reference.weight_integers_by_rows(weight, columns, bits, multiplier, addend, source)
     weights = integers if looks_at_weights else None
@@ -261,7 +264,7 @@ def run_multiply(prepared: Product, codes: Tensor) -> Tensor:
     job = Product.from_buffer_copy(prepared)
     if codes.shape[-1] != job.positions:
         raise ValueError(f"the codes have {codes.shape[-1]} positions, and the layer {job.positions}")
-    y = torch.empty((*rows, job.outputs), dtype=torch.float32)
+    y = torch.empty((*rows, job.outputs), dtype=torch.float32, device="cpu")
     job.x, job.rows, job.y = codes.data_ptr(), rows.numel(), y.data_ptr()
     job.image_rows = codes.shape[-2] if job.first_rows else 0
     check(kernels.quantformer_multiply(ctypes.byref(job), torch.get_num_threads(), kernels.parallel_for))
@@ -285,13 +288,13 @@ def attention_probabilities(
     kernels = library()
     if kernels is None:
         return reference.attention_probabilities(query, key, mask, operands, largest, scaling)
-    query, key = _rows(query), _rows(key)
+    query, key = rows_of(query), rows_of(key)
     check_float32(query, key, operands)
     batch, heads, queries, head_size = query.shape
-    probabilities = torch.empty((batch, heads, queries, key.shape[2]), dtype=torch.float32)
+    probabilities = query.new_empty((batch, heads, queries, key.shape[2]))
     if mask is not None:
         check_float32(mask)
-        mask = _rows(mask.expand(probabilities.shape))
+        mask = rows_of(mask.expand(probabilities.shape))
     job = AttentionProbabilities(
         query=query.data_ptr(),
         key=key.data_ptr(),
@@ -328,11 +331,11 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
     kernels = library()
     if kernels is None:
         return reference.attention_mix(probabilities, value, operands, largest)
-    probabilities, value = probabilities.contiguous(), _rows(value)
+    probabilities, value = probabilities.contiguous(), rows_of(value)
     check_float32(probabilities, value, operands)
     batch, heads, queries, keys = probabilities.shape
     head_size = value.shape[-1]
-    output = torch.empty((batch, queries, heads, head_size), dtype=torch.float32)
+    output = value.new_empty((batch, queries, heads, head_size))
     job = AttentionMix(
         probabilities=probabilities.data_ptr(),
         value=value.data_ptr(),
@@ -350,7 +353,7 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
     return output
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """`x` with its last dimension in one piece; the others may lie as they do."""
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -33,7 +33,7 @@ def order_weights(
     if shared is not None and job.ordered_bits == shared[0].ordered_bits:
         job.ordered = shared[0].ordered
         return job, shared[1]
-    ordered = torch.empty(size, dtype=torch.uint8)
+    ordered = torch.empty(size, dtype=torch.uint8, device="cpu")
     check(library().quantformer_order_weights(ctypes.byref(job), reader, ordered.data_ptr()))
     job.ordered = ordered.data_ptr()
     return job, ordered

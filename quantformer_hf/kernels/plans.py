@@ -102,7 +102,7 @@ def plan_channels(
     """
     if alignment is None:
         alignment = ALIGNMENT if scale.is_cuda else STEP
-    of_channel = torch.zeros(channels, dtype=torch.long) if index is None else index.long().cpu()
+    of_channel = torch.zeros(channels, dtype=torch.long, device="cpu") if index is None else index.long().cpu()
     source, ends = [], []
     for group in range(scale.numel()):
         members = (of_channel == group).nonzero().flatten().tolist()
