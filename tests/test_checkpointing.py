@@ -76,6 +76,9 @@ def test_what_is_no_checkpoint_is_passed_over(checkpoints):
     (checkpoints / "checkpoint-7").mkdir()
     (checkpoints / "checkpoint-8").write_text("a file")
     shutil.copytree(checkpoints / "checkpoint-2", checkpoints / UNFINISHED / "checkpoint-9")
+    for number, content in enumerate(("{}", "null", "[]", '{"files": 1}'), start=10):
+        shutil.copytree(checkpoints / "checkpoint-2", checkpoints / f"checkpoint-{number}")
+        (checkpoints / f"checkpoint-{number}" / MANIFEST).write_text(content)
     assert [path.name for path in whole_checkpoints(checkpoints)] == ["checkpoint-1", "checkpoint-2"]
     assert newest_checkpoint(checkpoints / "nowhere") is None
 

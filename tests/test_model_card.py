@@ -232,6 +232,17 @@ def test_a_card_written_by_hand_is_kept_and_ours_is_renewed_with_its_license(tmp
     assert (tmp_path / "README.md").read_text() == own
 
 
+@pytest.mark.parametrize("content", [b"caf\xe9", b"---\n- a\n---\n", b"---\na: [\n---\n"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_what_is_no_card_does_not_take_the_model_with_it(content, ours, tmp_path):
+    content += f"\n{MARK}\n".encode() if ours else b""
+    (tmp_path / "README.md").write_bytes(content)
+    make_quantized("vit", "finetune").save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    assert ((tmp_path / "README.md").read_bytes() == content) is not ours
+    add_to_model_card(tmp_path, "flowers")
+
+
 def test_the_trainers_draft_of_a_card_does_not_replace_ours(tmp_path):
     args = QuantformerTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     trainer = QuantformerTrainer(recorded(), args)

@@ -41,6 +41,52 @@ def test_a_module_in_one_call_gives_the_bits_of_its_layers(packed):
 
 
 @needs_kernels
+def test_a_default_device_is_not_that_of_what_kernels_write(packed):
+    images = make_batches()[0]
+    expected = logits(packed, images)
+    made = copy.deepcopy(packed)
+    # Nothing is prepared yet, and layers are called one by one as well.
+    with torch.device("meta"), torch.no_grad():
+        assert torch.equal(made(images).logits, expected)
+        assert torch.equal(made(images, output_attentions=True).logits, expected)
+        assert torch.equal(made(images, output_hidden_states=True).logits, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (4, 1, 17, 1), (4, 1, 1, 17), (1, 2, 17, 17)])
+@pytest.mark.parametrize("backbone", ["vit"])
+def test_a_mask_may_be_broadcast_over_any_of_its_dimensions(packed, shape):
+    images, mask = make_batches()[0], torch.randn(shape)
+    with torch.no_grad():
+        found = packed(images, attention_mask=mask).logits
+        layers = packed(images, attention_mask=mask, output_attentions=True).logits
+        whole = packed(images, attention_mask=mask.expand(4, 2, 17, 17).contiguous()).logits
+    assert torch.equal(found, layers)
+    assert torch.equal(found, whole)
+
+
+@needs_kernels
+@pytest.mark.parametrize("backbone", ["vit"])
+def test_a_job_follows_the_scaling_of_attention(packed):
+    images = make_batches()[0]
+    before = logits(packed, images)
+    for block in packed.backbone.vit.layers:
+        block.attention.scaling = 1.0
+    after = logits(packed, images)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, one_by_one(packed, images))
+
+
+@needs_kernels
+@pytest.mark.parametrize("backbone", ["vit"])
+def test_a_negative_view_keeps_its_sign(packed):
+    layer = packed.backbone.classifier
+    x = torch.randn(4, layer.in_features)
+    with torch.no_grad():
+        assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+
+
+@needs_kernels
 @pytest.mark.parametrize("backbone", ["vit", "deit"])
 def test_a_block_whose_layernorm_is_listened_to_leaves_its_parts_whole(packed):
     images = make_batches()[0]

@@ -141,6 +141,23 @@ def test_arguments_may_be_given_as_to_any_model_of_transformers(tmp_path):
     assert torch.equal(loaded.backbone.classifier.bias, state["backbone.classifier.bias"])
 
 
+def test_files_of_a_packed_model_without_a_digest_are_not_loaded(tmp_path):
+    make_quantized("vit", "finetune").pack().save_pretrained(tmp_path)
+    for told in ({"variant": "fp16"}, {"use_safetensors": False}):
+        with pytest.raises(ValueError, match="whose digest is compared: leave out variant and use_safetensors=False"):
+            QuantformerForImageClassification.from_pretrained(tmp_path, **told)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["backbone_config"]["image_size"] = [8, 32]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"is damaged: its tensors, or one of .*image_size in its config\.json"):
+        QuantformerForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_model_without_a_block_is_refused():
+    with pytest.raises(ValueError, match="backbone_config has no block to quantize"):
+        QuantformerConfig(backbone_config={"model_type": "vit", "num_hidden_layers": 0})
+
+
 def test_a_packed_model_has_one_layout(tmp_path):
     model = make_quantized("vit", "finetune").pack()
     with pytest.raises(ValueError, match="save_original_format is True, and packed models have one layout alone"):
