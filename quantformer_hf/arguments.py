@@ -149,6 +149,10 @@ class ModelArguments:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name} is not JSON ({error}): {value}") from error
+        if not isinstance(self.backbone_config, dict | None):
+            raise ValueError(
+                f"backbone_config is {self.backbone_config!r}: write the fields of a config, as a dictionary"
+            )
         if self.reconstruction_samples < 0:
             raise ValueError(f"reconstruction_samples is {self.reconstruction_samples}: choose 0 (off) or more")
         if isinstance(self.stages, str):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,9 @@ class DataArguments:
                 self.data_files = json.loads(self.data_files)
             except json.JSONDecodeError as error:
                 raise ValueError(f"data_files is not JSON ({error}): {self.data_files}") from error
+        for name in ("dataset_name", "dataset_dir"):
+            if not isinstance(getattr(self, name), str | os.PathLike | None):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: write a name")
         if sum(given is not None for given in (self.dataset_name, self.dataset_dir, self.data_files)) != 1:
             raise ValueError(
                 "give the images by one of dataset_name ('digits' needs no download), dataset_dir and data_files"

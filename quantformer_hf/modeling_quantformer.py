@@ -322,7 +322,7 @@ class QuantformerForImageClassification(QuantformerPreTrainedModel):
         """Go to the stage `packed`: integer codes in the place of every quantized weight (`packing.py`), for inference.
 
         The logits of inference (`eval()`, no gradients) stay what they were, bit for bit. No full-precision copy of a
-        weight is kept or made: layers multiply codes (`kernels/`), and there are no gradients.
+        weight is kept: layers multiply codes (`kernels/`), and there are no gradients.
 
         Raises:
             StageError: not in the stage `finetune`.

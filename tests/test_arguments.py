@@ -212,6 +212,19 @@ def test_wrong_flags_are_explained(flags, message):
         RunArguments(["--dataset_name", "digits", *flags]).model_arguments()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dataset_name: 5\n", "dataset_name is 5: write a name"),
+        ("dataset_name: [digits]\n", r"dataset_name is \['digits'\]: write a name"),
+        ("dataset_name: digits\nbackbone_config: [1]\n", r"backbone_config is \[1\]: write the fields"),
+    ],
+)
+def test_values_of_another_type_in_a_file_are_named(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        RunArguments([write(tmp_path, text), "--output_dir", "out"]).for_stage("finetune")
+
+
 def test_steps_of_a_search_are_for_the_stage_that_searches():
     run = RunArguments(["--dataset_name", "digits", "--search_steps", "3"])
     assert {stage: run.for_stage(stage).training.search_steps for stage in ("search", "finetune")} == {

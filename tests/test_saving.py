@@ -186,7 +186,7 @@ def test_parts_of_a_model_are_not_offloaded(stage, tmp_path):
         "max_memory": {"cpu": model.get_memory_footprint() // 2},
         "offload_folder": str(tmp_path / "off"),
     }
-    with pytest.raises(ValueError, match=r"parts of the model on (cpu, )?disk, and quantized models are not offloaded"):
+    with pytest.raises(ValueError, match=r"quantized models are not offloaded|offload the whole model"):
         QuantformerForImageClassification.from_pretrained(tmp_path, **sizes)
     QuantformerForImageClassification.from_pretrained(tmp_path, device_map="auto")(make_batches()[0])
 

@@ -22,10 +22,11 @@ def check_candidates(candidates: Iterable[int]) -> tuple[int, ...]:
     Raises:
         ValueError: one that is not 1 to 8, or none that activations may have (2 to 8).
     """
-    candidates = tuple(sorted(set(candidates)))
+    candidates = tuple(candidates)
     for bits in candidates:
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
             raise ValueError(f"candidate_bits has {bits!r}: choose from 1 to 8 (1 bit is for weights only)")
+    candidates = tuple(sorted(set(candidates)))
     if not any(bits >= 2 for bits in candidates):
         raise ValueError(f"candidate_bits is {list(candidates)}: activations need one of 2 to 8")
     return candidates
