@@ -136,11 +136,11 @@ def evaluate_only(arguments: StageArguments) -> None:
     if not arguments.training.do_eval or arguments.model.model_name_or_path is None:
         raise ValueError("no stage to run: name some in --stages, or give --do_eval with --model_name_or_path")
     name, asked = arguments.model.model_name_or_path, sorted(arguments.typed & set(QUANTIZATION_ARGUMENTS))
+    results = evaluate_checkpoint(name, arguments)
     if asked and not is_quantized(name):
         getLogger("quantformer_hf").warning(
-            f"{name} is evaluated as it is, in full precision, without {', '.join(asked)}"
+            f"{name} was evaluated as it is, in full precision, without {', '.join(asked)}"
         )
-    results = evaluate_checkpoint(name, arguments)
     if PartialState().is_main_process:
         output_dir = Path(arguments.training.output_dir)
         (output_dir / "eval_results.json").write_text(json.dumps(results, indent=1))

@@ -203,7 +203,7 @@ class StageArguments:
                 f"resume_from_checkpoint is {training.resume_from_checkpoint!r}: the same command goes on by itself, from"
                 f" the newest whole checkpoint of its stage; leave it out"
             )
-        if training.do_train is False and "do_train" in self.typed:
+        if self.model.stages and training.do_train is False and "do_train" in self.typed:
             raise ValueError(
                 "do_train is False, and stages train: leave it out, and give --stages --do_eval to evaluate alone, or"
                 " --num_train_epochs 0 for stages without a step"

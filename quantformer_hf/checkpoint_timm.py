@@ -127,8 +127,8 @@ def read_timm_file(path: Path, architecture: str | None) -> TimmWeights:
         if not same_width or _num_blocks(named) != arguments["depth"]:
             logger.warning(
                 f"{path} does not tell how many attention heads its blocks have: {heads} are taken, as its width of"
-                f" {arguments['embed_dim']} has elsewhere; with others it would be another model: then load it by timm, and"
-                f" save it in the layout of transformers"
+                f" {arguments['embed_dim']} has elsewhere; with others it would be another model: then say by architecture="
+                f" (--architecture) which of timm's it is"
             )
     model = build_timm_model(name, **arguments)
     details = name.partition(".")[0]

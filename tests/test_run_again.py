@@ -222,7 +222,7 @@ def test_an_evaluation_says_what_it_does_not_look_at(finished, tmp_path):
     command = ["--stages", "--do_eval", "--bit_width", "2", "--model_name_or_path"]
     assert "has weight_bits 4, and not 2" in again(tmp_path / "out", *command, finished / "packed", code=1)
     stderr = again(tmp_path / "out", *command, finished / "full_precision")
-    assert "is evaluated as it is, in full precision, without bit_width, num_groups" in stderr
+    assert "was evaluated as it is, in full precision, without bit_width, num_groups" in stderr
 
 
 @pytest.mark.slow
