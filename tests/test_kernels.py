@@ -18,6 +18,7 @@ from quantformer_hf.kernels import (
     reference,
     using,
 )
+from quantformer_hf.kernels.checks import check_sums
 from quantformer_hf.packing import pack_codes
 
 
@@ -286,3 +287,13 @@ def test_kernels_whose_jobs_have_other_sizes_are_not_run(fields, monkeypatch, ca
     monkeypatch.setattr(library, "Step", Other)
     assert library._load() is None
     assert "are of another version or damaged" in caplog.text
+
+
+def test_sums_that_32_bits_may_not_hold_are_refused():
+    # Codes of 8 bits up to 255, weights of 8 bits from -128: 65,793 products of 255 * 128 fit, and 33,025 of 255 * 255.
+    for most, integers in ((65793, (255, 1, -128)), (33025, (255, 2, -255))):
+        check_sums([most, 2 * most], 255, *integers)
+        with pytest.raises(
+            ValueError, match=f"a group of {most + 1} channels may not fit into 32 bits: quantize the layer"
+        ):
+            check_sums([5, most + 6], 255, *integers)
