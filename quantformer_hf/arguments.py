@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from .configuration_quantformer import QUANTIZATION_ARGUMENTS, QuantformerConfig, nearest
 from .data import DataArguments
+from .grids import FULL_PRECISION_BITS
 from .mixed_precision.arguments import AllocationArguments
 from .training_args import QuantformerTrainingArguments
 
@@ -163,6 +164,9 @@ class ModelArguments:
                 raise ValueError(f"unknown stage {stage!r}{nearest(stage, RUN_STAGES)}")
         if self.stages != sorted(set(self.stages), key=RUN_STAGES.index):
             raise ValueError(f"stages are {self.stages}: name each once, in the order {', '.join(RUN_STAGES)}")
+        if self.attention_bits is None:
+            # As in a config. What is None here was not given.
+            self.attention_bits = FULL_PRECISION_BITS
 
     def check_quantization(self) -> None:
         """Raise ValueError for bits, groups or quantizers that no model has, as far as can be told without it."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .finite import check_finite
 from .inspect_checkpoint import read_config
 from .modeling_quantformer import QuantformerForImageClassification
 from .run_history import note_change
@@ -50,27 +51,34 @@ def average_checkpoints(folders: Sequence[Path]) -> QuantformerForImageClassific
     """A model whose weights, scales and offsets are the means of those in `folders`.
 
     Args:
-        folders: of checkpoints in the stage `finetune` that began as the same one, and so have the same groups. Before that
-            stage nothing shows whether they did, and after it weights are codes, of which a mean is none.
+        folders: of checkpoints in the stage `finetune` that began as the same one, and so have the same groups (of models
+            with one group nothing shows it). Before that stage nothing shows whether they did, and after it weights are
+            codes, of which a mean is none.
 
     Raises:
-        ValueError: fewer than two, one of another stage, or other settings or groups.
+        ValueError: fewer than two, the same one twice, one of another stage, other settings, groups or preprocessing, or
+            values that are not finite.
         FileNotFoundError: no such checkpoint.
     """
     if len(folders) < 2:
         raise ValueError(f"{folders[0]} alone has no mean but itself: name two checkpoints or more")
-    for folder in folders:
+    for number, folder in enumerate(folders):
+        if folder.resolve() in (other.resolve() for other in folders[:number]):
+            raise ValueError(f"{folder} is named twice, and would count twice: name each checkpoint once")
         stage = read_config(folder).stage
         if stage != "finetune":
             raise ValueError(f"{folder} is in the stage '{stage}': name the folder of its stage 'finetune'")
     _check_same_settings(folders)
     model = QuantformerForImageClassification.from_pretrained(folders[0], dtype=torch.float32)
     own = model.state_dict()
-    sums = {name: _addend(name, tensor).double() for name, tensor in own.items()}
+    sums = {name: _addend(name, check_finite(folders[0], name, tensor)).double() for name, tensor in own.items()}
     for folder in folders[1:]:
-        other = QuantformerForImageClassification.from_pretrained(folder, dtype=torch.float32).state_dict()
+        another = QuantformerForImageClassification.from_pretrained(folder, dtype=torch.float32)
+        if _preprocessing(another) != _preprocessing(model):
+            raise ValueError(f"the preprocessing of images is not the same in {folders[0]} and {folder}: {_WAY_OUT}")
+        other = another.state_dict()
         for name in sums:
-            addend = _addend(name, other[name])
+            addend = _addend(name, check_finite(folder, name, other[name]))
             if not addend.is_floating_point() and not torch.equal(own[name], addend):
                 raise ValueError(f"{name} is not the same in {folders[0]} and {folder}: {_WAY_OUT}")
             sums[name] += addend
@@ -86,6 +94,10 @@ def _check_same_settings(folders: Sequence[Path]) -> None:
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
                 raise ValueError(f"{name} is not the same in {folders[0]} and {folder}: {_WAY_OUT}")
+
+
+def _preprocessing(model: QuantformerForImageClassification) -> dict[str, Any] | None:
+    return None if model.image_processor is None else model.image_processor.to_dict()
 
 
 def _addend(name: str, tensor: Tensor) -> Tensor:

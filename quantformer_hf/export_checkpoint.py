@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .finite import check_finite
 from .inspect_checkpoint import read_config
 from .modeling_quantformer import QuantformerForImageClassification
 from .report import megabytes, weights_on_disk
@@ -53,6 +54,9 @@ def run(arguments: Any) -> None:
     folder = Path(arguments.checkpoint)
     check_export(read_config(folder), arguments.output, arguments.opset)
     model = QuantformerForImageClassification.from_pretrained(folder, dtype=torch.float32)
-    export_onnx(model, arguments.output, arguments.opset, arguments.exact)
-    written = arguments.output.stat().st_size
+    for name, tensor in model.state_dict().items():
+        check_finite(folder, name, tensor)
+    written = sum(
+        path.stat().st_size for path in export_onnx(model, arguments.output, arguments.opset, arguments.exact)
+    )
     print(f"{arguments.output}: {megabytes(written)}, from {megabytes(weights_on_disk(folder))} in {folder}")

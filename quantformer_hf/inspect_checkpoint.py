@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .backbone_layers import Backbone, describe_backbone
 from .checkpoint_files import shortened
@@ -22,6 +23,7 @@ from .expected_tensors import (
     layer_bits,
     quantizer_bits,
 )
+from .finite import check_finite
 from .grids import FULL_PRECISION_BITS
 from .ops.scales import SMALLEST_SCALE
 from .packed_checkpoint import check_packed_files
@@ -123,6 +125,8 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         backbone = describe_backbone(config.backbone_config)
         expected = expected_tensors(backbone, config)
     _check_tensors(folder, files, expected)
+    for name in expected:
+        check_finite(folder, name, torch.from_numpy(files.read(name)))
     _check_bit_widths(folder, files, quantizer_bits(backbone, config))
     if config.stage == "packed":
         check_packed_files(folder, config)
@@ -215,7 +219,7 @@ def _scales(folder: Path, files: CheckpointReader, layer: str) -> tuple[float, f
     if name not in files.tensors:
         return None
     # As `ops.positive` uses them: training may have carried one through zero.
-    scales = np.maximum(np.abs(_read_finite(folder, files, name)), SMALLEST_SCALE)
+    scales = np.maximum(np.abs(files.read(name)), SMALLEST_SCALE)
     return scales.min().item(), scales.max().item()
 
 
@@ -223,7 +227,7 @@ def _channels(folder: Path, files: CheckpointReader, quantizer: str, inputs: int
     if bits == FULL_PRECISION_BITS:
         return None
     scale, index, logits = (f"{PREFIX}{quantizer}.{part}" for part in ("scale", "group_index", "assignment_logits"))
-    groups = _read_finite(folder, files, scale).size
+    groups = files.read(scale).size
     if index in files.tensors:
         assignment = files.read(index)
     elif logits in files.tensors:
@@ -241,17 +245,6 @@ def _channels(folder: Path, files: CheckpointReader, quantizer: str, inputs: int
             f" damaged, copy or download it again"
         )
     return tuple(np.bincount(assignment, minlength=groups).tolist())
-
-
-def _read_finite(folder: Path, files: CheckpointReader, name: str) -> np.ndarray:
-    values = files.read(name)
-    wrong = values[~np.isfinite(values)]
-    if wrong.size:
-        raise ValueError(
-            f"{folder}: '{name}' holds {wrong[0].item()}: the file is damaged, or its training went astray; copy or"
-            f" download it again, or start from an earlier checkpoint"
-        )
-    return values
 
 
 def _ideal_bytes(files: CheckpointReader, backbone: Backbone, config: QuantformerConfig) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .configuration_quantformer import QuantformerConfig, nearest
+from .grids import FULL_PRECISION_BITS
 
 
 CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier")
@@ -73,6 +74,7 @@ def check_same_quantization(backbone: nn.Module, config: QuantformerConfig, told
         found = getattr(config if hasattr(config, name) else config.backbone_config, name, None)
         # Checkpoints that are older than these have none.
         found = bool(found) if name == "twin_levels" else found
+        found = FULL_PRECISION_BITS if name == "attention_bits" and found is None else found
         if value not in (None, found):
             raise ValueError(
                 f"{source} has {name} {found}, and not {value}: start from the full-precision checkpoint, or leave out"

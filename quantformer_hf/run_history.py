@@ -89,18 +89,26 @@ def hub_id(name: str | None, bare: bool = False) -> str | None:
     return name
 
 
-def record_of(stage: str, told: dict[str, Any], results: dict[str, float]) -> dict[str, Any]:
+def is_local(source: str | None) -> bool:
+    """Whether the checkpoint that a stage starts from lies on this machine. Later, and from elsewhere, nobody could tell."""
+    return source is not None and Path(source).exists()
+
+
+def record_of(
+    stage: str, told: dict[str, Any], results: dict[str, float], local_source: bool = False
+) -> dict[str, Any]:
     """The record of a complete stage.
 
     Args:
         stage: its name.
         told: its arguments, with `source`, the checkpoint that it started from.
         results: accuracies, 0 to 1, by name (`pretrain_accuracy`).
+        local_source: `is_local` of the source, while it was there.
     """
     dataset = told.get("dataset_name")
     return {
         "stage": stage,
-        "source": hub_id(told.get("source")),
+        "source": None if local_source else hub_id(told.get("source")),
         "dataset": DIGITS if dataset == DIGITS else hub_id(dataset, bare=True),
         "evaluation": {name: told[name] for name in EVALUATION_ARGUMENTS if told.get(name) is not None},
         "recipe": {name: told[name] for name in RECIPE_ARGUMENTS if told.get(name) is not None},
@@ -135,7 +143,8 @@ def history_in(folder: str | Path | None) -> list[dict[str, Any]]:
         if written["results"] is None:
             break
         told = written["arguments"]
-        records.insert(0, record_of(Path(folder).name, told, written["results"]))
+        local = written.get("local_source", False)
+        records.insert(0, record_of(Path(folder).name, told, written["results"], local))
         folder = told.get("source")
     return records
 

@@ -25,7 +25,7 @@ from .mixed_precision.allocation_file import BitAllocation
 from .model_card import write_model_card
 from .modeling_quantformer import QuantformerForImageClassification
 from .pretrained import QuantformerPreTrainedModel
-from .run_history import STAGE_FILE, history_in, read_stage_file, record_of
+from .run_history import STAGE_FILE, history_in, is_local, read_stage_file, record_of
 from .stage_folders import PACKED_FOLDER, READ_PATHS, delete_folder
 from .stage_start import StageStart
 from .stage_trainer import evaluating_trainer, training_trainer
@@ -361,6 +361,7 @@ class StageRun:
                 # Not before the model that they belong to.
                 flush_tree(self.folder)
             written = {"arguments": self.told, "results": results, "source_digest": self._source_digest()}
+            written["local_source"] = is_local(self.source)
             write_durably(self.folder / STAGE_FILE, json.dumps(written, indent=1))
         PartialState().wait_for_everyone()
 

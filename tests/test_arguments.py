@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quantformer_hf import QuantformerConfig
 from quantformer_hf.arguments import ARGUMENT_CLASSES, PRESETS, RUN_STAGES, DataArguments, RunArguments
 
 
@@ -51,6 +52,15 @@ def test_a_flag_wins_over_a_presets_section_of_a_stage():
     assert run.for_stage("search").training.max_steps == 3
     assert run.for_stage("finetune").training.max_steps == 1000
     assert RunArguments([*flags, "--max_steps", "5"]).for_stage("finetune").training.max_steps == 5
+
+
+@pytest.mark.parametrize("preset", ["lightning", "best"])
+def test_a_swin_that_learns_from_its_teacher_has_its_own_stochastic_depth_before_alone(preset):
+    flags = ["--preset", preset, "--dataset_name", "digits", "--output_dir", "x"]
+    rates = {stage: RunArguments(flags).for_stage(stage).training.drop_path_rate for stage in RUN_STAGES}
+    quantized = ("pretrain", "search", "finetune")
+    assert rates == dict.fromkeys(RUN_STAGES) | dict.fromkeys(quantized, 0.0)
+    assert RunArguments([*flags, "--drop_path_rate", "0.1"]).for_stage("finetune").training.drop_path_rate == 0.1
 
 
 def test_epochs_that_were_asked_for_win_over_a_presets_steps():
@@ -231,6 +241,13 @@ def test_steps_of_a_search_are_for_the_stage_that_searches():
         "search": 3,
         "finetune": -1,
     }
+
+
+def test_no_bits_in_a_file_leave_the_attention_products_in_floating_point(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("dataset_name: digits\nattention_bits: null\n")
+    model = RunArguments([str(path)]).for_stage("finetune").model
+    assert QuantformerConfig(**model.quantization_arguments()).attention_bits == 32
 
 
 def test_an_unknown_flag_is_refused(capsys):

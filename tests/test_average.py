@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import make_batches, make_quantized
-from transformers import AutoModelForImageClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from quantformer_hf.__main__ import main
 from quantformer_hf.run_history import is_current, record_of
@@ -60,6 +61,13 @@ def test_bad_input_names_itself_and_the_way_out(runs, tmp_path):
     models[1].save_pretrained(tmp_path / "regrouped")
     models[0].pack().save_pretrained(tmp_path / "packed")
     make_quantized(stage="finetune", weight_quantizer="lsq_shifted").save_pretrained(tmp_path / "shifted")
+    make_quantized(stage="finetune").save_pretrained(tmp_path / "astray")
+    tensors = load_file(tmp_path / "astray" / "model.safetensors")
+    tensors["backbone.classifier.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "astray" / "model.safetensors", {"format": "pt"})
+    for name, mean in (("bright", 0.5), ("dark", 0.1)):
+        models[1].image_processor = ViTImageProcessor(image_mean=[mean] * 3)
+        models[1].save_pretrained(tmp_path / name)
     output = tmp_path / "mean"
     for given, said in (
         ([folders[0]], "alone has no mean"),
@@ -67,6 +75,13 @@ def test_bad_input_names_itself_and_the_way_out(runs, tmp_path):
         ([folders[0], tmp_path / "other"], "backbone_config is not the same .* the same checkpoint"),
         ([folders[0], tmp_path / "shifted"], "weight_quantizer is not the same .* the same checkpoint"),
         ([folders[0], tmp_path / "regrouped"], "group_index is not the same .* the same checkpoint"),
+        ([folders[0], tmp_path / "astray"], r"astray: 'backbone\.classifier\.weight' holds nan"),
+        ([tmp_path / "astray", folders[0]], r"astray: 'backbone\.classifier\.weight' holds nan"),
+        ([folders[0], folders[0].parent / "." / folders[0].name], "is named twice"),
+        (
+            [tmp_path / "bright", tmp_path / "dark"],
+            "the preprocessing of images is not the same .* the same checkpoint",
+        ),
         ([folders[0], tmp_path / "nowhere"], "nowhere does not exist"),
     ):
         with pytest.raises(SystemExit, match=said):

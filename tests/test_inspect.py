@@ -238,6 +238,12 @@ def test_values_that_cannot_be_are_named(checkpoint):
     with pytest.raises(ValueError, match=r"weight_quantizer\.scale' holds nan"):
         inspect_checkpoint(checkpoint)
     make_quantized("vit", "finetune").save_pretrained(checkpoint)
+    edit_tensors(checkpoint, lambda tensors: tensors[f"{quantizer}.weight"][3].fill_(torch.inf))
+    with pytest.raises(ValueError, match=r"fc2\.weight' holds inf"):
+        inspect_checkpoint(checkpoint)
+    with pytest.raises(SystemExit, match=r"fc2\.weight' holds inf"):
+        main(["export", "onnx", str(checkpoint), "--output", str(checkpoint / "model.onnx")])
+    make_quantized("vit", "finetune").save_pretrained(checkpoint)
     edit_tensors(checkpoint, lambda tensors: tensors[f"{quantizer}.input_quantizer.group_index"][0].fill_(4))
     with pytest.raises(ValueError, match="names the group 4, and there are 4"):
         inspect_checkpoint(checkpoint)

@@ -1,5 +1,7 @@
 """The model card: what it states was so, and what was not measured is not stated."""
 
+import json
+
 import pytest
 import torch
 from conftest import IMAGE_SIZE, make_batches, make_full_precision, make_quantized
@@ -14,7 +16,7 @@ from transformers import (
 
 from quantformer_hf import QuantformerForImageClassification, QuantformerTrainer, QuantformerTrainingArguments
 from quantformer_hf.model_card import MARK, add_to_model_card, write_model_card
-from quantformer_hf.run_history import UNRECORDED, hub_id, record_of
+from quantformer_hf.run_history import UNRECORDED, history_in, hub_id, is_local, record_of
 
 
 def told(**changes):
@@ -46,6 +48,20 @@ def recorded(stage="finetune", **arguments):
 def saved_card(model, folder):
     model.save_pretrained(folder)
     return ModelCard.load(folder / "README.md")
+
+
+def test_a_folder_is_no_model_of_the_hub_from_wherever_one_looks(tmp_path, monkeypatch):
+    finetune = tmp_path / "out" / "finetune"
+    finetune.mkdir(parents=True)
+    written = {"arguments": told(source="models/deit"), "results": {}, "source_digest": None}
+    for local, source in ((True, None), (False, "models/deit")):
+        (finetune / "stage.json").write_text(json.dumps(written | {"local_source": local}))
+        assert [record["source"] for record in history_in(finetune)] == [source]
+    (tmp_path / "models" / "deit").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_local("models/deit")
+    assert not is_local("models/vit")
+    assert not is_local(None)
 
 
 def test_a_model_without_a_run_claims_no_result(tmp_path, backbone, stage):

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def export_onnx(
     path: str | os.PathLike,
     opset: int = DEQUANTIZE_VERSION,
     exact: bool = False,
-) -> None:
+) -> list[Path]:
     """Write `model` to `path`: `pixel_values` `(batch, channels, height, width)` to `logits` `(batch, classes)`, float32.
 
     Batches have any size, images that of the model. The metadata of the file holds, as JSON, `id2label` and, where the
@@ -61,6 +62,9 @@ def export_onnx(
         exact: write the arithmetic of the packed model operator by operator (`exporters/exact.py`): ONNX Runtime,
             and OpenVINO in float32, then give its logits of finite images bit for bit, and take longer. Weights take 4 or 8
             bits, whatever the operator set.
+
+    Returns:
+        the files: beyond 1.5 GB another one, `path` with `.data` after it, holds the weights.
 
     Raises:
         ValueError: groups that are not frozen, another operator set, or `exact` of a model that computes in floating point.
@@ -87,12 +91,13 @@ def export_onnx(
     program.model.metadata_props.update(_metadata(model))
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    try:
-        program.save(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as drafts:
+        program.save(Path(drafts) / path.name)
+        # The file itself, which names the one with the data, comes last.
+        written = sorted(Path(drafts).iterdir(), key=lambda draft: draft.name == path.name)
+        for draft in written:
+            _check_free(path.with_name(draft.name))
+        return [draft.replace(path.with_name(draft.name)) for draft in written]
 
 
 def check_export(config: QuantformerConfig, path: Path, opset: int) -> None:
@@ -104,6 +109,10 @@ def check_export(config: QuantformerConfig, path: Path, opset: int) -> None:
             f"the model is in the stage '{config.stage}', whose groups can still change: run the stage 'finetune', or"
             f" model.freeze_groups(), and export what that gives"
         )
+    _check_free(path)
+
+
+def _check_free(path: Path) -> None:
     if path.exists():
         raise FileExistsError(f"{path} exists: name another file, or take it away first")
 

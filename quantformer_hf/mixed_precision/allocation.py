@@ -12,8 +12,10 @@ from .cost import CostModel
 from .search_space import Widths
 
 
-#: What an allocation's cost rests on beside its bits.
+#: What an allocation's cost rests on beside its bits: fields of the config,
 SETTINGS = ("class_token_bits", "attention_bits", "embedding_bits", "classifier_bits", "num_groups", "weight_quantizer")
+#: and of the backbone's, where it has them.
+BACKBONE_SETTINGS = ("image_size", "window_size")
 
 
 def make_allocation(
@@ -37,6 +39,8 @@ def make_allocation(
         for name, width in widths.items()
     }
     settings = {name: getattr(config, name) for name in SETTINGS}
+    backbone = config.backbone_config
+    settings |= {name: getattr(backbone, name) for name in BACKBONE_SETTINGS if hasattr(backbone, name)}
     settings["candidate_bits"] = sorted({*costs.space.weight_bits, *costs.space.activation_bits})
     budget = {budget.unit: budget.most for budget in budgets}
     return BitAllocation(layers, costs.totals(widths), budget, method, settings)

@@ -118,13 +118,18 @@ class BitAllocation:
         """Raise ValueError if this keeps a budget only with other settings than those of `config`."""
         # Older files do not say what they had no choice of.
         for name, value in ({"class_token_bits": None} | self.settings).items():
-            now = getattr(config, name, value)
-            if self.budget and now != value:
+            now = getattr(config, name, getattr(config.backbone_config, name, value))
+            if self.budget and _as_pair(now) != _as_pair(value):
                 way_out = f"leave out {name}" if value is None else f"give --{name} {value}"
                 raise ValueError(
                     f"{source} keeps its budget with {name} {value}, and not with {now}: {way_out}, or make another"
                     f" allocation by the stage 'allocate'"
                 )
+
+
+def _as_pair(value: Any) -> Any:
+    """The same for one number and for two that are alike: a size may be written as either."""
+    return [value, value] if isinstance(value, int) else list(value) if isinstance(value, tuple) else value
 
 
 def _with_tuple(layer: AllocatedLayer) -> AllocatedLayer:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..image_batches import pixel_values_of
+from ..labels import one_class_an_image
 from ..modeling_quantformer import QuantformerForImageClassification, StageError
 from ..progress import progress
 from .budget import Budget
@@ -54,7 +55,7 @@ class BudgetSearch:
 
     Raises:
         StageError: not calibrated, or in another stage.
-        ValueError: no image.
+        ValueError: no image, or a model whose logits no softmax makes probabilities of.
     """
 
     def __init__(
@@ -67,6 +68,12 @@ class BudgetSearch:
         if model.config.stage != "pretrain" or not model.config.calibrated:
             raise StageError(
                 "the search for bits needs a model in the stage 'pretrain': run model.calibrate(batches) first"
+            )
+        if not one_class_an_image(model.config):
+            raise ValueError(
+                f"the search for bits compares probabilities of classes, and this model, with num_labels"
+                f" {model.config.num_labels} and problem_type {model.config.problem_type}, has none: choose layer_bits by"
+                f" hand"
             )
         self.costs, self.space = costs, costs.space
         batches = [pixel_values_of(batch).to(model.device) for batch in batches]

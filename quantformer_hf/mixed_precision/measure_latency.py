@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..checkpoint_files import first_sentence
 from ..checkpoints import load_full_precision
 from ..classifiers import is_quantized
 from ..configuration_quantformer import QuantformerConfig
@@ -168,6 +169,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in TIMED_SETTINGS:
         default = getattr(QuantformerConfig(), name)
         parser.add_argument(f"--{name}", type=int, default=default, help="of the models (default: %(default)s)")
+    for name in ("image_size", "window_size"):
+        parser.add_argument(f"--{name}", type=int, help="other than the checkpoint's")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each, of which the median counts")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
@@ -177,21 +180,38 @@ def run(arguments: Any) -> None:
     candidates = check_candidates(arguments.candidate_bits)
     if arguments.rounds < 1:
         raise ValueError(f"rounds is {arguments.rounds}: choose at least 1")
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {arguments.device}, and torch finds no GPU: leave it out to measure on the CPU")
+    settings = {name: getattr(arguments, name) for name in TIMED_SETTINGS}
+    QuantformerConfig(**settings)
+    _check_device(arguments.device)
     if is_quantized(arguments.model):
         raise ValueError(
             f"{arguments.model} is quantized already: name the full-precision model, which is measured at each width"
         )
-    model = load_full_precision(arguments.model).model
-    # Now, and not after minutes of measuring.
-    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.output).touch()
-    settings = {name: getattr(arguments, name) for name in TIMED_SETTINGS}
-    table = measure_latency(model, candidates, arguments.rounds, arguments.device, **settings)
-    table.write(arguments.output)
+    sizes = {"image_size": arguments.image_size, "window_size": arguments.window_size}
+    model = load_full_precision(arguments.model, **sizes).model
+    output = Path(arguments.output)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already: name another file by --output")
+    # Whether it can be written shows now, and not after minutes of measuring.
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.touch()
+    try:
+        table = measure_latency(model, candidates, arguments.rounds, arguments.device, **settings)
+        table.write(output)
+    except BaseException:
+        output.unlink(missing_ok=True)
+        raise
     rows = [[*str(key).rsplit(", ", 1), f"{time:.3f}"] for key, time in table.times.items()]
     rows.append(["everything else in the model", "", f"{table.rest:.3f}"])
     threads = torch.get_num_threads()
     print(format_table([f"one image, {threads} thread{'s' if threads > 1 else ''}", "bits", "ms"], rows))
-    print(f"\nThe table is in {arguments.output}")
+    print(f"\nThe table is in {output}")
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device is {name}, which torch does not find here ({first_sentence(error)}): leave it out to measure on the CPU"
+        ) from error

@@ -21,7 +21,7 @@ from ..grids import FULL_PRECISION_BITS
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..stage_trainer import training_trainer
 from ..stages import StageRun
-from .allocation import SETTINGS, make_allocation, mean_bits, write_allocation
+from .allocation import BACKBONE_SETTINGS, SETTINGS, make_allocation, mean_bits, write_allocation
 from .budget import BIT_OPERATIONS, MILLISECONDS, UniformBudget, format_cost
 from .budget_search import BudgetSearch, check_budgets, check_refinement
 from .cost import CostModel, budget_in_numbers
@@ -192,7 +192,7 @@ def check_later_stages(run: RunArguments, stages: Sequence[str]) -> None:
         told = run.for_stage(stage).model
         if told.layer_bits:
             raise ValueError(f"the stage 'allocate' chooses layer_bits: leave it out of the stage '{stage}'")
-        for name in SETTINGS:
+        for name in (*SETTINGS, *BACKBONE_SETTINGS):
             if getattr(told, name) != getattr(allocates, name):
                 raise ValueError(
                     f"{name} is {getattr(told, name)} in the stage '{stage}' and {getattr(allocates, name)} in the stage"

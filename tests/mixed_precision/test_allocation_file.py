@@ -136,6 +136,14 @@ def test_settings_with_which_the_budget_would_not_hold_are_refused(tmp_path):
         config_of("vit", layer_bits=path, embedding_bits=4)
     with pytest.raises(ValueError, match="with weight_quantizer lsq_by_width, and not with minmax"):
         config_of("vit", layer_bits=path, weight_quantizer="minmax")
+    larger = config_of("vit").backbone_config.to_dict()
+    size = larger["image_size"]
+    with pytest.raises(
+        ValueError, match=f"with image_size {size}, and not with {2 * size}: give --image_size {size}, or"
+    ):
+        QuantformerConfig(num_groups=4, layer_bits=path, backbone_config=larger | {"image_size": 2 * size})
+    # The same size, in the other way that transformers has of writing it.
+    QuantformerConfig(num_groups=4, layer_bits=path, backbone_config=larger | {"image_size": [size, size]})
 
 
 def test_mean_bits_count_weights_by_their_elements_and_inputs_by_multiplications():

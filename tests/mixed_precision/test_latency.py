@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import instruction_sets, make_full_precision, make_quantized
+from conftest import IMAGE_SIZE, instruction_sets, make_full_precision, make_quantized
 from test_cost import config_of
 
 from quantformer_hf.__main__ import main
+from quantformer_hf.checkpoints import load_full_precision
 from quantformer_hf.kernels import using
 from quantformer_hf.mixed_precision.cost import CostModel
 from quantformer_hf.mixed_precision.latency_table import LatencyKey, LatencyTable
@@ -124,8 +125,30 @@ def test_what_cannot_be_written_or_measured_is_said_before_anything_is_measured(
     with pytest.raises(SystemExit, match=r"FileExistsError|NotADirectoryError"):
         main(["measure-latency", str(tmp_path / "model"), "--output", str(file / "latency.csv")])
     if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="device is cuda, and torch finds no GPU"):
+        with pytest.raises(SystemExit, match="device is cuda, which torch does not find here"):
             main(["measure-latency", str(tmp_path / "model"), "--device", "cuda"])
+    with pytest.raises(SystemExit, match="device is tpu, which torch does not find here"):
+        main(["measure-latency", str(tmp_path / "model"), "--device", "tpu"])
+    output = tmp_path / "latency.csv"
+    with pytest.raises(SystemExit, match="num_groups is 500"):
+        main(["measure-latency", str(tmp_path / "model"), "--num_groups", "500", "--output", str(output)])
+    # 255 fit into a file, and not into 32 channels.
+    with pytest.raises(SystemExit, match="255"):
+        main(["measure-latency", str(tmp_path / "model"), "--num_groups", "255", "--output", str(output)])
+    assert not output.exists()
+    output.write_text("what somebody measured")
+    with pytest.raises(SystemExit, match=r"latency\.csv is there already: name another file by --output"):
+        main(["measure-latency", str(tmp_path / "model"), "--output", str(output)])
+    assert output.read_text() == "what somebody measured"
+
+
+def test_linears_are_measured_at_the_size_of_the_images_that_are_to_come(tmp_path):
+    make_full_precision("vit").save_pretrained(tmp_path / "model")
+    output = tmp_path / "latency.csv"
+    flags = ["--candidate_bits", "2", "--num_groups", "4", "--rounds", "1", "--image_size", str(2 * IMAGE_SIZE)]
+    main(["measure-latency", str(tmp_path / "model"), *flags, "--output", str(output)])
+    config = load_full_precision(tmp_path / "model", image_size=2 * IMAGE_SIZE).model.config
+    assert (config.image_size // config.patch_size) ** 2 + 1 in {key.rows for key in LatencyTable.read(output).times}
 
 
 def test_the_whole_model_is_timed_with_its_other_bits(tmp_path, monkeypatch):
@@ -137,9 +160,9 @@ def test_the_whole_model_is_timed_with_its_other_bits(tmp_path, monkeypatch):
 
     monkeypatch.setattr("quantformer_hf.mixed_precision.measure_latency._packed", packed)
     make_full_precision("vit").save_pretrained(tmp_path / "model")
-    flags = ["--candidate_bits", "2", "--rounds", "1", "--output", str(tmp_path / "latency.csv")]
-    main(["measure-latency", str(tmp_path / "model"), *flags, "--class_token_bits", "8", "--attention_bits", "32"])
-    main(["measure-latency", str(tmp_path / "model"), *flags])
+    command = ["measure-latency", str(tmp_path / "model"), "--candidate_bits", "2", "--rounds", "1", "--output"]
+    main([*command, str(tmp_path / "one.csv"), "--class_token_bits", "8", "--attention_bits", "32"])
+    main([*command, str(tmp_path / "two.csv")])
     assert timed == [(8, 32), (None, 8)]
 
 

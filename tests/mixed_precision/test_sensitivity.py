@@ -96,6 +96,15 @@ def test_everything_put_in_is_the_quantized_model_itself():
     assert kept == (student.argmax(1) == teacher.argmax(1)).float().mean().item()
 
 
+def test_what_has_no_classes_to_lose_is_refused():
+    model = make_quantized("vit")
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(
+        ValueError, match="problem_type multi_label_classification, has none: choose layer_bits by hand"
+    ):
+        BudgetSearch(model, make_batches(1), CostModel(model.config, SearchSpace.of(model.config)))
+
+
 def test_replayed_units_do_not_run():
     model = make_full_precision("vit")
     units = blocks(model)

@@ -58,6 +58,7 @@ def test_one_value_in_a_file_needs_no_brackets(tmp_path):
     ("later", "message"),
     [
         ({"finetune": {"num_groups": 32}}, "num_groups is 32 in the stage 'finetune' and .* in the stage 'allocate'"),
+        ({"finetune": {"image_size": 32}}, "image_size is 32 in the stage 'finetune' and None in the stage 'allocate'"),
         ({"search": {"layer_bits": {"vit.layers.*": 8}}}, "leave it out of the stage 'search'"),
     ],
 )
