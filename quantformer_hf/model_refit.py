@@ -12,10 +12,10 @@ from .estimate import free_bytes, mebibytes
 from .image_batches import Batches, pixel_values_in
 from .kernels import fake_quantized
 from .labels import one_class_an_image
-from .progress import progress
 from .quantize import classifiers, full_precision, reading_layers, writing_streams
 from .quantizers import GroupActivationQuantizer
-from .reconstruction import Readers, reconstruct_layers, token_weights
+from .reconstruction import reconstruct_layers
+from .token_weights import Readers, token_weights
 
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ def _reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
     model.eval()
     try:
         with off():
-            watched = progress(batches, "Weighing tokens, batches")
-            weights, logits = zip(*(token_weights(model, batch, readers) for batch in watched), strict=True)
+            weights, logits = token_weights(model, batches, readers)
         _warn_of_too_little_memory(batches, weights, readers)
         # What the quantizers put out is looked at.
         with torch.no_grad(), fake_quantized():

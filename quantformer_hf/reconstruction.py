@@ -5,9 +5,8 @@ each linear that reads it is to give on these quantized inputs what the full-pre
 regression with a strong pull to the old weight (`regression.py`), then rounding column by column, where the columns
 not yet rounded make up for those that are (GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv
 2504.02692). A linear that writes to the residual stream is to make up for what the stream beside it lacks as well:
-errors would otherwise add up from block to block. Tokens count by how much the model's output depends on them (FIMA-Q,
-arXiv 2506.11543, weighs errors by the Fisher information): without that the few tokens with huge values, which cannot
-be met, spoil the fit of all others.
+errors would otherwise add up from block to block. Tokens count by how much the model's output depends on them
+(`token_weights.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,61 +22,11 @@ from .paused import PausedRuns, Place
 from .progress import progress
 from .quantizers import GroupActivationQuantizer, LSQWeightQuantizer
 from .regression import Evidence, Moments, Part, nothing, refit_layer
+from .token_weights import Readers
 
-
-#: Power of a token's Fisher information that becomes its weight.
-TOKEN_WEIGHT_POWER = 0.5
-
-Readers = Mapping[GroupActivationQuantizer, Sequence[nn.Linear]]
 
 #: For the quantizers whose one reader writes to the residual stream: where that is seen before and after it.
 Streams = Mapping[GroupActivationQuantizer, tuple[Place, Place]]
-
-
-def token_weights(
-    model: nn.Module, pixel_values: Tensor, readers: Readers
-) -> tuple[dict[GroupActivationQuantizer, Tensor], Tensor]:
-    """How much each row that a quantizer sees matters: `‖∂ log p(y)/∂(outputs of its readers)‖`, `(rows,)`, of mean one.
-
-    y is drawn from the model's own prediction, so that no labels are needed. The logits are returned beside them, float32.
-
-    Args:
-        model: an image classifier in full precision.
-        pixel_values: `(batch, channels, height, width)`.
-        readers: the linears that read what each quantizer puts out.
-    """
-    outputs: dict[GroupActivationQuantizer, list[Tensor]] = {quantizer: [] for quantizer in readers}
-
-    def keep(quantizer: GroupActivationQuantizer) -> Callable[[nn.Module, tuple, Tensor], None]:
-        return lambda _, __, output: outputs[quantizer].append(with_gradient(output))
-
-    handles = [
-        layer.register_forward_hook(keep(quantizer)) for quantizer, layers in readers.items() for layer in layers
-    ]
-    try:
-        with torch.enable_grad():
-            logits = model(pixel_values=pixel_values).logits.float()
-            # The same draw for the same images, on every process.
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-            loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-            flat = [output for group in outputs.values() for output in group]
-            gradients = iter(torch.autograd.grad(loss, flat) if flat else ())
-    finally:
-        for handle in handles:
-            handle.remove()
-    weights = {}
-    for quantizer, group in outputs.items():
-        information = sum(next(gradients).float().square().sum(-1).flatten() for _ in group)
-        weight = information.pow(TOKEN_WEIGHT_POWER)
-        # A model that is certain of all images has no gradient left to tell tokens by.
-        weights[quantizer] = weight / weight.mean() if weight.mean() > 0 else torch.ones_like(weight)
-    return weights, logits.detach()
-
-
-def with_gradient(output: Tensor) -> Tensor:
-    """The same tensor, which has a gradient even where no parameter before it has."""
-    return output if output.requires_grad else output.requires_grad_()
 
 
 class Seen(NamedTuple):

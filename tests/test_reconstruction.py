@@ -14,13 +14,13 @@ from quantformer_hf import (
     quantize,
     reconstruction,
     regression,
+    token_weights,
 )
 from quantformer_hf.kernels import fake_quantized
 from quantformer_hf.layers import QuantLinear
 from quantformer_hf.paused import PausedRuns, Place
 from quantformer_hf.quantize import reading_layers
 from quantformer_hf.quantizers import LSQWeightQuantizer
-from quantformer_hf.reconstruction import token_weights
 from quantformer_hf.regression import (
     DAMPINGS,
     FOLDS,
@@ -169,30 +169,6 @@ def test_one_image_or_images_that_do_not_count_give_no_folds():
     assert choose_damping([]) == DAMPINGS[-1]
 
 
-def test_token_weights_are_positive_of_mean_one_and_find_the_token_that_is_read():
-    model = make_full_precision("vit")
-    quantized = make_quantized("vit")
-    readers = reading_layers(quantized)
-    weights = token_weights(quantized, make_batches(1)[0], readers)[0]
-    assert weights.keys() == readers.keys()
-    for weight in weights.values():
-        assert (weight >= 0).all()
-        assert weight.mean().item() == pytest.approx(1.0, rel=1e-4)
-    # Only the class token leaves the last block.
-    tokens = (model.config.image_size // model.config.patch_size) ** 2 + 1
-    last = quantized.backbone.vit.layers[-1].mlp.fc2.input_quantizer
-    per_token = weights[last].view(-1, tokens)
-    assert (per_token[:, 0] > 0).all()
-    assert (per_token[:, 1:] == 0).all()
-
-
-def test_a_certain_model_weighs_all_tokens_alike():
-    quantized = make_quantized("vit")
-    quantized.backbone.classifier.bias.data[0] = 1e4
-    for weight in token_weights(quantized, make_batches(1)[0], reading_layers(quantized))[0].values():
-        assert (weight == 1).all()
-
-
 def output_error(model, backbone, batches) -> float:
     original = make_full_precision(backbone)
     with torch.no_grad():
@@ -301,7 +277,7 @@ def test_what_each_regression_goes_by(backbone, monkeypatch):
     given = {}
     # Layers stay, all tokens count alike, and the images that run together are not those of a batch.
     monkeypatch.setattr(reconstruction, "refit_layer", given.setdefault)
-    monkeypatch.setattr(reconstruction, "TOKEN_WEIGHT_POWER", 0.0)
+    monkeypatch.setattr(token_weights, "TOKEN_WEIGHT_POWER", 0.0)
     monkeypatch.setattr(model_refit, "IMAGES_AT_ONCE", 3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

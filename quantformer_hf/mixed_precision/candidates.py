@@ -17,8 +17,8 @@ from ..modeling_quantformer import QuantformerForImageClassification
 from ..paused import PausedRuns, Place
 from ..quantize import full_precision, reading_layers
 from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
-from ..reconstruction import token_weights
 from ..regression import Evidence, Moments, nothing, refit_layer
+from ..token_weights import token_weights
 from .search_space import SearchSpace
 
 
@@ -114,7 +114,7 @@ def _moments(model: nn.Module, batches: list[Tensor]) -> dict[GroupActivationQua
     readers = reading_layers(model)
     found = {}
     with full_precision(model):
-        weights = [token_weights(model, batch, readers)[0] for batch in batches]
+        weights, _ = token_weights(model, batches, readers)
         with torch.no_grad(), PausedRuns(model, batches, [Place(quantizer) for quantizer in readers]) as runs:
             for _ in readers:
                 (quantizer, _), given = runs.go_on()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..progress import progress
 from ..quantize import full_precision
-from ..reconstruction import with_gradient
+from ..token_weights import fisher_directions, with_gradient
 from .candidates import Candidates
 from .search_space import SearchSpace
 from .solver import Losses
@@ -106,10 +106,7 @@ def backward_passes(
             handle.remove()
     # The same draws for the same images, on every process.
     generator = torch.Generator().manual_seed(0)
-    root = logits.detach().softmax(-1).sqrt()
-    for _ in range(draws):
-        noise = torch.randn(logits.shape, generator=generator).to(logits)
-        z = root * (noise - root * (root * noise).sum(-1, keepdim=True))
+    for z in fisher_directions(logits, draws, generator):
         total = (z * logits).sum()
         gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True)
         by_name = {name: _by_image(g, batch) for name, g in zip(outputs, gradients, strict=True)}

@@ -196,7 +196,7 @@ def test_weights_are_rounded_for_the_tokens_that_count(monkeypatch):
     model, given = make_quantized("vit"), {}
     space, readers = SearchSpace.of(model.config, (4,)), reading_layers(model)
     rows = torch.arange(8 * 17) % 17 == 0
-    monkeypatch.setattr(candidates, "token_weights", lambda *_: (dict.fromkeys(readers, rows.float()), None))
+    monkeypatch.setattr(candidates, "token_weights", lambda *_: ([dict.fromkeys(readers, rows.float())], None))
     monkeypatch.setattr(candidates, "refit_layer", lambda _, found: given.setdefault(id(found.moments), found))
     Candidates.of(model, space, BATCHES[:1])
     with torch.no_grad(), full_precision(model), PausedRuns(model, BATCHES[:1], map(Place, readers)) as runs:
