@@ -71,6 +71,8 @@ def run_stages() -> None:
     if not arguments.model.stages:
         evaluate_only(arguments)
         return
+    for warning in without_effect(run, arguments.model.stages):
+        getLogger("quantformer_hf").warning(warning)
     if arguments.model.overwrite_output_dir:
         check_nothing_needed_is_deleted(run, arguments.model.stages, output_dir)
     if "allocate" in arguments.model.stages:
@@ -111,6 +113,19 @@ def run_stages() -> None:
         if destination is not None:
             destination.push(source)
             print(f"It is {destination.name} on the hub")
+
+
+def without_effect(run: RunArguments, stages: list[str]) -> list[str]:
+    """Warnings of flags that say nothing to any of `stages`, which are to run."""
+    warnings = [
+        f"flags that begin with --{stage}. are without effect: the stage is not among those that run ({', '.join(stages)})"
+        for stage in run.flagged
+        if stage not in stages
+    ]
+    if "allocate" in stages:
+        told = [name for name in ("bit_width", "weight_bits", "activation_bits") if name in run.typed["allocate"]]
+        warnings += [f"--{name} is not what the blocks get: the stage 'allocate' chooses their bits" for name in told]
+    return warnings
 
 
 def print_allocation(costs: dict[str, float], folder: Path) -> None:

@@ -255,6 +255,9 @@ class RunArguments:
         arguments: the command line without the program's name; by default that of this process. A first argument that
             ends in `.yaml` or `.yml` is the file.
 
+    Attributes:
+        flagged: the stages of which a flag says something. A file may hold more than one command needs.
+
     Raises:
         ValueError: an unknown key in the file, a value of the wrong type, or something said of one stage that holds for the
             whole run.
@@ -277,6 +280,7 @@ class RunArguments:
             flags[target].append(argument)
         given = _given_flags(flags.pop(None))
         self.common.update(given)
+        self.flagged = [stage for stage, said in flags.items() if said]
         for stage, stage_flags in flags.items():
             # A flag for all stages wins over the file's word on one.
             self.by_stage[stage] = {k: v for k, v in self.by_stage[stage].items() if k not in given}

@@ -8,6 +8,7 @@ import yaml
 
 from quantformer_hf import QuantformerConfig
 from quantformer_hf.arguments import ARGUMENT_CLASSES, PRESETS, RUN_STAGES, DataArguments, RunArguments
+from run_quantformer import without_effect
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -241,6 +242,19 @@ def test_steps_of_a_search_are_for_the_stage_that_searches():
         "search": 3,
         "finetune": -1,
     }
+
+
+def test_flags_that_say_nothing_to_any_stage_are_known():
+    flags = ["--dataset_name", "digits", "--output_dir", "x"]
+    run = RunArguments([*flags, "--search.max_steps", "3", "--finetune.max_steps", "3"])
+    assert without_effect(run, ["finetune"]) == [
+        "flags that begin with --search. are without effect: the stage is not among those that run (finetune)"
+    ]
+    run = RunArguments([*flags, "--budget", "W3A3", "--bit_width", "3"])
+    said = "--bit_width is not what the blocks get: the stage 'allocate' chooses their bits"
+    assert without_effect(run, ["allocate", "finetune"]) == [said]
+    # What a preset says of stages, nobody typed.
+    assert without_effect(RunArguments([*flags, "--preset", "lightning", "--bit_width", "3"]), ["finetune"]) == []
 
 
 def test_no_bits_in_a_file_leave_the_attention_products_in_floating_point(tmp_path):
