@@ -27,7 +27,8 @@ class Rounded(NamedTuple):
 
     Attributes:
         weight: `scale * codes`, `(out, in)`.
-        latent: what was rounded, column by column, `(out, in)`: it rounds to the same.
+        latent: what was rounded, column by column, `(out, in)`: it rounds to the same. No further out than the levels, from
+            where training could not move it into them.
         scale: `(out,)`.
     """
 
@@ -56,7 +57,8 @@ def round_weight(weight: Tensor, grid: Grid, hessian: Tensor, sweeps: int = SWEE
         scale = regress_scale(weight, codes, scale, hessian)
         codes, latent = descend(weight, codes, scale, grid, hessian)
     back = order.argsort()
-    return Rounded((codes * scale.unsqueeze(1))[:, back], latent[:, back], scale)
+    ends = ((end + grid.shift) * scale.unsqueeze(1) for end in (grid.qmin, grid.qmax))
+    return Rounded((codes * scale.unsqueeze(1))[:, back], latent.clamp(*ends)[:, back], scale)
 
 
 def to_codes(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:
