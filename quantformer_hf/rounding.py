@@ -27,8 +27,7 @@ class Rounded(NamedTuple):
 
     Attributes:
         weight: `scale * codes`, `(out, in)`.
-        latent: what was rounded, column by column, `(out, in)`: it rounds to the same. No further out than the levels, from
-            where training could not move it into them.
+        latent: what was rounded, column by column, `(out, in)`: it rounds to the same.
         scale: `(out,)`.
     """
 
@@ -57,8 +56,7 @@ def round_weight(weight: Tensor, grid: Grid, hessian: Tensor, sweeps: int = SWEE
         scale = regress_scale(weight, codes, scale, hessian)
         codes, latent = descend(weight, codes, scale, grid, hessian)
     back = order.argsort()
-    ends = ((end + grid.shift) * scale.unsqueeze(1) for end in (grid.qmin, grid.qmax))
-    return Rounded((codes * scale.unsqueeze(1))[:, back], latent.clamp(*ends)[:, back], scale)
+    return Rounded((codes * scale.unsqueeze(1))[:, back], latent[:, back], scale)
 
 
 def to_codes(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:

@@ -71,26 +71,11 @@ def test_row_quantizer_and_its_gradients_are_those_of_the_formula(bits, shift, n
     def fast(w, s):
         return fake_quantize_rows(w, s, qmin, qmax, shift, gradient_scale=1.0)
 
-    expected, (of_weight, of_scale) = gradients(slow, (weight, signed_scale), upstream)
-    # From outside, a step against the gradient may lead back in.
-    position = weight / scale[:, None] - shift
-    back = ((position > qmax) & (upstream > 0)) | ((position < qmin) & (upstream < 0))
-    # At eight bits none is outside.
-    assert back.any() or bits == 8
-    expected_gradients = torch.where(back, upstream, of_weight), of_scale
+    expected, expected_gradients = gradients(slow, (weight, signed_scale), upstream)
     result, result_gradients = gradients(fast, (weight, signed_scale), upstream)
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     for ours, reference in zip(result_gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-8)
-
-
-def test_a_weight_that_has_left_its_range_can_come_back():
-    weight = torch.tensor([[-4.0, -0.2, 0.7, 5.0]], requires_grad=True)
-    for _ in range(100):
-        loss = (fake_quantize_rows(weight, torch.tensor([1.0]), -2, 1, 0.5) - 0.5).square().sum()
-        (gradient,) = torch.autograd.grad(loss, weight)
-        weight = (weight - 0.1 * gradient).detach().requires_grad_()
-    assert torch.equal(fake_quantize_rows(weight, torch.tensor([1.0]), -2, 1, 0.5), torch.full((1, 4), 0.5))
 
 
 @pytest.mark.parametrize("producer", list(PRODUCERS))
@@ -285,8 +270,7 @@ def test_a_scale_that_was_carried_to_zero_is_led_out_of_it():
     torch.testing.assert_close(torch.cat([groups, rows]), torch.tensor([[3e-8, 0.0], [1e-8, -2e-8]]), rtol=1e-4, atol=0)
     (groups + rows).sum().backward()
     assert scale.grad.item() == 3 + 1 - 2
-    # The first lies above all levels, and is drawn down to them, the second below.
-    assert weight.grad.tolist() == [[1, 0]]
+    assert weight.grad.eq(0).all()
 
 
 def test_memory_that_runs_out_is_no_missing_compiler(monkeypatch, caplog):

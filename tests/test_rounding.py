@@ -63,10 +63,6 @@ def test_latents_round_to_the_same(weight, hessian, grid):
         rounded = round_weight(weight, grid, hessian, sweeps)
         torch.testing.assert_close(nearest(rounded.latent, rounded.scale, grid), rounded.weight)
         assert (rounded.scale > 0).all()
-        # And lie where training can move them.
-        positions = rounded.latent / rounded.scale.unsqueeze(1) - grid.shift
-        assert (positions > grid.qmin - 1e-5).all()
-        assert (positions < grid.qmax + 1e-5).all()
 
 
 def test_blocks_of_columns_change_nothing(weight, hessian, grid, monkeypatch):

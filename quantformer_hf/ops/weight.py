@@ -20,9 +20,7 @@ def _backward(grad: Tensor, weight: Tensor, scale: Tensor, shift: float, qmin: i
     inside = (position >= qmin) & (position <= qmax)
     codes = position.round().clamp(qmin, qmax)
     grad_scale = (grad * torch.where(inside, codes - position, codes + shift)).sum(1, dtype=scale.dtype)
-    # A step goes against the gradient.
-    inwards = torch.where(codes == qmax, grad > 0, grad < 0)
-    return torch.where(inside | inwards, grad, 0.0), grad_scale
+    return torch.where(inside, grad, 0.0), grad_scale
 
 
 class _FakeQuantizeRows(torch.autograd.Function):
@@ -46,9 +44,8 @@ def fake_quantize_rows(
 ) -> Tensor:
     """`ŵ = scale * (clip(round(w / scale - shift), qmin, qmax) + shift)`, one scale a row.
 
-    The gradient passes straight through the rounding. Outside the clip range it passes where a step leads back into it, and
-    is zero where it leads further away: with zero for both, a weight that has once left never comes back, and of two bits a
-    sixth begin outside. That of the scale is LSQ's (arXiv 1902.08153, equation 3), times `gradient_scale`.
+    The gradient passes straight through the rounding and is zero outside the clip range; that of the scale is LSQ's
+    (arXiv 1902.08153, equation 3), times `gradient_scale`.
 
     Args:
         weight: `(out, ...)`.
