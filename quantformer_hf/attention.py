@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from .grids import Grid
 from .kernels import Remembered, in_integers, infers, operators
-from .ops import positive, quantized_attention
+from .ops import positive, quantize_rows, quantized_attention
 from .quantizers import ActivationQuantizer
 
 
@@ -20,8 +21,25 @@ from .quantizers import ActivationQuantizer
 ATTENTION_IMPLEMENTATION = "quantformer"
 
 
+class RowQuantizer(nn.Module):
+    """Of rows that are not negative, each in units of its largest value (`ops.quantize_rows`); it has nothing to learn.
+
+    Args:
+        bits: 2 to 8.
+    """
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.grid = Grid(bits, signed=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`(..., keys)` in and out."""
+        return quantize_rows(rows, self.grid.qmax)
+
+
 class AttentionOperands(nn.Module):
-    """Quantizers of the four operands of an attention block's two products, one scale and offset each.
+    """Quantizers of the four operands of an attention block's two products: q, k and v have one scale and offset each, and
+    the probabilities of each query levels in units of the largest of them.
 
     Args:
         bits: of each operand, 2 to 8.
@@ -37,13 +55,13 @@ class AttentionOperands(nn.Module):
         self.key = ActivationQuantizer(bits, f"{name}.key", calibrated)
         # Calibration may yet shift the channels of v (folding.py).
         self.value = ActivationQuantizer(bits, f"{name}.value", calibrated, observed_channels=width)
-        self.probabilities = ActivationQuantizer(bits, f"{name}.probabilities", calibrated)
+        self.probabilities = RowQuantizer(bits)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """Arguments and results as `quantized_attention`; in floating point while calibrating."""
-        quantizers = (self.query, self.key, self.value, self.probabilities)
+        quantizers = self.calibrated_ones()
         if all(quantizer.enabled for quantizer in quantizers):
             for quantizer in quantizers:
                 quantizer.check_calibrated()
@@ -62,22 +80,26 @@ class AttentionOperands(nn.Module):
             )
         output, probabilities = plain_attention(query, key, value, mask, scaling, dropout)
         by_channel = value.transpose(1, 2).flatten(2)
-        for quantizer, operand in zip(quantizers, (query, key, by_channel, probabilities), strict=True):
+        for quantizer, operand in zip(quantizers, (query, key, by_channel), strict=True):
             if quantizer.observer is not None:
                 quantizer.observer.add(operand)
         return output, probabilities
+
+    def calibrated_ones(self) -> tuple[ActivationQuantizer, ...]:
+        """The quantizers that have a scale and an offset."""
+        return self.query, self.key, self.value
 
     def infer(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, both products in integers."""
-        of_scores, of_mix = self.operands()
+        of_scores, of_value = self.operands()
         largest = self.query.grid.qmax
         mask = None if mask is None else mask.float()
         probabilities = operators.call(
             operators.attention_probabilities, query.float(), key.float(), mask, of_scores, largest, scaling
         )
-        output = operators.call(operators.attention_mix, probabilities, value.float(), of_mix, largest)
+        output = operators.call(operators.attention_mix, probabilities, value.float(), of_value, largest)
         return output.to(query.dtype).transpose(1, 2), probabilities.to(query.dtype)
 
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -91,12 +113,12 @@ class AttentionOperands(nn.Module):
         self._operands.forget()
 
     def _make_operands(self) -> tuple[Tensor, Tensor]:
-        """Scale, its inverse and offset of query and key, and of probabilities and value: `(2, 3)` each."""
+        """Scale, its inverse and offset of query and key, `(2, 3)`, and of value, `(3,)`."""
         rows = []
-        for quantizer in (self.query, self.key, self.probabilities, self.value):
+        for quantizer in self.calibrated_ones():
             scale = positive(quantizer.scale).detach().float()
             rows.append(torch.cat([scale, 1 / scale, quantizer.offset.detach().float()]))
-        return torch.stack(rows[:2]), torch.stack(rows[2:])
+        return torch.stack(rows[:2]), rows[2]
 
 
 def plain_attention(

@@ -44,8 +44,9 @@ class QuantformerConfig(PreTrainedConfig):
         embedding_bits: weights and input of the patch embedding.
         classifier_bits: weights and input of the classifier.
         layer_bits: overrides by layer name, or by a pattern with `*`, of the backbone (`"vit.layers.0.*"`); later entries
-            win. The value is a bit width for both, or a dictionary with `weight_bits`, `activation_bits` or both. Or the
-            path of a `bit_allocation.json`, whose bits are taken over.
+            win. The value is a bit width for both, or a dictionary with `weight_bits`, `activation_bits` or both, and for
+            the attention blocks of that name or pattern (`"vit.layers.0.attention"`) `attention_bits`. Or the path of a
+            `bit_allocation.json`, whose bits are taken over.
         num_groups: groups of channels that share a scale and an offset, from the search on.
         weight_quantizer: `lsq`, `lsq_shifted`, `statsq`, `minmax`, or `lsq_by_width`, which is `lsq_shifted` up to three
             bits and `lsq` above, for the linears of the blocks. Patch embedding and classifier always use `lsq`, and 1-bit
@@ -216,7 +217,11 @@ def _check_layer_bits(pattern: str, bits: Any) -> None:
     if not isinstance(bits, dict):
         check_activation_bits(name, bits)
         return
-    checks = {"weight_bits": check_weight_bits, "activation_bits": check_activation_bits}
+    checks = {
+        "weight_bits": check_weight_bits,
+        "activation_bits": check_activation_bits,
+        "attention_bits": check_activation_bits,
+    }
     for key, value in bits.items():
         if key not in checks:
             raise ValueError(f"{name} has the key {key!r}: choose from {', '.join(checks)}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from .backbone_layers import Backbone, Layer
 from .configuration_quantformer import QuantformerConfig
 from .grids import FULL_PRECISION_BITS
-from .layer_bits import LayerBits, layer_bits_by_kind
+from .layer_bits import LayerBits, attention_bits_by_name, layer_bits_by_kind
 from .observers import QUANTILES
 from .packed_checkpoint import DIGEST_NAME
 from .packing import DIGEST_BYTES, packed_width
@@ -15,7 +15,7 @@ from .quantizers import LSQWeightQuantizer, weight_quantizer_kind
 #: Prefix of the tensors of the stock model in a checkpoint.
 PREFIX = "backbone."
 
-#: The operands of the two attention products, a quantizer each.
+#: The operands of the two attention products, a quantizer each; that of the probabilities has no tensors.
 OPERANDS = ("query", "key", "value", "probabilities")
 
 
@@ -38,9 +38,9 @@ def quantizer_bits(backbone: Backbone, config: QuantformerConfig) -> dict[str, i
             widths[backbone.layers[name].input_quantizer] = bits.activation_bits
             if config.class_token_bits is not None and backbone.layers[name].kind == "block":
                 widths[f"{backbone.layers[name].input_quantizer}.class_token"] = config.class_token_bits
-    if config.attention_bits not in (None, FULL_PRECISION_BITS):
-        for attention in backbone.attention:
-            widths |= {f"{attention}.operands.{operand}": config.attention_bits for operand in OPERANDS}
+    for attention, bits in attention_bits_by_name(backbone.attention, config).items():
+        if bits != FULL_PRECISION_BITS:
+            widths |= {f"{attention}.operands.{operand}": bits for operand in OPERANDS}
     return widths
 
 
@@ -51,7 +51,7 @@ def expected_tensors(backbone: Backbone, config: QuantformerConfig) -> dict[str,
     for name, layer in backbone.layers.items():
         shapes |= dict(_layer_tensors(name, layer, bits[name], config))
     for quantizer in quantizer_bits(backbone, config):
-        if ".operands." in quantizer:
+        if ".operands." in quantizer and not quantizer.endswith(".probabilities"):
             shapes |= {f"{quantizer}.scale": (1,), f"{quantizer}.offset": (1,)}
     shapes = {f"{PREFIX}{name}": shape for name, shape in shapes.items()}
     shapes["concentration_degree"] = (len(backbone.attention),)

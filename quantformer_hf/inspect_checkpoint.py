@@ -25,6 +25,7 @@ from .expected_tensors import (
 )
 from .finite import check_finite
 from .grids import FULL_PRECISION_BITS
+from .layer_bits import attention_bits_by_name
 from .ops.scales import SMALLEST_SCALE
 from .packed_checkpoint import check_packed_files
 from .report import format_table, megabytes
@@ -194,9 +195,9 @@ def _report_layers(
 
     def attention_row(attention: str) -> LayerReport:
         names = [f"{attention}.operands.{operand}" for operand in OPERANDS]
-        return LayerReport(f"{attention} (products)", None, config.attention_bits, (), None, take_bytes(*names))
+        return LayerReport(f"{attention} (products)", None, of_attention[attention], (), None, take_bytes(*names))
 
-    operands_quantized = config.attention_bits not in (None, FULL_PRECISION_BITS)
+    of_attention = attention_bits_by_name(backbone.attention, config)
     for name, bits in layer_bits(backbone, config).items():
         quantizer = backbone.layers[name].input_quantizer
         rows.append(
@@ -209,8 +210,9 @@ def _report_layers(
                 take_bytes(name, quantizer),
             )
         )
-        if operands_quantized and name.endswith(".attention.o_proj"):
-            rows.append(attention_row(name.removesuffix(".o_proj")))
+        attention = name.removesuffix(".o_proj")
+        if of_attention.get(attention, FULL_PRECISION_BITS) != FULL_PRECISION_BITS:
+            rows.append(attention_row(attention))
     return rows, sum(row.bytes for row in rows)
 
 

@@ -1,15 +1,19 @@
 """Which bit widths each layer has: the config's defaults by kind of layer, and its overrides."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from .backbone_layers import describe_backbone
 from .configuration_quantformer import QuantformerConfig, nearest
 from .grids import FULL_PRECISION_BITS
 
+
+#: Of an entry of `layer_bits`: what speaks of the products of attention blocks.
+ATTENTION_KEY = "attention_bits"
 
 CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier")
 
@@ -46,14 +50,38 @@ def layer_bits_by_kind(kinds: Mapping[str, str], config: QuantformerConfig) -> d
     }
     bits = {name: by_kind[kind] for name, kind in kinds.items()}
     for pattern, override in (config.layer_bits or {}).items():
-        matches = fnmatch.filter(bits, pattern)
-        if not matches:
-            raise ValueError(f"layer_bits names {pattern!r}, which matches no layer{nearest(pattern, bits)}")
         if not isinstance(override, Mapping):
             override = {"weight_bits": override, "activation_bits": override}
-        for name in matches:
-            bits[name] = replace(bits[name], **override)
+        of_layers = {key: value for key, value in override.items() if key != ATTENTION_KEY}
+        if of_layers:
+            for name in _matching(pattern, bits, "layer"):
+                bits[name] = replace(bits[name], **of_layers)
     return bits
+
+
+def attention_bits_by_name(blocks: Iterable[str], config: QuantformerConfig) -> dict[str, int]:
+    """The bits of the operands of each attention block, 32 for floating point, with `config.layer_bits` applied in order.
+
+    Args:
+        blocks: names of the attention blocks of the backbone.
+
+    Raises:
+        ValueError: a pattern of `layer_bits` that has `attention_bits` and matches no attention block.
+    """
+    everywhere = FULL_PRECISION_BITS if config.attention_bits is None else config.attention_bits
+    bits = dict.fromkeys(blocks, everywhere)
+    for pattern, override in (config.layer_bits or {}).items():
+        if isinstance(override, Mapping) and ATTENTION_KEY in override:
+            for name in _matching(pattern, bits, "attention block"):
+                bits[name] = override[ATTENTION_KEY]
+    return bits
+
+
+def _matching(pattern: str, names: Mapping[str, Any], what: str) -> list[str]:
+    matches = fnmatch.filter(names, pattern)
+    if not matches:
+        raise ValueError(f"layer_bits names {pattern!r}, which matches no {what}{nearest(pattern, names)}")
+    return matches
 
 
 def check_same_quantization(backbone: nn.Module, config: QuantformerConfig, told: dict[str, Any], source: str) -> None:
@@ -82,13 +110,20 @@ def check_same_quantization(backbone: nn.Module, config: QuantformerConfig, told
             )
     if not told.get("layer_bits"):
         return
-    asked = resolve_layer_bits(
-        backbone, QuantformerConfig.from_dict(config.to_dict() | {"layer_bits": told["layer_bits"]})
-    )
+    of_told = QuantformerConfig.from_dict(config.to_dict() | {"layer_bits": told["layer_bits"]})
+    asked = resolve_layer_bits(backbone, of_told)
     for name, found in resolve_layer_bits(backbone, config).items():
         if found != asked[name]:
             raise ValueError(
                 f"layer '{name}' of {source} has W{found.weight_bits}A{found.activation_bits}, and layer_bits asks for"
                 f" W{asked[name].weight_bits}A{asked[name].activation_bits}: start from the full-precision checkpoint, or"
                 f" leave out --layer_bits"
+            )
+    blocks = describe_backbone(config.backbone_config).attention
+    asked, found = (attention_bits_by_name(blocks, each) for each in (of_told, config))
+    for name in blocks:
+        if found[name] != asked[name]:
+            raise ValueError(
+                f"the attention block '{name}' of {source} has {found[name]} bits, and layer_bits asks for {asked[name]}:"
+                f" start from the full-precision checkpoint, or leave out --layer_bits"
             )

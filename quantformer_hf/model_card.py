@@ -24,6 +24,7 @@ from .configuration_quantformer import QuantformerConfig
 from .expected_tensors import layer_bits
 from .grids import FULL_PRECISION_BITS
 from .inspect_checkpoint import full_precision_bytes
+from .layer_bits import attention_bits_by_name
 from .report import megabytes, weights_on_disk
 from .run_history import DIGITS, RECIPE_ARGUMENTS, UNRECORDED, hub_id, is_current, note_change
 
@@ -197,7 +198,8 @@ def _widths(config: QuantformerConfig) -> str:
 def _quantization_rows(config: QuantformerConfig) -> list[tuple[str, str, str]]:
     weights, inputs = (_widths_of(config, what) for what in ("weight_bits", "activation_bits"))
     rows = [(words, _range(weights[kind]), _range(inputs[kind])) for kind, words in KINDS.items()]
-    between = [("attention products: q, k, v and probabilities", "", _bits(config.attention_bits))]
+    attention = attention_bits_by_name(describe_backbone(config.backbone_config).attention, config)
+    between = [("attention products: q, k, v and probabilities", "", _range(sorted(set(attention.values()))))]
     if config.class_token_bits is not None:
         between.insert(0, ("their inputs at the class token, where quantized", "", _bits(config.class_token_bits)))
     return [rows[0], *between, *rows[1:]]

@@ -156,7 +156,7 @@ class PackedAttention(OneJob):
         between = self.o_proj.channel_plan()
         plans = *(layer.plan(channels) for layer in layers[:3]), self.o_proj.plan(between)
         *inputs, output = (plan.ordered_job() for plan in plans)
-        of_scores, of_mix = operands.operands()
+        of_scores, of_value = operands.operands()
         sizes = {
             "heads": self.num_attention_heads,
             "head_size": self.head_dim,
@@ -165,11 +165,11 @@ class PackedAttention(OneJob):
         job = AttentionBlock(
             *(job for job, _ in inputs),
             AttentionProbabilities(operands=of_scores.data_ptr(), scaling=self.scaling, **sizes),
-            AttentionMix(operands=of_mix.data_ptr(), **sizes),
+            AttentionMix(operand=of_value.data_ptr(), **sizes),
             between.job,
             output[0],
         )
-        return job, (*plans, between, *inputs, output, of_scores, of_mix)
+        return job, (*plans, between, *inputs, output, of_scores, of_value)
 
 
 def set_sizes(job: AttentionBlock, batch: int, tokens: int, queries: int | None = None) -> None:

@@ -38,6 +38,8 @@ class QuantformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    # Files from before 2026-12 have one scale and offset for the probabilities of an attention block.
+    _keys_to_ignore_on_load_unexpected = [r"\.operands\.probabilities\.(scale|offset)$"]
     _no_split_modules = ["ViTLayer", "DeiTLayer", "SwinStage", "PackedViTLayer", "PackedDeiTLayer"]
     _supports_attention_backend = True
     # Quantizers stay exact under dtype=torch.bfloat16; the codes they make are the same.

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionOperands, attention_modules
+from .attention import AttentionOperands, RowQuantizer, attention_modules
 from .class_token import CLASS_TOKENS, ClassTokenQuantizer
 from .configuration_quantformer import MAX_GROUPS, QuantformerConfig
 from .folding import centre_site, folding_sites
 from .grids import FULL_PRECISION_BITS
 from .groups import channel_importance
 from .image_batches import Batches, pixel_values_in
-from .layer_bits import CLASSIFIERS, LayerBits, resolve_layer_bits
+from .layer_bits import CLASSIFIERS, LayerBits, attention_bits_by_name, resolve_layer_bits
 from .layers import InferenceLayerNorm, InferenceMean, QuantConv2d, QuantLayerNorm, QuantLinear, quantize_first_argument
 from .ops import PRODUCERS
 from .packed_forms import choose_forms
@@ -97,11 +97,12 @@ def quantize_model(backbone: nn.Module, config: QuantformerConfig) -> None:
         elif type(module) is nn.AdaptiveAvgPool1d:
             backbone.set_submodule(name, InferenceMean())
 
-    if config.attention_bits not in (None, FULL_PRECISION_BITS):
-        names = {module: name for name, module in backbone.named_modules()}
-        for module in attention_modules(backbone):
-            width = module.num_attention_heads * module.head_dim
-            module.operands = AttentionOperands(config.attention_bits, names[module], config.calibrated, width)
+    names = {module: name for name, module in backbone.named_modules()}
+    attention = {names[module]: module for module in attention_modules(backbone)}
+    for name, bits in attention_bits_by_name(attention, config).items():
+        if bits != FULL_PRECISION_BITS:
+            width = attention[name].num_attention_heads * attention[name].head_dim
+            attention[name].operands = AttentionOperands(bits, name, config.calibrated, width)
     check_num_groups(backbone, config.num_groups)
     connect_readers(backbone, packed=config.stage == "packed")
 
@@ -196,7 +197,7 @@ def bit_widths(model: nn.Module) -> dict[str, int]:
     return {
         name: module.grid.bits
         for name, module in model.named_modules()
-        if isinstance(module, WeightQuantizer | ActivationQuantizer)
+        if isinstance(module, WeightQuantizer | ActivationQuantizer | RowQuantizer)
     }
 
 

@@ -22,7 +22,11 @@ from quantformer_hf.quantizers import WEIGHT_QUANTIZERS
 from quantformer_hf.report import weights_on_disk
 
 
-OVERRIDES = {"*.mlp.fc1": {"weight_bits": 2}, "*.attention.o_proj": 32}
+OVERRIDES = {
+    "*.mlp.fc1": {"weight_bits": 2},
+    "*.attention.o_proj": 32,
+    "*.0.attention": {"attention_bits": 5},
+}
 
 
 def build(backbone, stage, **arguments):

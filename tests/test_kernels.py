@@ -19,6 +19,7 @@ from quantformer_hf.kernels import (
     using,
 )
 from quantformer_hf.kernels.checks import check_sums
+from quantformer_hf.ops import quantize_rows
 from quantformer_hf.packing import pack_codes
 
 
@@ -121,8 +122,8 @@ def test_attention_products_give_the_bits_of_plain_torch(name, bits, sizes):
             attention = operators.attention_probabilities(*arguments)
         assert torch.equal(attention, reference.attention_probabilities(*arguments))
     with using(name):
-        mixed = operators.attention_mix(probabilities, value, operands, largest)
-    assert torch.equal(mixed, reference.attention_mix(probabilities, value, operands, largest))
+        mixed = operators.attention_mix(probabilities, value, operands[1], largest)
+    assert torch.equal(mixed, reference.attention_mix(probabilities, value, operands[1], largest))
 
     def dequantized(x, row):
         scale, inverse, offset = operands[row]
@@ -131,7 +132,7 @@ def test_attention_products_give_the_bits_of_plain_torch(name, bits, sizes):
 
     exact = dequantized(query, 0) @ dequantized(key, 1).transpose(2, 3) * head_size**-0.5
     torch.testing.assert_close(attention.double(), exact.softmax(-1), rtol=1e-4, atol=1e-6)
-    exact = (dequantized(probabilities, 0) @ dequantized(value, 1)).transpose(1, 2)
+    exact = (quantize_rows(probabilities, largest).double() @ dequantized(value, 1)).transpose(1, 2)
     torch.testing.assert_close(mixed.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
@@ -242,7 +243,7 @@ def test_no_layer_norm_or_attention_reads_what_is_not_there():
     for function, arguments in (
         (operators.attention_probabilities, (tokens.double(), tokens, None, operands, 15, 0.5)),
         (operators.attention_probabilities, (tokens, tokens, torch.ones(3).double(), operands, 15, 0.5)),
-        (operators.attention_mix, (torch.ones(1, 1, 3, 3), tokens.double(), operands, 15)),
+        (operators.attention_mix, (torch.ones(1, 1, 3, 3), tokens.double(), operands[0], 15)),
     ):
         with pytest.raises(TypeError, match=r"was given torch\.float64"):
             function(*arguments)
@@ -262,7 +263,7 @@ def test_operators_are_what_torch_expects_of_them():
     query, key = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8)
     for mask in (None, torch.randn(4, 6)):
         torch.library.opcheck(ops.attention_probabilities.default, (query, key, mask, operands, 255, 0.5))
-    torch.library.opcheck(ops.attention_mix.default, (torch.rand(2, 3, 4, 6), key, operands, 255))
+    torch.library.opcheck(ops.attention_mix.default, (torch.rand(2, 3, 4, 6), key, operands[0], 255))
 
 
 def test_where_kernels_are_missing_or_damaged_the_warning_says_how_to_build_them(tmp_path, monkeypatch, caplog):

@@ -14,6 +14,7 @@ from quantformer_hf.ops import (
     fake_quantize_groups,
     fake_quantize_mixture,
     fake_quantize_rows,
+    quantize_rows,
     quantized_attention,
 )
 
@@ -124,6 +125,32 @@ def test_mixture_and_its_gradients_are_those_of_the_formula(qmax, knee, producer
         torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-8)
 
 
+def rounded_rows(rows, qmax):
+    """As in `quantize_rows`, from what the softmax makes before its division."""
+    powers = (rows.log() - rows.log().amax(-1, keepdim=True)).exp()
+    codes = (powers * qmax).round()
+    return codes / codes.sum(-1, keepdim=True)
+
+
+def straight_through(function, x, *arguments):
+    return x + (function(x, *arguments) - x).detach()
+
+
+@pytest.mark.parametrize("qmax", [3, 15, 255])
+def test_rows_have_levels_of_their_own_and_add_up_to_one(qmax):
+    # From rows that look at one place to rows that look everywhere.
+    rows = torch.cat(
+        [torch.randn(20, 50, generator=torch.Generator().manual_seed(0)) * size for size in (0, 0.1, 1, 5)]
+    )
+    rows = rows.softmax(-1)
+    result = quantize_rows(rows, qmax)
+    torch.testing.assert_close(result, rounded_rows(rows.double(), qmax).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.sum(-1), torch.ones(len(rows)))
+    assert max(len(row.unique()) for row in result) <= qmax + 1
+    assert (result[:20] == 1 / 50).all()
+    assert quantize_rows(rows.bfloat16(), qmax).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "as the projections leave it"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_quantized_attention_and_its_gradients_are_those_of_the_formula(layout, masked):
@@ -132,23 +159,23 @@ def test_quantized_attention_and_its_gradients_are_those_of_the_formula(layout, 
     *tensors, mask, upstream, upstream_maps = inputs(
         *shapes, (1, heads, tokens, tokens), (batch, heads, tokens, dim), (batch, heads, tokens, tokens)
     )
-    scales = [torch.tensor([value], dtype=torch.float64) for value in (0.4, 0.5, 0.45, 0.1)]
-    offsets = [torch.tensor([value], dtype=torch.float64) for value in (-1.4, -1.6, -1.5, 0.02)]
+    scales = [torch.tensor([value], dtype=torch.float64) for value in (0.4, 0.5, 0.45)]
+    offsets = [torch.tensor([value], dtype=torch.float64) for value in (-1.4, -1.6, -1.5)]
     leaves = [tensor.requires_grad_() for tensor in (*tensors, mask, *scales, *offsets)]
 
     def heads_first(x):
         return x if layout == "contiguous" else x.transpose(1, 2)
 
     def slow(q, k, v, mask, *parameters):
-        s, o = parameters[:4], parameters[4:]
+        s, o = parameters[:3], parameters[3:]
         q, k, v = (reference_quantize(heads_first(x), s[i], o[i], 0, qmax) for i, x in enumerate((q, k, v)))
         scores = q @ k.transpose(2, 3) * scaling
         maps = (scores + mask if masked else scores).softmax(-1)
-        return reference_quantize(maps, s[3], o[3], 0, qmax) @ v, maps
+        return straight_through(rounded_rows, maps, qmax) @ v, maps
 
     def fast(q, k, v, mask, *parameters):
         q, k, v = (heads_first(x) for x in (q, k, v))
-        return quantized_attention(q, k, v, mask if masked else None, parameters[:4], parameters[4:], qmax, scaling)
+        return quantized_attention(q, k, v, mask if masked else None, parameters[:3], parameters[3:], qmax, scaling)
 
     results, gradients_of = [], []
     for function in (slow, fast):
@@ -159,21 +186,21 @@ def test_quantized_attention_and_its_gradients_are_those_of_the_formula(layout, 
     # Attention's softmax is in float32, whatever the inputs.
     for expected, result in zip(*results, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    factors = [(heads * tokens * dim * qmax) ** -0.5] * 3 + [(heads * tokens * tokens * qmax) ** -0.5]
+    factor_of_parameters = (heads * tokens * dim * qmax) ** -0.5
     for number, (expected, result) in enumerate(zip(*gradients_of, strict=True)):
         if number == 3 and not masked:
             assert expected is None
             assert result is None
             continue
-        factor = factors[(number - 4) % 4] if number >= 4 else 1.0
+        factor = factor_of_parameters if number >= 4 else 1.0
         torch.testing.assert_close(result, expected * factor, rtol=1e-4, atol=1e-5, msg=str(number))
 
 
 def test_attention_dropout_keeps_the_mean():
     torch.manual_seed(0)
     q, k, v = (torch.randn(64, 2, 6, 4) for _ in range(3))
-    scales, offsets = [torch.full((1,), s) for s in (0.03, 0.03, 0.03, 1 / 50)], [torch.full((1,), -3.5)] * 3
-    arguments = q, k, v, None, scales, [*offsets, torch.zeros(1)], 255, 0.5
+    scales, offsets = [torch.full((1,), 0.03)] * 3, [torch.full((1,), -3.5)] * 3
+    arguments = q, k, v, None, scales, offsets, 255, 0.5
     exact, maps = quantized_attention(*arguments)
     dropped, same_maps = quantized_attention(*arguments, dropout=0.3)
     assert torch.equal(maps, same_maps)
@@ -185,14 +212,14 @@ def test_attention_dropout_and_its_gradients_are_those_of_the_formula():
     shape, qmax, dropout = (2, 2, 5, 3), 7, 0.4
     leaves = [tensor.requires_grad_() for tensor in inputs(shape, shape, shape)]
     (upstream,) = inputs(shape, seed=1)
-    scales = [torch.tensor([value], dtype=torch.float64) for value in (0.4, 0.5, 0.45, 0.2)]
-    offsets = [torch.tensor([value], dtype=torch.float64) for value in (-1.4, -1.6, -1.5, 0.02)]
+    scales = [torch.tensor([value], dtype=torch.float64) for value in (0.4, 0.5, 0.45)]
+    offsets = [torch.tensor([value], dtype=torch.float64) for value in (-1.4, -1.6, -1.5)]
 
     def slow(q, k, v):
         q, k, v = (reference_quantize(x, scales[i], offsets[i], 0, qmax) for i, x in enumerate((q, k, v)))
         maps = (q @ k.transpose(2, 3)).softmax(-1)
-        dropped = maps * torch.empty_like(maps).bernoulli_(1 - dropout) / (1 - dropout)
-        return reference_quantize(dropped, scales[3], offsets[3], 0, qmax) @ v
+        keep = torch.empty_like(maps).bernoulli_(1 - dropout) / (1 - dropout)
+        return straight_through(rounded_rows, maps, qmax) * keep @ v
 
     def fast(q, k, v):
         return quantized_attention(q, k, v, None, scales, offsets, qmax, 1.0, dropout)[0]

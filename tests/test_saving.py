@@ -19,6 +19,7 @@ from transformers import (
 
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.inspect_checkpoint import inspect_checkpoint
+from quantformer_hf.packed_checkpoint import DIGEST_NAME, digest_of_state
 from quantformer_hf.quantize import (
     group_quantizers,
 )
@@ -151,6 +152,27 @@ def test_files_of_a_packed_model_without_a_digest_are_not_loaded(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"is damaged: its tensors, or one of .*image_size in its config\.json"):
         QuantformerForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "packed"])
+def test_files_that_have_scales_of_attention_probabilities_are_read(stage, tmp_path):
+    """As those from before 2026-12 have."""
+    model = make_quantized("vit", "finetune")
+    if stage == "packed":
+        model.pack()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    blocks = [name.removesuffix("query.scale") for name in state if name.endswith(".operands.query.scale")]
+    assert blocks
+    state |= {f"{block}probabilities.{name}": torch.ones(1) for block in blocks for name in ("scale", "offset")}
+    if stage == "packed":
+        state[DIGEST_NAME] = digest_of_state(state, model.config)
+    save_file(state, path, metadata={"format": "pt"})
+    loaded = QuantformerForImageClassification.from_pretrained(tmp_path)
+    batch = make_batches(1)[0]
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert inspect_checkpoint(tmp_path).config.stage == stage
 
 
 def test_a_model_without_a_block_is_refused():

@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 
 #include "scratch.h"
@@ -87,6 +88,19 @@ int64_t place_of(const Job& job, const Queries& queries) {
   return ((queries.b * job.heads + queries.h) * job.queries + queries.first) * job.keys;
 }
 
+// Of numbers that are not negative, whose bits lie in the same order.
+float largest_of(const float* x, int64_t n) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    most = std::max(most, bits);
+  }
+  float largest;
+  std::memcpy(&largest, &most, sizeof largest);
+  return largest;
+}
+
 void fill_source(int32_t* source, int64_t columns, int64_t positions) {
   for (int64_t k = 0; k < positions; ++k) source[k] = static_cast<int32_t>(std::min(k, columns));
 }
@@ -146,45 +160,40 @@ void mix_queries(const Mixed& job, const Queries& queries, const float* probabil
   // The value as it lies, token by token: columns of a weight, of whole panels.
   const int64_t value_width = divide_up(n, kPanel) * kPanel, constants_size = 2 * std::max(positions, value_width);
   thread_local Scratch scratch;
-  scratch.reserve(rows * positions + job.keys * value_width + constants_size * sizeof(float) +
-                  n * (2 * sizeof(float) + sizeof(int32_t)) + rows * sizeof(float) + positions * sizeof(int32_t));
-  auto weight_memory = scratch.take<uint8_t>(rows * positions), value_memory = scratch.take<uint8_t>(job.keys * value_width);
+  scratch.reserve(rows * positions + job.keys * value_width + (constants_size + 2 * n + rows) * sizeof(float) +
+                  positions * sizeof(int32_t));
+  auto codes = scratch.take<uint8_t>(rows * positions), value_memory = scratch.take<uint8_t>(job.keys * value_width);
   auto constants = scratch.take<float>(constants_size);
-  auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), of_row = scratch.take<float>(rows);
-  auto sums = scratch.take<int32_t>(n), source = scratch.take<int32_t>(positions);
+  auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), share = scratch.take<float>(rows);
+  auto source = scratch.take<int32_t>(positions);
 
-  const Operand &p_operand = job.operands[0], &v_operand = job.operands[1];
   const OperandCodes value = codes_of(rows_of_head(job.value, job.value_codes, job.value_strides, {b, h, 0, job.keys}, n),
-                                      job.largest, v_operand, constants, value_memory, value_width);
-  const int32_t middle = middle_of(job.largest);
-  const float of_products = p_operand.scale * v_operand.scale, of_columns = p_operand.offset * v_operand.scale;
-  const float centre = static_cast<float>(middle) * v_operand.scale, v_offset = v_operand.offset + centre;
-  const float of_rows = p_operand.scale * v_offset;
-  const float constant = static_cast<float>(job.keys) * (p_operand.offset * v_offset);
-  std::fill_n(sums, n, 0);
-  for (int64_t j = 0; j < job.keys; ++j) {
-    for (int64_t d = 0; d < n; ++d) sums[d] += value.codes[j * value.stride + d] - middle;
-  }
-  for (int64_t d = 0; d < n; ++d) {
-    scale[d] = of_products;
-    bias[d] = static_cast<float>(sums[d]) * of_columns + constant;
-  }
-  const OperandCodes weights = codes_of({probabilities, nullptr, job.keys, rows, job.keys}, job.largest, p_operand,
-                                        constants, weight_memory, positions);
+                                      job.largest, *job.operand, constants, value_memory, value_width);
+  std::fill_n(scale, n, job.operand->scale);
+  std::fill_n(bias, n, 0.0f);
+  float *const zeros = constants, *const inverse = constants + positions;
+  std::fill_n(zeros, job.keys, 0.0f);
   for (int64_t i = 0; i < rows; ++i) {
-    of_row[i] = static_cast<float>(current().sum(weights.codes + i * positions, job.keys)) * of_rows;
+    const float* const row = probabilities + i * job.keys;
+    uint8_t* const of_row = codes + i * positions;
+    std::fill_n(inverse, job.keys, static_cast<float>(job.largest) / largest_of(row, job.keys));
+    current().quantize(row, zeros, inverse, {job.largest, job.largest}, job.keys, of_row);
+    std::fill_n(of_row + job.keys, positions - job.keys, 0);
+    share[i] = 1.0f / static_cast<float>(current().sum(of_row, job.keys));
   }
   fill_source(source, job.keys, positions);
   const float one = 1;
-  Product p = head_product(weights, rows, value, n, job.keys, positions, job.largest, source, &positions, &one);
+  Product p = head_product({codes, positions}, rows, value, n, job.keys, positions, job.largest, source, &positions, &one);
   p.by_column = 1;
   p.scale = scale;
   p.bias = bias;
   p.y = job.output + ((b * job.queries + queries.first) * job.heads + h) * n;
   p.y_stride = job.heads * n;
   multiply_here(p);
+  // Shares add up to one, so that the value's offset is the output's.
+  const float offset = job.operand->offset + static_cast<float>(middle_of(job.largest)) * job.operand->scale;
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t d = 0; d < n; ++d) p.y[i * p.y_stride + d] = p.y[i * p.y_stride + d] + of_row[i];
+    for (int64_t d = 0; d < n; ++d) p.y[i * p.y_stride + d] = p.y[i * p.y_stride + d] * share[i] + offset;
   }
 }
 

@@ -65,14 +65,14 @@ struct Probabilities {
 };
 int quantformer_probabilities(const Probabilities* job, int64_t threads, ParallelFor parallel_for);
 
-// output = Q(p) Q(v).
+// output = R(p) Q(v), R(p) = c / Σ c of each row, c being the codes of its numbers in units of the largest over `largest`.
 struct Mixed {
-  const float* probabilities;  // `(batch, heads, queries, keys)`
+  const float* probabilities;  // `(batch, heads, queries, keys)`, not negative
   const float* value;          // `(batch, heads, keys, head_size)` by its strides; the last one is 1
   const uint8_t* value_codes;  // likewise, what is read in place of value where that is null
   int64_t batch, heads, queries, keys, head_size;
   int64_t value_strides[3];
-  const Operand* operands;  // of probabilities and value
+  const Operand* operand;  // of value
   int32_t largest;
   float* output;  // `(batch, queries, heads, head_size)`
 };

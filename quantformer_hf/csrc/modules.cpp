@@ -73,7 +73,7 @@ int run_attention_block(const AttentionBlock& job, int64_t threads, ParallelFor 
   };
   if (project_to(job.query, scores.operands[0], mix.queries, query) != 0 ||
       project_to(job.key, scores.operands[1], mix.keys, key) != 0 ||
-      project_to(job.value, mix.operands[1], mix.keys, value) != 0) {
+      project_to(job.value, *mix.operand, mix.keys, value) != 0) {
     return -1;
   }
   scores.query_codes = query;

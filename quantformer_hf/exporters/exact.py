@@ -116,19 +116,17 @@ def attention_probabilities(
     return _softmax(scores if mask is None else op.Add(scores, mask), keys)
 
 
-def attention_mix(probabilities: Value, value: Value, operands: Value, largest: int) -> Value:
+def attention_mix(probabilities: Value, value: Value, operand: Value, largest: int) -> Value:
     """As `reference.attention_mix`."""
-    (weight_scale, weight_inverse, weight_offset), (value_scale, value_inverse, value_offset) = _operands(operands)
+    scale, inverse, offset = (op.Gather(operand, _integers(i)) for i in range(3))
+    of_rows = op.Div(_floats(largest), op.ReduceMax(probabilities, _integers([-1]), keepdims=1))
+    codes = quantize(probabilities, _floats(0), of_rows, None, largest)
     keys = value.shape[-2]
-    weights = quantize(probabilities, weight_offset, weight_inverse, None, largest)
-    value = op.Sub(quantize(value, value_offset, value_inverse, None, largest), _floats(middle(largest)))
-    value_offset = op.Add(value_offset, op.Mul(_floats(middle(largest)), value_scale))
-    products = _exact_product(weights, value, keys, largest * middle(largest))
-    products = op.Mul(products, op.Mul(weight_scale, value_scale))
-    of_columns = op.Mul(op.ReduceSum(value, _integers([-2]), keepdims=1), op.Mul(weight_offset, value_scale))
-    of_columns = op.Add(of_columns, op.Mul(_floats(keys), op.Mul(weight_offset, value_offset)))
-    of_rows = op.Mul(op.ReduceSum(weights, _integers([-1]), keepdims=1), op.Mul(weight_scale, value_offset))
-    return op.Transpose(op.Add(op.Add(products, of_columns), of_rows), perm=[0, 2, 1, 3])
+    value = op.Sub(quantize(value, offset, inverse, None, largest), _floats(middle(largest)))
+    products = op.Mul(_exact_product(codes, value, keys, largest * middle(largest)), scale)
+    share = _inverse(op.ReduceSum(codes, _integers([-1]), keepdims=1))
+    offset = op.Add(offset, op.Mul(_floats(middle(largest)), scale))
+    return op.Transpose(op.Add(offset, op.Mul(products, share)), perm=[0, 2, 1, 3])
 
 
 #: For `torch.onnx.export`.

@@ -138,9 +138,10 @@ class TraceableAttention(nn.Module):
 
     def __init__(self, operands: nn.Module | None):
         super().__init__()
-        for name in ("query", "key", "value", "probabilities"):
+        for name in ("query", "key", "value"):
             quantizer = getattr(operands, name, None)
             setattr(self, name, nn.Identity() if quantizer is None else TraceableActivation(quantizer))
+        self.probabilities = nn.Identity() if operands is None else operands.probabilities
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float

@@ -138,7 +138,7 @@ class AttentionMix(Structure):
         ("keys", c_int64),
         ("head_size", c_int64),
         ("value_strides", c_int64 * 3),
-        ("operands", c_void_p),
+        ("operand", c_void_p),
         ("largest", c_int32),
         ("output", c_void_p),
     ]

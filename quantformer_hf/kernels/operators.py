@@ -35,7 +35,7 @@ _LIBRARY.define(
     "attention_probabilities(Tensor query, Tensor key, Tensor? mask, Tensor operands, int largest, float scaling)"
     " -> Tensor"
 )
-_LIBRARY.define("attention_mix(Tensor probabilities, Tensor value, Tensor operands, int largest) -> Tensor")
+_LIBRARY.define("attention_mix(Tensor probabilities, Tensor value, Tensor operand, int largest) -> Tensor")
 
 
 def call(kernel: Callable[..., Tensor], x: Tensor, *arguments) -> Tensor:
@@ -316,13 +316,13 @@ def attention_probabilities(
     return probabilities
 
 
-def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, largest: int) -> Tensor:
-    """`Q(probabilities) Q(value)`.
+def attention_mix(probabilities: Tensor, value: Tensor, operand: Tensor, largest: int) -> Tensor:
+    """`R(probabilities) Q(value)`, R as `ops.quantize_rows`.
 
     Args:
-        probabilities: `(batch, heads, queries, keys)`, float32.
+        probabilities: `(batch, heads, queries, keys)`, float32, not negative.
         value: `(batch, heads, keys, head_size)`, float32.
-        operands: `(2, 3)` float32: scale, 1 / scale and offset of the probabilities, and of the value.
+        operand: `(3,)` float32: scale, 1 / scale and offset of the value.
         largest: code of both.
 
     Returns:
@@ -330,9 +330,9 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
     """
     kernels = library()
     if kernels is None:
-        return reference.attention_mix(probabilities, value, operands, largest)
+        return reference.attention_mix(probabilities, value, operand, largest)
     probabilities, value = probabilities.contiguous(), rows_of(value)
-    check_float32(probabilities, value, operands)
+    check_float32(probabilities, value, operand)
     batch, heads, queries, keys = probabilities.shape
     head_size = value.shape[-1]
     output = value.new_empty((batch, queries, heads, head_size))
@@ -345,7 +345,7 @@ def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, larges
         keys=keys,
         head_size=head_size,
         value_strides=value.stride()[:3],
-        operands=operands.data_ptr(),
+        operand=operand.data_ptr(),
         largest=largest,
         output=output.data_ptr(),
     )
@@ -375,7 +375,7 @@ def _fake_probabilities(query, key, mask, operands, largest, scaling):
     return query.new_empty((*query.shape[:-1], key.shape[-2]))
 
 
-def _fake_mix(probabilities, value, operands, largest):
+def _fake_mix(probabilities, value, operand, largest):
     batch, heads, queries, _ = probabilities.shape
     return probabilities.new_empty((batch, queries, heads, value.shape[-1]))
 

@@ -190,17 +190,15 @@ def attention_scores(
     return scores if mask is None else scores + mask
 
 
-def attention_mix(probabilities: Tensor, value: Tensor, operands: Tensor, largest: int) -> Tensor:
+def attention_mix(probabilities: Tensor, value: Tensor, operand: Tensor, largest: int) -> Tensor:
     """See `operators.attention_mix`."""
-    of_weights, of_value = operands
-    weights, value = _operand(probabilities, of_weights, largest), _centred(_operand(value, of_value, largest), largest)
-    value_offset = of_value[2] + middle(largest) * of_value[0]
-    products = exact_product(weights, value.transpose(-2, -1), largest * middle(largest))
-    products = products * (of_weights[0] * of_value[0])
-    constant = value.shape[-2] * (of_weights[2] * value_offset)
-    of_columns = value.float().sum(-2) * (of_weights[2] * of_value[0]) + constant
-    of_rows = weights.float().sum(-1) * (of_weights[0] * value_offset)
-    return (products + of_columns.unsqueeze(-2) + of_rows.unsqueeze(-1)).transpose(1, 2).contiguous()
+    zero, inverse = probabilities.new_zeros(()), largest / probabilities.amax(-1, keepdim=True)
+    codes = quantize(probabilities, zero, inverse, None, largest)
+    value = _centred(_operand(value, operand, largest), largest)
+    products = exact_product(codes, value.transpose(-2, -1), largest * middle(largest)) * operand[0]
+    # Shares add up to one, so that the value's offset is the output's.
+    share = 1 / codes.float().sum(-1, keepdim=True)
+    return (products * share + (operand[2] + middle(largest) * operand[0])).transpose(1, 2).contiguous()
 
 
 def middle(largest: int) -> int:

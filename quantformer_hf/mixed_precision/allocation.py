@@ -6,7 +6,7 @@ from pathlib import Path
 from ..backbone_layers import describe_backbone
 from ..checkpointing import write_durably
 from ..configuration_quantformer import QuantformerConfig
-from .allocation_file import ALLOCATION_FILE, AllocatedLayer, BitAllocation
+from .allocation_file import ALLOCATION_FILE, AllocatedAttention, AllocatedLayer, BitAllocation
 from .budget import Budget
 from .cost import CostModel
 from .search_space import Widths
@@ -37,13 +37,24 @@ def make_allocation(
             {unit: cost.share(name, widths) for unit, cost in costs.costs.items()},
         )
         for name, width in widths.items()
+        if name in shapes
+    }
+    attention = {
+        name: AllocatedAttention(
+            widths[name].activation_bits, {unit: cost.share(name, widths) for unit, cost in costs.costs.items()}
+        )
+        for name in costs.space.attention
     }
     settings = {name: getattr(config, name) for name in SETTINGS}
+    if attention:
+        # Which say it all.
+        del settings["attention_bits"]
     backbone = config.backbone_config
     settings |= {name: getattr(backbone, name) for name in BACKBONE_SETTINGS if hasattr(backbone, name)}
     settings["candidate_bits"] = sorted({*costs.space.weight_bits, *costs.space.activation_bits})
+    settings["attention_candidate_bits"] = list(costs.space.attention_bits)
     budget = {budget.unit: budget.most for budget in budgets}
-    return BitAllocation(layers, costs.totals(widths), budget, method, settings)
+    return BitAllocation(layers, costs.totals(widths), budget, method, settings, attention)
 
 
 def write_allocation(folder: Path, allocation: BitAllocation) -> Path:
@@ -54,12 +65,11 @@ def write_allocation(folder: Path, allocation: BitAllocation) -> Path:
 
 
 def mean_bits(widths: Widths, costs: CostModel) -> tuple[float, float]:
-    """Mean bits of the weights, by elements, and of the activations, by multiplications."""
-    products = costs.products
-    elements = {name: products[name].multiplications / products[name].rows for name in widths}
+    """Mean bits of the weights, by elements, and of what linears read, by multiplications."""
+    products = {name: costs.products[name] for name in costs.space.inputs}
     return (
-        _mean((width.weight_bits, elements[name]) for name, width in widths.items()),
-        _mean((width.activation_bits, products[name].multiplications) for name, width in widths.items()),
+        _mean((widths[name].weight_bits, product.multiplications / product.rows) for name, product in products.items()),
+        _mean((widths[name].activation_bits, product.multiplications) for name, product in products.items()),
     )
 
 

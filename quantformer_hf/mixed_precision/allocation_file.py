@@ -1,7 +1,7 @@
 """`bit_allocation.json`: the bit widths of each layer, what they cost, and the budget that they were found for."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,11 +34,25 @@ class AllocatedLayer:
 
 
 @dataclass(frozen=True)
+class AllocatedAttention:
+    """The bits of an attention block's operands.
+
+    Attributes:
+        bits: of each of the four.
+        cost: of its products, by unit.
+    """
+
+    bits: int
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
 class BitAllocation:
     """Bit widths by layer.
 
     Attributes:
         layers: by name in the backbone.
+        attention: blocks by name in the backbone; empty where their bits were no choice.
         cost: of the whole packed model, by unit.
         budget: what `cost` was to stay within, by unit; empty where there was none.
         method: `budget` or `edmips`.
@@ -50,14 +64,16 @@ class BitAllocation:
     budget: dict[str, float]
     method: str
     settings: dict[str, Any]
+    attention: dict[str, AllocatedAttention] = field(default_factory=dict)
 
     @property
     def layer_bits(self) -> dict[str, dict[str, int]]:
         """What `QuantformerConfig.layer_bits` takes."""
-        return {
+        layers = {
             name: {"weight_bits": layer.weight_bits, "activation_bits": layer.activation_bits}
             for name, layer in self.layers.items()
         }
+        return layers | {name: {"attention_bits": block.bits} for name, block in self.attention.items()}
 
     def to_json(self) -> str:
         """The content of the file."""
@@ -76,8 +92,9 @@ class BitAllocation:
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}, and this version reads {FORMAT}")
             layers = {name: AllocatedLayer(**layer) for name, layer in content.pop("layers").items()}
+            attention = {name: AllocatedAttention(**block) for name, block in content.pop("attention", {}).items()}
             del content["format"]
-            return cls(layers={n: _with_tuple(layer) for n, layer in layers.items()}, **content)
+            return cls(layers={n: _with_tuple(layer) for n, layer in layers.items()}, attention=attention, **content)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"there is no file {path}: name a bit allocation, or write layer_bits out"
@@ -95,7 +112,8 @@ class BitAllocation:
             config: of the backbone.
             source: where the allocation comes from, for the message.
         """
-        parts = describe_backbone(config).layers
+        backbone = describe_backbone(config)
+        parts = backbone.layers
         way_out = "make one for this model by the stage 'allocate'"
         for name, layer in self.layers.items():
             if name not in parts:
@@ -107,6 +125,12 @@ class BitAllocation:
                 raise ValueError(
                     f"{source} is for another architecture: the weight of '{name}' has the shape {layer.shape} in it and"
                     f" {parts[name].shape} in this {config.model_type}; {way_out}"
+                )
+        for name in self.attention:
+            if name not in backbone.attention:
+                raise ValueError(
+                    f"{source} is for another architecture: it names the attention block '{name}', which this"
+                    f" {config.model_type} does not have; {way_out}"
                 )
         missing = [name for name, part in parts.items() if part.kind == "block" and name not in self.layers]
         if missing:

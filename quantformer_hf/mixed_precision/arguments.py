@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from .budget import Budget, UniformBudget, parse_budgets
-from .search_space import CANDIDATE_BITS, check_candidates
+from .search_space import CANDIDATE_ATTENTION_BITS, CANDIDATE_BITS, check_candidates
 
 
 #: What `--allocation_method` may name.
@@ -32,6 +32,13 @@ class AllocationArguments:
     candidate_bits: list[int] = field(
         default_factory=lambda: list(CANDIDATE_BITS), metadata={"help": "Widths to choose from, 1 to 8."}
     )
+    attention_candidate_bits: list[int] = field(
+        default_factory=lambda: list(CANDIDATE_ATTENTION_BITS),
+        metadata={
+            "help": "Widths to choose from for the products of each attention block, 2 to 8, beside attention_bits, which"
+            " all have where this is that alone, or with edmips."
+        },
+    )
     latency_table: str | None = field(
         default=None,
         metadata={
@@ -56,7 +63,10 @@ class AllocationArguments:
         if not isinstance(self.candidate_bits, list):
             self.candidate_bits = [self.candidate_bits]
         self.budgets()
+        if not isinstance(self.attention_candidate_bits, list):
+            self.attention_candidate_bits = [self.attention_candidate_bits]
         self.candidate_bits = list(check_candidates(self.candidate_bits))
+        check_candidates(self.attention_candidate_bits, "attention_candidate_bits", least=2)
         if self.allocation_method not in METHODS:
             raise ValueError(f"allocation_method is {self.allocation_method!r}: choose one of {', '.join(METHODS)}")
         if self.refine and self.allocation_method == "edmips":

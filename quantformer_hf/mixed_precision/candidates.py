@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..attention import AttentionOperands
 from ..class_token import ClassTokenQuantizer
 from ..groups import channel_importance
 from ..modeling_quantformer import QuantformerForImageClassification
 from ..paused import PausedRuns, Place
-from ..quantize import full_precision, reading_layers
+from ..quantize import full_precision, observe, reading_layers
 from ..quantizers import GroupActivationQuantizer, LSQWeightQuantizer, build_weight_quantizer
 from ..regression import Evidence, Moments, nothing, refit_layer
 from ..token_weights import token_weights
@@ -42,10 +43,12 @@ class Candidates:
     Attributes:
         weights: by layer, then bits.
         inputs: quantizers with frozen groups, by the name of the one that they stand for, then bits.
+        attention: quantizers of the operands, by attention block, then bits.
     """
 
     weights: dict[str, dict[int, RoundedWeight]]
     inputs: dict[str, dict[int, GroupActivationQuantizer]]
+    attention: dict[str, dict[int, AttentionOperands]]
 
     @classmethod
     def of(
@@ -58,7 +61,8 @@ class Candidates:
         """
         backbone = model.backbone
         readers = reading_layers(backbone)
-        moments = _moments(model, list(batches))
+        batches = list(batches)
+        moments = _moments(model, batches)
         twin_levels = model.config.twin_levels is not False
         weights = {}
         for name in space.inputs:
@@ -74,7 +78,7 @@ class Candidates:
             }
             for name, quantizer in ((name, backbone.get_submodule(name)) for name in space.quantizers)
         }
-        return cls(weights, inputs)
+        return cls(weights, inputs, _attention_operands(model, space, batches))
 
 
 def grouped_quantizer(
@@ -95,6 +99,26 @@ def grouped_quantizer(
     for part in made.with_class_token():
         part.freeze_groups()
     return made
+
+
+def _attention_operands(
+    model: QuantformerForImageClassification, space: SearchSpace, batches: list[Tensor]
+) -> dict[str, dict[int, AttentionOperands]]:
+    present = {name: model.backbone.get_submodule(name).operands for name in space.attention}
+    if not present:
+        return {}
+    with full_precision(model):
+        seen = observe(model, batches, [quantizer for each in present.values() for quantizer in each.calibrated_ones()])
+    found: dict[str, dict[int, AttentionOperands]] = {}
+    for name, operands in present.items():
+        found[name] = {}
+        for bits in space.attention_bits:
+            made = AttentionOperands(bits, name, True, operands.value.observed_channels)
+            made.to(operands.value.scale.device).train(operands.training)
+            for quantizer, of in zip(made.calibrated_ones(), operands.calibrated_ones(), strict=True):
+                quantizer.calibrate(seen[of])
+            found[name][bits] = made
+    return found
 
 
 @torch.no_grad()

@@ -140,13 +140,25 @@ class CostModel:
         return [(w, a) for w in self.space.weight_bits for a in self.space.activation_bits]
 
     def _bit_operations(self) -> Cost:
-        fixed = sum(product.bit_operations for name, product in self.products.items() if name not in self.space.inputs)
+        in_play = {*self.space.inputs, *self.space.attention}
+        fixed = sum(product.bit_operations for name, product in self.products.items() if name not in in_play)
 
         def shares(name: str) -> dict[tuple[int, int], int]:
             product = self.products[name]
             return {(w, a): replace(product, weight_bits=w, activation_bits=a).bit_operations for w, a in self.pairs()}
 
-        return Cost(BIT_OPERATIONS, fixed, {name: shares(name) for name in self.space.inputs})
+        of_attention = {
+            name: {(b, b): replace(self.products[name], weight_bits=b, activation_bits=b).bit_operations for b in bits}
+            for name, bits in self._attention()
+        }
+        return Cost(BIT_OPERATIONS, fixed, {name: shares(name) for name in self.space.inputs} | of_attention)
+
+    def _attention(self) -> Iterable[tuple[str, tuple[int, ...]]]:
+        return ((name, self.space.attention_bits) for name in self.space.attention)
+
+    def _attention_for_nothing(self) -> dict[str, dict[tuple[int, int], float]]:
+        """Its operands have the same number of tensors and, in a byte each, take the same time, whatever their bits."""
+        return {name: {(b, b): 0.0 for b in bits} for name, bits in self._attention()}
 
     def _bytes(self, model: QuantformerForImageClassification) -> ByteCost:
         tensors = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in model.state_dict().items()}
@@ -155,6 +167,7 @@ class CostModel:
             weight: PackedWeight = model.backbone.get_submodule(name).weight_quantizer
             columns[name] = f"backbone.{name}.weight_quantizer.codes", weight.columns
             shares[name] = {(w, a): weight.out_channels * packed_width(weight.columns, w) for w, a in self.pairs()}
+        shares |= self._attention_for_nothing()
         cost = ByteCost(BYTES, 0, shares, tensors, columns)
         narrowest = self.space.uniform(self.space.weight_bits[0], self.space.activation_bits[0])
         cost.fixed = cost.total(narrowest) - cost.linear(narrowest)
@@ -166,7 +179,8 @@ class CostModel:
             shape = self.products[name].rows, layer.in_features, layer.out_features, num_groups
             return {(w, a): latencies.milliseconds(name, *shape, w, a) for w, a in self.pairs()}
 
-        return Cost(MILLISECONDS, latencies.rest, {name: times(name) for name in self.space.inputs})
+        shares = {name: times(name) for name in self.space.inputs}
+        return Cost(MILLISECONDS, latencies.rest, shares | self._attention_for_nothing())
 
 
 def budget_in_numbers(

@@ -55,15 +55,18 @@ class Divergence:
                         handle.remove()
                 self.outputs.append(outputs)
 
-    def of(self, weights: Mapping[str, int], inputs: Mapping[str, int]) -> tuple[float, float]:
-        """With these weights and input quantizers at these bits, and everything else in full precision.
+    def of(
+        self, weights: Mapping[str, int], inputs: Mapping[str, int], attention: Mapping[str, int] | None = None
+    ) -> tuple[float, float]:
+        """With these weights, input quantizers and attention blocks at these bits, and everything else in full precision.
 
         Returns:
             the divergence, in nats, and the share of images that keep the class that they have in full precision.
         """
-        first = min(self._unit_of(name) for name in (*weights, *inputs))
+        attention = attention or {}
+        first = min(self._unit_of(name) for name in (*weights, *inputs, *attention))
         total, kept, images = 0.0, 0, 0
-        with self._evaluating(), self._put_in(weights, inputs):
+        with self._evaluating(), self._put_in(weights, inputs, attention):
             for batch, outputs, taught in zip(self.batches, self.outputs, self.logits, strict=True):
                 with replayed(self.units[:first], outputs):
                     logits = self.model(batch).logits
@@ -75,8 +78,9 @@ class Divergence:
     def of_widths(self, widths: Widths) -> tuple[float, float]:
         """Of a whole allocation; as `of`."""
         return self.of(
-            {name: width.weight_bits for name, width in widths.items()},
-            {self.space.inputs[name]: width.activation_bits for name, width in widths.items()},
+            {name: widths[name].weight_bits for name in self.space.inputs},
+            {quantizer: widths[name].activation_bits for name, quantizer in self.space.inputs.items()},
+            {name: widths[name].activation_bits for name in self.space.attention},
         )
 
     def _unit_of(self, name: str) -> int:
@@ -93,9 +97,11 @@ class Divergence:
             self.model.train(training)
 
     @contextlib.contextmanager
-    def _put_in(self, weights: Mapping[str, int], inputs: Mapping[str, int]) -> Iterator[None]:
+    def _put_in(
+        self, weights: Mapping[str, int], inputs: Mapping[str, int], attention: Mapping[str, int]
+    ) -> Iterator[None]:
         backbone = self.model.backbone
-        before_layers, before_inputs = {}, {}
+        before_layers, before_quantizers = {}, {}
         try:
             for name, bits in weights.items():
                 layer, rounded = backbone.get_submodule(name), self.candidates.weights[name][bits]
@@ -103,9 +109,11 @@ class Divergence:
                 layer.weight.data = rounded.value().to(layer.weight.dtype)
                 if rounded.bias is not None:
                     layer.bias.data = rounded.bias
-            for name, bits in inputs.items():
-                before_inputs[name] = backbone.get_submodule(name)
-                backbone.set_submodule(name, self.candidates.inputs[name][bits])
+            chosen = {name: self.candidates.inputs[name][bits] for name, bits in inputs.items()}
+            chosen |= {f"{name}.operands": self.candidates.attention[name][bits] for name, bits in attention.items()}
+            for name, quantizer in chosen.items():
+                before_quantizers[name] = backbone.get_submodule(name)
+                backbone.set_submodule(name, quantizer)
             yield
         finally:
             for name, (weight, bias) in before_layers.items():
@@ -113,7 +121,7 @@ class Divergence:
                 layer.weight.data = weight
                 if bias is not None:
                     layer.bias.data = bias
-            for name, quantizer in before_inputs.items():
+            for name, quantizer in before_quantizers.items():
                 backbone.set_submodule(name, quantizer)
 
 

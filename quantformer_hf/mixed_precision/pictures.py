@@ -17,18 +17,22 @@ AXES = {BYTES: ("size of the packed file, MB", 1e6), BIT_OPERATIONS: ("effort, G
 
 
 def draw_bits(widths: Widths, path: str | Path) -> None:
-    """Write a picture of the bits of each layer's weight and input, in the order of the network."""
+    """Write a picture of the bits of each layer's weight and input, in the order of the network, then of attention."""
     figure = Figure(figsize=(max(6.0, 0.16 * len(widths)), 4.5), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True, sharey=True)
     kinds = sorted({name.rpartition(".")[2] for name in widths})
     for axis, what in zip(axes, ("weight_bits", "activation_bits"), strict=True):
         for number, kind in enumerate(kinds):
+            if kind == "attention" and what == "weight_bits":
+                # Its products have no weight.
+                continue
             at = [i for i, name in enumerate(widths) if name.endswith(f".{kind}")]
             heights = [getattr(list(widths.values())[i], what) for i in at]
             axis.bar(at, heights, color=f"C{number}", label=kind)
         axis.set_ylabel(f"{what.removesuffix('_bits')} bits")
         axis.set_yticks(range(0, 9, 2))
-    axes[0].legend(ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False)
+    every_kind = axes[1].get_legend_handles_labels()
+    axes[0].legend(*every_kind, ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False)
     axes[1].set_xlabel("layer, in the order of the network")
     figure.savefig(path, dpi=150)
 

@@ -23,7 +23,7 @@ def kinds(space: SearchSpace) -> dict[str, str]:
     for name, quantizer in space.inputs.items():
         # Of the layers that read one tensor, the first names it.
         found.setdefault(quantizer, f"inputs of {name.rpartition('.')[2]}")
-    return found
+    return found | dict.fromkeys(space.attention, "attention products")
 
 
 def scaled(losses: Losses, factors: dict[str, float], kind_of: dict[str, str]) -> Losses:
@@ -32,7 +32,7 @@ def scaled(losses: Losses, factors: dict[str, float], kind_of: dict[str, str]) -
     def of(table):
         return {name: {b: loss * factors[kind_of[name]] for b, loss in row.items()} for name, row in table.items()}
 
-    return Losses(of(losses.weights), of(losses.inputs))
+    return Losses(of(losses.weights), of(losses.inputs), of(losses.attention))
 
 
 def refine(

@@ -42,6 +42,7 @@ def measure_sensitivities(
     """
     weights = {name: dict.fromkeys(space.weight_bits, 0.0) for name in space.inputs}
     inputs = {name: dict.fromkeys(space.activation_bits, 0.0) for name in space.quantizers}
+    attention = {name: dict.fromkeys(space.attention_bits, 0.0) for name in space.attention}
     samples = draws * sum(len(batch) for batch in batches)
     training = model.training
     model.eval()
@@ -50,9 +51,10 @@ def measure_sensitivities(
             for passed in backward_passes(model, space, batch, draws):
                 _add_weights(weights, passed, candidates, samples)
                 _add_inputs(inputs, passed, candidates, samples)
+                _add_attention(attention, passed, candidates, samples)
     finally:
         model.train(training)
-    return Losses(weights, inputs)
+    return Losses(weights, inputs, attention)
 
 
 @dataclass
@@ -65,6 +67,7 @@ class BackwardPass:
         raw: what each quantizer was given, of any shape.
         inputs: what it put out in full precision, `(batch, rows, channels)`.
         gradients: `∂(z · logits)` with respect to the output of each linear, `(batch, rows, out)`.
+        attention: what the products of each attention block in play were given, and their output in full precision.
     """
 
     layers: dict[str, nn.Linear]
@@ -72,6 +75,7 @@ class BackwardPass:
     raw: dict[str, Tensor]
     inputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    attention: dict[str, tuple[tuple, Tensor]]
 
 
 def backward_passes(
@@ -82,6 +86,14 @@ def backward_passes(
     raw: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    attention: dict[str, tuple[tuple, Tensor]] = {}
+
+    def keep_attention(name: str) -> Callable:
+        def keep(module: nn.Module, arguments: tuple, output: tuple[Tensor, Tensor]) -> None:
+            given = tuple(of.detach() if isinstance(of, Tensor) else of for of in arguments)
+            attention[name] = given, output[0].detach()
+
+        return keep
 
     def keep_input(name: str) -> Callable:
         def keep(module: nn.Module, arguments: tuple, output: Tensor) -> None:
@@ -98,6 +110,8 @@ def backward_passes(
 
     handles = [model.backbone.get_submodule(q).register_forward_hook(keep_input(q)) for q in space.quantizers]
     handles += [layer.register_forward_hook(keep_output(name)) for name, layer in layers.items()]
+    blocks = {name: model.backbone.get_submodule(name) for name in space.attention}
+    handles += [block.operands.register_forward_hook(keep_attention(name)) for name, block in blocks.items()]
     try:
         with full_precision(model), torch.enable_grad():
             logits = model(batch).logits.float()
@@ -110,7 +124,7 @@ def backward_passes(
         total = (z * logits).sum()
         gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True)
         by_name = {name: _by_image(g, batch) for name, g in zip(outputs, gradients, strict=True)}
-        yield BackwardPass(layers, space.inputs, raw, inputs, by_name)
+        yield BackwardPass(layers, space.inputs, raw, inputs, by_name, attention)
 
 
 def _by_image(x: Tensor, batch: Tensor) -> Tensor:
@@ -147,3 +161,16 @@ def _add_inputs(
         for bits, candidate in candidates.inputs[quantizer].items():
             error = candidate(raw).reshape(x.shape) - x
             losses[quantizer][bits] += (error * gradient).flatten(1).sum(1).square().sum().item() / (2 * samples)
+
+
+@torch.no_grad()
+def _add_attention(
+    losses: dict[str, dict[int, float]], passed: BackwardPass, candidates: Candidates, samples: int
+) -> None:
+    for name, (given, output) in passed.attention.items():
+        # What the products put out, the output projection reads: `(batch, heads, tokens, head_dim)`, heads side by side.
+        reader = f"{name}.o_proj"
+        gradient = passed.gradients[reader] @ passed.layers[reader].weight
+        for bits, candidate in candidates.attention[name].items():
+            error = (candidate(*given)[0] - output).transpose(1, 2).reshape(gradient.shape)
+            losses[name][bits] += (error * gradient).flatten(1).sum(1).square().sum().item() / (2 * samples)

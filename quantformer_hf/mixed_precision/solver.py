@@ -1,7 +1,7 @@
 """The best allocation under hard budgets, by integer programming: exact, and never above a budget."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -25,10 +25,12 @@ class Losses:
     Attributes:
         weights: by layer, then bits.
         inputs: by input quantizer, then bits.
+        attention: by attention block, then bits of its operands.
     """
 
     weights: Mapping[str, Mapping[int, float]]
     inputs: Mapping[str, Mapping[int, float]]
+    attention: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     @classmethod
     def none(cls, space: SearchSpace) -> Self:
@@ -36,21 +38,23 @@ class Losses:
         return cls(
             {name: dict.fromkeys(space.weight_bits, 0.0) for name in space.inputs},
             {quantizer: dict.fromkeys(space.activation_bits, 0.0) for quantizer in space.quantizers},
+            {name: dict.fromkeys(space.attention_bits, 0.0) for name in space.attention},
         )
 
     def total(self, space: SearchSpace, widths: Mapping[str, LayerBits]) -> float:
         """Of an allocation."""
         inputs = {quantizer: widths[name].activation_bits for name, quantizer in space.inputs.items()}
-        return sum(self.weights[name][widths[name].weight_bits] for name in space.inputs) + sum(
-            self.inputs[quantizer][bits] for quantizer, bits in inputs.items()
-        )
+        of_weights = sum(self.weights[name][widths[name].weight_bits] for name in space.inputs)
+        of_inputs = sum(self.inputs[quantizer][bits] for quantizer, bits in inputs.items())
+        return of_weights + of_inputs + sum(self.attention[n][widths[n].activation_bits] for n in space.attention)
 
 
 class AllocationProblem:
     """`min Σ losses` such that each layer has one pair of bits, readers of one tensor agree, and no budget is exceeded.
 
     Variables are `z[layer, w, a]` and `y[quantizer, a]`, all 0 or 1, with `Σ_w z[layer, w, a] = y[quantizer, a]` and
-    `Σ_a y[quantizer, a] = 1`. Costs are linear in z, also where they hang on the product of both widths.
+    `Σ_a y[quantizer, a] = 1`, and `z[attention, b, b]` with `Σ_b z[attention, b, b] = 1`. Costs are linear in z, also where
+    they hang on the product of both widths.
 
     Args:
         losses: of the choices.
@@ -61,23 +65,29 @@ class AllocationProblem:
         self.space = costs.space
         self.costs = costs
         self.choices = [(name, w, a) for name in self.space.inputs for w, a in costs.pairs()]
+        self.attention_choices = [(name, b, b) for name in self.space.attention for b in self.space.attention_bits]
         self.input_choices = [(q, a) for q in self.space.quantizers for a in self.space.activation_bits]
         self.objective = np.array(
             [losses.weights[name][w] for name, w, _ in self.choices]
+            + [losses.attention[name][b] for name, b, _ in self.attention_choices]
             + [losses.inputs[quantizer][a] for quantizer, a in self.input_choices]
         )
         self.structure = self._structure()
 
     def _structure(self) -> LinearConstraint:
-        """One pair of bits a layer, the same activation bits for all readers of a tensor."""
-        column = {choice: len(self.choices) + i for i, choice in enumerate(self.input_choices)}
+        """One pair of bits a layer, the same activation bits for all readers of a tensor, one width an attention block."""
+        before = len(self.choices)
+        of_attention = {choice: before + i for i, choice in enumerate(self.attention_choices)}
+        before += len(of_attention)
+        column = {choice: before + i for i, choice in enumerate(self.input_choices)}
         agree = {
             key: row for row, key in enumerate((n, a) for n in self.space.inputs for a in self.space.activation_bits)
         }
-        one = {quantizer: len(agree) + i for i, quantizer in enumerate(self.space.quantizers)}
+        one = {name: len(agree) + i for i, name in enumerate((*self.space.quantizers, *self.space.attention))}
         entries = [(agree[name, a], i, 1.0) for i, (name, _, a) in enumerate(self.choices)]
         entries += [(row, column[self.space.inputs[name], a], -1.0) for (name, a), row in agree.items()]
         entries += [(one[quantizer], column[quantizer, a], 1.0) for quantizer, a in self.input_choices]
+        entries += [(one[choice[0]], at, 1.0) for choice, at in of_attention.items()]
         rows, columns, values = zip(*entries, strict=True)
         sides = np.array([0.0] * len(agree) + [1.0] * len(one))
         matrix = coo_array((values, (rows, columns)), shape=(len(sides), len(self.objective)))
@@ -122,7 +132,7 @@ class AllocationProblem:
         return cost.total(self._solve(self._coefficients(cost), {}))
 
     def _coefficients(self, cost: Cost) -> np.ndarray:
-        shares = [cost.shares[name][w, a] for name, w, a in self.choices]
+        shares = [cost.shares[name][w, a] for name, w, a in (*self.choices, *self.attention_choices)]
         return np.array(shares + [0.0] * len(self.input_choices))
 
     def _solve(self, objective: np.ndarray, room: Mapping[str, float]) -> dict[str, LayerBits] | None:
@@ -145,5 +155,5 @@ class AllocationProblem:
             return None
         if result.status != OPTIMAL:
             raise RuntimeError(f"the integer programme was not solved: {result.message}")
-        taken = [choice for choice, value in zip(self.choices, result.x, strict=False) if value > 0.5]
-        return {name: LayerBits(w, a) for name, w, a in taken}
+        choices = *self.choices, *self.attention_choices
+        return {name: LayerBits(w, a) for (name, w, a), value in zip(choices, result.x, strict=False) if value > 0.5}

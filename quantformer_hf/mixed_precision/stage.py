@@ -89,7 +89,9 @@ class AllocationStage(StageRun):
         built = self._build_model(data)
         model, processor, data, teacher = built.model, built.processor, built.data, built.teacher
         self._begin()
-        space = SearchSpace.of(model.config, told.candidate_bits)
+        # The mixtures of edmips are of linears.
+        of_attention = () if told.allocation_method == "edmips" else told.attention_candidate_bits
+        space = SearchSpace.of(model.config, told.candidate_bits, of_attention)
         if table is None and any(budget.unit == MILLISECONDS for budget in budgets):
             table = self._measured_latency(built.full_precision, model.config)
         costs = CostModel(model.config, space, table)

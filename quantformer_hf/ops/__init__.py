@@ -1,7 +1,7 @@
 """The hot functions: fake quantization, forward and backward, each compiled once."""
 
 from .activation import PRODUCERS, fake_quantize_groups, fake_quantize_mixture
-from .attention import quantized_attention
+from .attention import quantize_rows, quantized_attention
 from .compiling import eager_functions
 from .gradients import scale_gradient
 from .scales import positive, widest
@@ -17,6 +17,7 @@ __all__ = [
     "fake_quantize_rows",
     "fake_quantize_widths",
     "positive",
+    "quantize_rows",
     "quantized_attention",
     "scale_gradient",
     "widest",

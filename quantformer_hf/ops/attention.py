@@ -1,16 +1,35 @@
-"""Attention whose four operands are fake-quantized, with one scale and offset each."""
+"""Attention whose four operands are fake-quantized: q, k and v with one scale and offset each, probabilities row by row."""
 
 import torch
 from torch import Tensor
 
 from .activation import _forward, _tensor_backward
+from .compiling import compiled
 from .scales import positive, positive_backward
+
+
+@compiled
+def quantize_rows(rows: Tensor, qmax: int) -> Tensor:
+    """`c / Σ c` with `c = round(x * (qmax / max x))`: each row in units of its own largest value, and with the sum 1.
+
+    Of probabilities that is `exp(s - max s)`, what the softmax has before it divides (as in SageAttention, arXiv 2410.02367,
+    section 4.3): from 0 to 1 in every row, so that nothing is to be calibrated, and a query that looks everywhere has as
+    many levels as one that looks at a single token. Divided by the sum of the levels, and not by that of the powers, what is
+    rounded to zero moves no mean.
+
+    Args:
+        rows: not negative, `(..., keys)`.
+        qmax: the largest level.
+    """
+    x = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    codes = (x * (qmax / x.amax(-1, keepdim=True))).round()
+    return (codes / codes.sum(-1, keepdim=True)).to(rows.dtype)
 
 
 class _QuantizedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, keep, scaling, qmax, *scales_and_offsets):
-        scales, offsets = scales_and_offsets[:4], scales_and_offsets[4:]
+        scales, offsets = scales_and_offsets[:3], scales_and_offsets[3:]
         scores = torch.matmul(
             _quantize(query, scales[0], offsets[0], qmax) * scaling,
             _quantize(key, scales[1], offsets[1], qmax).transpose(-2, -1),
@@ -18,10 +37,7 @@ class _QuantizedAttention(torch.autograd.Function):
         if mask is not None:
             scores = scores + mask
         probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-        weights = probabilities if keep is None else probabilities * keep
-        output = torch.matmul(
-            _quantize(weights, scales[3], offsets[3], qmax), _quantize(value, scales[2], offsets[2], qmax)
-        )
+        output = torch.matmul(_weights(probabilities, keep, qmax), _quantize(value, scales[2], offsets[2], qmax))
         ctx.save_for_backward(query, key, value, mask, keep, probabilities, *scales_and_offsets)
         ctx.arguments = scaling, qmax
         ctx.set_materialize_grads(False)
@@ -31,16 +47,15 @@ class _QuantizedAttention(torch.autograd.Function):
     def backward(ctx, grad_output, grad_probabilities):
         scaling, qmax = ctx.arguments
         query, key, value, mask, keep, probabilities, *scales_and_offsets = ctx.saved_tensors
-        scales, offsets = scales_and_offsets[:4], scales_and_offsets[4:]
+        scales, offsets = scales_and_offsets[:3], scales_and_offsets[3:]
         if grad_output is None:
             grad_output = torch.zeros_like(query)
-        weights = probabilities if keep is None else probabilities * keep
 
-        grad_value = torch.matmul(_quantize(weights, scales[3], offsets[3], qmax).transpose(-2, -1), grad_output)
+        grad_value = torch.matmul(_weights(probabilities, keep, qmax).transpose(-2, -1), grad_output)
         grad_value, *value_sums = _quantize_backward(grad_value, value, scales[2], offsets[2], qmax)
-        grad_weights = torch.matmul(grad_output, _quantize(value, scales[2], offsets[2], qmax).transpose(-2, -1))
-        grad_weights, *weights_sums = _quantize_backward(grad_weights, weights, scales[3], offsets[3], qmax)
-        total = grad_weights if keep is None else grad_weights * keep
+        # Straight through the rounding of rows. Whatever they are divided by, the softmax does not see.
+        total = torch.matmul(grad_output, _quantize(value, scales[2], offsets[2], qmax).transpose(-2, -1))
+        total = total if keep is None else total * keep
         if grad_probabilities is not None:
             total = total + grad_probabilities
         grad_scores = torch._softmax_backward_data(total, probabilities, -1, probabilities.dtype)
@@ -51,12 +66,17 @@ class _QuantizedAttention(torch.autograd.Function):
         grad_key, *key_sums = _quantize_backward(grad_key, key, scales[1], offsets[1], qmax)
 
         grad_mask = grad_scores.sum_to_size(mask.shape) if ctx.needs_input_grad[3] else None
-        sums = (query_sums, key_sums, value_sums, weights_sums)
+        sums = (query_sums, key_sums, value_sums)
         return (
             *(grad_query, grad_key, grad_value, grad_mask, None, None, None),
             *(grad_scale for grad_scale, _ in sums),
             *(grad_offset for _, grad_offset in sums),
         )
+
+
+def _weights(probabilities: Tensor, keep: Tensor | None, qmax: int) -> Tensor:
+    weights = quantize_rows(probabilities, qmax)
+    return weights if keep is None else weights * keep
 
 
 def _flat(x: Tensor, like: Tensor) -> Tensor:
@@ -96,13 +116,14 @@ def quantized_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scales: tuple[Tensor, Tensor, Tensor, Tensor],
-    offsets: tuple[Tensor, Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor, Tensor],
+    offsets: tuple[Tensor, Tensor, Tensor],
     qmax: int,
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`P = softmax(Q(q) Q(k)ᵀ * scaling + mask)`, `Q(P) Q(v)`, Q as in `fake_quantize_groups` with one group.
+    """`P = softmax(Q(q) Q(k)ᵀ * scaling + mask)`, `R(P) Q(v)`, Q as in `fake_quantize_groups` with one group, R as in
+    `quantize_rows`.
 
     Keeps q, k, v and P, and makes their quantized forms again in the backward pass. Gradients of scales and offsets are
     scaled as LSQ does, by `1 / sqrt(n * qmax)`, n the elements of one sample (a window, in Swin).
@@ -110,10 +131,10 @@ def quantized_attention(
     Args:
         query, key, value: `(batch, heads, tokens, head_dim)`.
         mask: added to the scores, broadcast to `(batch, heads, tokens, tokens)`, or None.
-        scales, offsets: of q, k, v and P, `(1,)` each. The magnitude of a scale counts.
+        scales, offsets: of q, k and v, `(1,)` each. The magnitude of a scale counts.
         qmax: largest integer of the unsigned grid.
         scaling: factor of the scores.
-        dropout: probability of dropping an entry of P, before its quantization.
+        dropout: probability of dropping an entry of R(P).
 
     Returns:
         output `(batch, heads, tokens, head_dim)`, and P `(batch, heads, tokens, tokens)` before dropout.

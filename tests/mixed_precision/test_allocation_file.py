@@ -11,7 +11,7 @@ from test_cost import config_of, random_widths
 from quantformer_hf import QuantformerConfig, QuantformerForImageClassification
 from quantformer_hf.backbone_layers import describe_backbone
 from quantformer_hf.inspect_checkpoint import inspect_checkpoint
-from quantformer_hf.layer_bits import LayerBits, check_same_quantization
+from quantformer_hf.layer_bits import LayerBits, attention_bits_by_name, check_same_quantization
 from quantformer_hf.mixed_precision.allocation import make_allocation, mean_bits, write_allocation
 from quantformer_hf.mixed_precision.allocation_file import BitAllocation
 from quantformer_hf.mixed_precision.budget import Budget
@@ -19,10 +19,10 @@ from quantformer_hf.mixed_precision.cost import CostModel
 from quantformer_hf.mixed_precision.search_space import SearchSpace
 
 
-def write(folder, backbone="vit"):
+def write(folder, backbone="vit", attention=(4, 6)):
     """A random allocation, and the path of its file."""
     config = config_of(backbone)
-    costs = CostModel(config, SearchSpace.of(config))
+    costs = CostModel(config, SearchSpace.of(config, attention_candidates=attention))
     widths = random_widths(costs.space, 0)
     allocation = make_allocation(config, widths, costs, [Budget("bytes", 1e6)], "budget")
     return allocation, str(write_allocation(folder, allocation))
@@ -41,7 +41,8 @@ def test_what_is_written_is_read(tmp_path):
     assert BitAllocation.read(path) == allocation
     assert allocation.budget == {"bytes": 1e6}
     # What the layers do not have is in the rest of the model.
-    shares = sum(layer.cost["BitOps"] for layer in allocation.layers.values())
+    assert {block.bits for block in allocation.attention.values()} <= {4, 6, 8}
+    shares = sum(part.cost["BitOps"] for part in (*allocation.layers.values(), *allocation.attention.values()))
     assert 0 < shares < allocation.cost["BitOps"]
 
 
@@ -64,6 +65,8 @@ def test_a_model_takes_it_in_every_stage_and_inspect_shows_it(backbone, tmp_path
         found = {row.name: (row.weight_bits, row.input_bits) for row in inspect_checkpoint(folder).layers}
         for name, layer in allocation.layers.items():
             assert found[name] == (layer.weight_bits, layer.activation_bits)
+        for name, block in allocation.attention.items():
+            assert found[f"{name} (products)"] == (None, block.bits)
     assert inspect_checkpoint(folder).file_bytes == allocation.cost["bytes"]
     assert torch.equal(logits["pack"], logits["freeze_groups"])
 
@@ -116,13 +119,16 @@ def test_a_checkpoint_of_other_bits_is_not_taken_for_the_allocation(tmp_path):
 
 def test_the_card_says_which_bits_there_are_and_does_not_list_every_layer(tmp_path):
     allocation, path = write(tmp_path)
-    QuantformerForImageClassification(config_of("vit", layer_bits=path)).save_pretrained(tmp_path / "model")
+    bits = allocation.layer_bits | {"vit.layers.0.attention": {"attention_bits": 6}}
+    assert bits["vit.layers.1.attention"] == {"attention_bits": 8}
+    QuantformerForImageClassification(config_of("vit", layer_bits=bits)).save_pretrained(tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
     weights = [layer.weight_bits for layer in allocation.layers.values()]
     inputs = [layer.activation_bits for layer in allocation.layers.values()]
     row = "| linears of the blocks | {} to {} bits, by layer | {} to {} bits, by layer |"
     assert row.format(min(weights), max(weights), min(inputs), max(inputs)) in card
     assert "# ViT mixed precision" in card
+    assert "| attention products: q, k, v and probabilities |  | 6 to 8 bits, by layer |" in card
     assert "but `" not in card
 
 
@@ -130,8 +136,6 @@ def test_settings_with_which_the_budget_would_not_hold_are_refused(tmp_path):
     _, path = write(tmp_path)
     with pytest.raises(ValueError, match="with num_groups 4, and not with 32: give --num_groups 4, or"):
         config_of("vit", layer_bits=path, num_groups=32)
-    with pytest.raises(ValueError, match="with attention_bits 8, and not with 32"):
-        config_of("vit", layer_bits=path, attention_bits=32)
     with pytest.raises(ValueError, match="with embedding_bits 8, and not with 4"):
         config_of("vit", layer_bits=path, embedding_bits=4)
     with pytest.raises(ValueError, match="with weight_quantizer lsq_by_width, and not with minmax"):
@@ -144,6 +148,12 @@ def test_settings_with_which_the_budget_would_not_hold_are_refused(tmp_path):
         QuantformerConfig(num_groups=4, layer_bits=path, backbone_config=larger | {"image_size": 2 * size})
     # The same size, in the other way that transformers has of writing it.
     QuantformerConfig(num_groups=4, layer_bits=path, backbone_config=larger | {"image_size": [size, size]})
+    # Of attention products it says the bits itself, where it had the choice.
+    taken = config_of("vit", layer_bits=path, attention_bits=32)
+    assert 32 not in attention_bits_by_name(describe_backbone(taken.backbone_config).attention, taken).values()
+    _, path = write(tmp_path, attention=())
+    with pytest.raises(ValueError, match="with attention_bits 8, and not with 32"):
+        config_of("vit", layer_bits=path, attention_bits=32)
 
 
 def test_mean_bits_count_weights_by_their_elements_and_inputs_by_multiplications():

@@ -27,17 +27,24 @@ def random_widths(space, seed):
     """Any allocation in which readers of one tensor agree."""
     draw = random.Random(seed)
     inputs = {quantizer: draw.choice(space.activation_bits) for quantizer in space.quantizers}
-    return {n: LayerBits(draw.choice(space.weight_bits), inputs[q]) for n, q in space.inputs.items()}
+    layers = {n: LayerBits(draw.choice(space.weight_bits), inputs[q]) for n, q in space.inputs.items()}
+    return layers | {name: space.of_attention(draw.choice(space.attention_bits)) for name in space.attention}
 
 
 def as_layer_bits(widths):
-    return {n: {"weight_bits": w.weight_bits, "activation_bits": w.activation_bits} for n, w in widths.items()}
+    def bits(name, width):
+        if name.endswith(".attention"):
+            return {"attention_bits": width.activation_bits}
+        return {"weight_bits": width.weight_bits, "activation_bits": width.activation_bits}
+
+    return {name: bits(name, width) for name, width in widths.items()}
 
 
-@pytest.mark.parametrize("arguments", [{}, {"attention_bits": None, "classifier_bits": 3}])
+@pytest.mark.parametrize("arguments", [{}, {"attention_bits": None, "classifier_bits": 3}, {"attention_bits": 7}])
 def test_bytes_and_bit_operations_are_those_of_the_packed_model(backbone, arguments, tmp_path):
     config = config_of(backbone, **arguments)
-    space = SearchSpace.of(config, (1, 2, 3, 5, 8))
+    space = SearchSpace.of(config, (1, 2, 3, 5, 8), (3, 5))
+    assert space.attention_bits == (() if config.attention_bits is None else (3, 5, config.attention_bits))
     costs = CostModel(config, space)
     for seed in range(3):
         widths = random_widths(space, seed)

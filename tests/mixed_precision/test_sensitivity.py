@@ -27,7 +27,7 @@ BATCHES = make_batches(2, batch_size=8)
 def search(request):
     model = make_quantized(request.param, num_groups=4)
     model.config.num_groups = 4
-    space = SearchSpace.of(model.config, (2, 3, 4, 8))
+    space = SearchSpace.of(model.config, (2, 3, 4, 8), (3, 4))
     return BudgetSearch(model, BATCHES, CostModel(model.config, space))
 
 
@@ -42,6 +42,12 @@ def test_the_estimate_is_near_the_divergence_for_small_errors(search):
     for name in search.space.quantizers:
         estimated += search.losses.inputs[name][4]
         measured += search.divergence.of({}, {name: 4})[0]
+    assert estimated == pytest.approx(measured, rel=0.5)
+    estimated, measured = 0.0, 0.0
+    for name in search.space.attention:
+        estimated += search.losses.attention[name][4]
+        measured += search.divergence.of({}, {}, {name: 4})[0]
+        assert search.losses.attention[name][3] > search.losses.attention[name][8] > 0
     assert estimated == pytest.approx(measured, rel=0.5)
 
 
@@ -59,7 +65,7 @@ def test_nothing_of_the_model_is_changed():
     model.config.num_groups = 4
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = [id(module) for module in model.modules()]
-    search = BudgetSearch(model, BATCHES, CostModel(model.config, SearchSpace.of(model.config, (2, 4))))
+    search = BudgetSearch(model, BATCHES, CostModel(model.config, SearchSpace.of(model.config, (2, 4), (3,))))
     search.point(search.space.uniform(2, 2))
     after = model.state_dict()
     assert before.keys() == after.keys()

@@ -22,7 +22,8 @@ def random_losses(space, seed=0):
     def table(names, candidates):
         return {name: {bits: draw.uniform(0.1, 1) / 4**bits for bits in candidates} for name in names}
 
-    return Losses(table(space.inputs, space.weight_bits), table(space.quantizers, space.activation_bits))
+    weights, inputs = table(space.inputs, space.weight_bits), table(space.quantizers, space.activation_bits)
+    return Losses(weights, inputs, table(space.attention, space.attention_bits))
 
 
 def first_block_only(costs):
@@ -35,14 +36,20 @@ def first_block_only(costs):
 @pytest.fixture(scope="module")
 def small():
     config = first_block_only(config_of("vit"))
-    return CostModel(config, SearchSpace.of(config, (2, 4)))
+    return CostModel(config, SearchSpace.of(config, (2, 4), (3,)))
+
+
+def narrowest(space):
+    """The fewest bits that there are."""
+    of_attention = dict.fromkeys(space.attention, space.of_attention(min(space.attention_bits)))
+    return space.uniform(2, 2) | of_attention
 
 
 @pytest.mark.parametrize("units", [("BitOps",), ("bytes",), ("BitOps", "bytes")])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_no_allocation_within_the_budget_loses_less(small, units, share):
     space, losses = small.space, random_losses(small.space)
-    low, high = space.uniform(2, 2), space.uniform(4, 4)
+    low, high = narrowest(space), space.uniform(4, 4)
     budgets = [Budget(u, small[u].total(low) + share * (small[u].total(high) - small[u].total(low))) for u in units]
     found = AllocationProblem(losses, small).solve(budgets)
     assert all(small[b.unit].total(found) <= b.most for b in budgets)
@@ -50,9 +57,11 @@ def test_no_allocation_within_the_budget_loses_less(small, units, share):
     for inputs in itertools.product((2, 4), repeat=len(space.quantizers)):
         activations = dict(zip(space.quantizers, inputs, strict=True))
         for weights in itertools.product((2, 4), repeat=len(space.inputs)):
-            widths = {n: LayerBits(w, activations[q]) for (n, q), w in zip(space.inputs.items(), weights, strict=True)}
-            if all(small[b.unit].total(widths) <= b.most for b in budgets):
-                least = min(least, losses.total(space, widths))
+            layers = {n: LayerBits(w, activations[q]) for (n, q), w in zip(space.inputs.items(), weights, strict=True)}
+            for bits in (3, 8):
+                widths = layers | dict.fromkeys(space.attention, space.of_attention(bits))
+                if all(small[b.unit].total(widths) <= b.most for b in budgets):
+                    least = min(least, losses.total(space, widths))
     assert losses.total(space, found) == pytest.approx(least, rel=1e-9)
 
 
@@ -84,10 +93,10 @@ def test_a_few_bytes_of_header_do_not_break_the_budget():
 
 @pytest.mark.parametrize("unit", ["BitOps", "bytes"])
 def test_a_budget_below_the_smallest_cost_says_what_the_smallest_is(small, unit):
-    smallest = small[unit].total(small.space.uniform(2, 2))
+    smallest = small[unit].total(narrowest(small.space))
     problem = AllocationProblem(random_losses(small.space), small)
     found = problem.solve([Budget(unit, smallest)])
-    assert {width.weight_bits for width in found.values()} == {2}
+    assert {found[name].weight_bits for name in small.space.inputs} == {2}
     assert small[unit].total(found) == smallest
     with pytest.raises(ValueError, match="below the smallest possible cost, ") as error:
         problem.solve([Budget(unit, smallest - 1)])

@@ -75,6 +75,7 @@ def test_later_stages_cannot_make_another_model_of_an_allocation(tmp_path, later
     [
         (["--budget", "2.5"], "budget is '2.5'"),
         (["--candidate_bits", "4", "9"], "candidate_bits has 9: choose from 1 to 8"),
+        (["--attention_candidate_bits", "1", "6"], "attention_candidate_bits has 1: choose from 2 to 8"),
         (["--allocation_method", "haq"], "allocation_method is 'haq': choose one of budget, edmips"),
         (["--refine", "-1"], "refine is -1"),
         (["--cost_weight", "-1"], "cost_weight is -1"),
