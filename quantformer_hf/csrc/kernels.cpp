@@ -165,7 +165,7 @@ int quantformer_order_weights(const quantformer::Product* job, const Codes* then
 }
 
 int64_t quantformer_job_bytes() {
-  return sizeof(Codes) + sizeof(Norm) + sizeof(quantformer::Product) + sizeof(Probabilities) + sizeof(Mixed) + sizeof(Mlp) +
-         sizeof(AttentionBlock) + sizeof(Block) + sizeof(Blocks) + sizeof(Linear) + sizeof(Tokens) + sizeof(Mean) +
+  return kMeaning + sizeof(Codes) + sizeof(Norm) + sizeof(quantformer::Product) + sizeof(Probabilities) + sizeof(Mixed) +
+         sizeof(Mlp) + sizeof(AttentionBlock) + sizeof(Block) + sizeof(Blocks) + sizeof(Linear) + sizeof(Tokens) + sizeof(Mean) +
          sizeof(Step) + sizeof(Model);
 }

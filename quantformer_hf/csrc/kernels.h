@@ -174,6 +174,8 @@ struct Model {
 constexpr int kNotFinite = 1;
 int quantformer_model(const Model* job, int64_t threads, ParallelFor parallel_for);
 
-// Of all these jobs together: what a caller compares with its own, in case it was written for another build.
+// Of all these jobs together, and `kMeaning`: what a caller compares with its own, in case it was written for another build.
 int64_t quantformer_job_bytes();
+// To be raised where a field of a job means something else, and all sizes stay.
+constexpr int64_t kMeaning = 1;
 }

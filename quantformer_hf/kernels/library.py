@@ -251,6 +251,9 @@ class Model(Structure):
     ]
 
 
+#: `kMeaning` of `kernels.h`.
+MEANING = 1
+
 #: What the kernels say of images of which a number is not finite: `kNotFinite` of `kernels.h`.
 NOT_FINITE = 1
 
@@ -299,9 +302,8 @@ def _load() -> ctypes.CDLL | None:
     try:
         kernels = ctypes.CDLL(found.origin)
         kernels.quantformer_job_bytes.restype = c_int64
-        fits = kernels.quantformer_job_bytes() == sum(
-            ctypes.sizeof(job) for job in (*jobs.values(), Block, Linear, Tokens, Mean, Step)
-        )
+        sizes = (ctypes.sizeof(job) for job in (*jobs.values(), Block, Linear, Tokens, Mean, Step))
+        fits = kernels.quantformer_job_bytes() == MEANING + sum(sizes)
         kernels.quantformer_plan_order.argtypes = [POINTER(Product), POINTER(Codes)]
         kernels.quantformer_plan_order.restype = c_int64
     except (OSError, AttributeError):
