@@ -1,7 +1,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstring>
 #include <new>
 
 #include "scratch.h"
@@ -88,19 +87,6 @@ int64_t place_of(const Job& job, const Queries& queries) {
   return ((queries.b * job.heads + queries.h) * job.queries + queries.first) * job.keys;
 }
 
-// Of numbers that are not negative, whose bits lie in the same order.
-float largest_of(const float* x, int64_t n) {
-  int32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, x + i, sizeof bits);
-    most = std::max(most, bits);
-  }
-  float largest;
-  std::memcpy(&largest, &most, sizeof largest);
-  return largest;
-}
-
 void fill_source(int32_t* source, int64_t columns, int64_t positions) {
   for (int64_t k = 0; k < positions; ++k) source[k] = static_cast<int32_t>(std::min(k, columns));
 }
@@ -160,24 +146,25 @@ void mix_queries(const Mixed& job, const Queries& queries, const float* probabil
   // The value as it lies, token by token: columns of a weight, of whole panels.
   const int64_t value_width = divide_up(n, kPanel) * kPanel, constants_size = 2 * std::max(positions, value_width);
   thread_local Scratch scratch;
-  scratch.reserve(rows * positions + job.keys * value_width + (constants_size + 2 * n + rows) * sizeof(float) +
+  scratch.reserve(rows * positions + job.keys * value_width + (constants_size + 2 * n + rows + job.keys) * sizeof(float) +
                   positions * sizeof(int32_t));
   auto codes = scratch.take<uint8_t>(rows * positions), value_memory = scratch.take<uint8_t>(job.keys * value_width);
   auto constants = scratch.take<float>(constants_size);
   auto scale = scratch.take<float>(n), bias = scratch.take<float>(n), share = scratch.take<float>(rows);
+  auto in_units = scratch.take<float>(job.keys);
   auto source = scratch.take<int32_t>(positions);
 
   const OperandCodes value = codes_of(rows_of_head(job.value, job.value_codes, job.value_strides, {b, h, 0, job.keys}, n),
                                       job.largest, *job.operand, constants, value_memory, value_width);
   std::fill_n(scale, n, job.operand->scale);
   std::fill_n(bias, n, 0.0f);
-  float *const zeros = constants, *const inverse = constants + positions;
+  float *const zeros = constants, *const ones = zeros + positions;
   std::fill_n(zeros, job.keys, 0.0f);
+  std::fill_n(ones, job.keys, 1.0f);
   for (int64_t i = 0; i < rows; ++i) {
-    const float* const row = probabilities + i * job.keys;
     uint8_t* const of_row = codes + i * positions;
-    std::fill_n(inverse, job.keys, static_cast<float>(job.largest) / largest_of(row, job.keys));
-    current().quantize(row, zeros, inverse, {job.largest, job.largest}, job.keys, of_row);
+    current().in_units_of_largest(probabilities + i * job.keys, job.keys, static_cast<float>(job.largest), in_units);
+    current().quantize(in_units, zeros, ones, {job.largest, job.largest}, job.keys, of_row);
     std::fill_n(of_row + job.keys, positions - job.keys, 0);
     share[i] = 1.0f / static_cast<float>(current().sum(of_row, job.keys));
   }

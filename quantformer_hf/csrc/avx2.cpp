@@ -231,7 +231,8 @@ TARGET void quantize(const float* x, const float* offset, const float* inverse, 
 const InstructionSet* avx2() {
   static const InstructionSet set = {
       "avx2", 6, true, 255, kTiles<Bytes>, kTiles<Words>, unpack_bytes<Vectors>, unpack_words,
-      unpack_ordered<Vectors>, quantize, gelu, softmax, layer_norm, add, sum, reorder<Vectors>, avx2_pairs(), nullptr};
+      unpack_ordered<Vectors>, quantize, gelu, softmax, layer_norm, add, sum, in_units_of_largest, reorder<Vectors>,
+      avx2_pairs(), nullptr};
   return __builtin_cpu_supports("avx2") ? &set : nullptr;
 }
 

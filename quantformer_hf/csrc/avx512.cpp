@@ -186,6 +186,7 @@ const InstructionSet* avx512() {
                                      layer_norm,
                                      add,
                                      sum,
+                                     in_units_of_largest,
                                      narrower->reorder,
                                      by_halves() ? narrower->pairs : nullptr,
                                      nullptr};

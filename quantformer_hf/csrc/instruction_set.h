@@ -108,6 +108,7 @@ struct InstructionSet {
                      float* y);
   void (*add)(const float* a, const float* b, int64_t n, float* y);
   int32_t (*sum)(const uint8_t* codes, int64_t n);
+  void (*in_units_of_largest)(const float* x, int64_t n, float units, float* y);
   // kBlock rows: out[row][position] = rows[row][source[position]], zero where that is `columns`.
   void (*reorder)(const Order&);
   const Pairs* pairs;  // see pairs.h; null where multiplying is as fast

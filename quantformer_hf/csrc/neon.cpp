@@ -209,14 +209,14 @@ const InstructionSet* neon() {
   // Without dot products, words are as fast as bytes: no code of activations is small enough for bytes.
   static const InstructionSet set = {
       "neon", kTileRows, false, -1, nullptr, kWords, nullptr, unpack_words, nullptr, quantize, gelu, softmax,
-      layer_norm, add, sum, reorder<Vectors>, nullptr, nullptr};
+      layer_norm, add, sum, in_units_of_largest, reorder<Vectors>, nullptr, nullptr};
   return &set;
 }
 
 const InstructionSet* neon_dotprod() {
   static const InstructionSet set = {
       "neon_dotprod", kTileRows, false, 127, kBytes, kWords, unpack_bytes<Vectors>, unpack_words,
-      unpack_ordered<Vectors>, quantize, gelu, softmax, layer_norm, add, sum, reorder<Vectors>, nullptr, nullptr};
+      unpack_ordered<Vectors>, quantize, gelu, softmax, layer_norm, add, sum, in_units_of_largest, reorder<Vectors>, nullptr, nullptr};
   return has_dotprod() ? &set : nullptr;
 }
 

@@ -121,6 +121,7 @@ const InstructionSet* plain() {
                                      layer_norm,
                                      add,
                                      sum,
+                                     in_units_of_largest,
                                      reorder,
                                      nullptr,
                                      nullptr};

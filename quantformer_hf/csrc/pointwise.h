@@ -206,11 +206,16 @@ TARGET inline void add(const float* a, const float* b, int64_t n, float* y) {
   if (i < n) store_last(y + i, load_last(a + i, n - i, 0) + load_last(b + i, n - i, 0), n - i);
 }
 
-INLINE void scale(float* row, float factor, int64_t n) {
+INLINE void scale(const float* x, float factor, int64_t n, float* y) {
   int64_t i = 0;
-  for (; i + kAtOnce <= n; i += kAtOnce) store_floats(row + i, load_floats<kAtOnce>(row + i) * factor);
-  for (; i + kLanes <= n; i += kLanes) store_floats(row + i, load_floats(row + i) * factor);
-  if (i < n) store_last(row + i, load_last(row + i, n - i, 0) * factor, n - i);
+  for (; i + kAtOnce <= n; i += kAtOnce) store_floats(y + i, load_floats<kAtOnce>(x + i) * factor);
+  for (; i + kLanes <= n; i += kLanes) store_floats(y + i, load_floats(x + i) * factor);
+  if (i < n) store_last(y + i, load_last(x + i, n - i, 0) * factor, n - i);
+}
+
+// y = x * (units / max x).
+TARGET inline void in_units_of_largest(const float* x, int64_t n, float units, float* y) {
+  scale(x, units / largest_of(x, n), n, y);
 }
 
 // Of kRows rows side by side: each sum of a row waits for the one before it.
@@ -251,7 +256,7 @@ INLINE void softmax_rows(float* rows, int64_t n) {
       store_last(at, e, last);
       sums[r] = sums[r] + first_of(e, last);
     }
-    scale(rows + r * n, 1.0f / sum_of_lanes(sums[r]), n);
+    scale(rows + r * n, 1.0f / sum_of_lanes(sums[r]), n, rows + r * n);
   }
 }
 
