@@ -118,7 +118,7 @@ def test_a_checkpoint_of_other_bits_is_not_taken_for_the_allocation(tmp_path):
 
 
 def test_the_card_says_which_bits_there_are_and_does_not_list_every_layer(tmp_path):
-    allocation, path = write(tmp_path)
+    allocation, _ = write(tmp_path)
     bits = allocation.layer_bits | {"vit.layers.0.attention": {"attention_bits": 6}}
     assert bits["vit.layers.1.attention"] == {"attention_bits": 8}
     QuantformerForImageClassification(config_of("vit", layer_bits=bits)).save_pretrained(tmp_path / "model")
